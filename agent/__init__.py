@@ -1,0 +1,1 @@
+"""The assistant people talk to: the OpenAI-compatible API and the chat page."""

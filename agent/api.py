@@ -1,0 +1,134 @@
+"""``POST /v1/chat/completions``, ``GET /v1/models`` and the chat page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import sqlalchemy as sa
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+
+from starlette.types import Send
+
+from agent.schema import ASSISTANT_MODEL, ChatRequest, chunk, completion, usage
+from agent.turn import Turn
+from deploy.tables import Release
+from infra.db import transaction
+from infra.errors import EverloopError
+
+STATIC_DIR = Path(__file__).parent / "static"
+
+router = APIRouter(tags=["assistant"])
+
+
+@router.get("/", include_in_schema=False)
+def chat_page() -> FileResponse:
+    """Serve the chat page."""
+    return FileResponse(STATIC_DIR / "index.html")
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """List the assistant and the releases that the engine holds now."""
+    state = request.app.state
+    served = set(await state.engine.models())
+
+    def known() -> list[Release]:
+        with transaction(state.sessions) as session:
+            return list(session.scalars(sa.select(Release).order_by(Release.id)))
+
+    releases = await anyio.to_thread.run_sync(known)
+    models = [{"id": ASSISTANT_MODEL, "object": "model", "created": 0, "owned_by": "everloop"}]
+    models += [
+        {"id": r.name, "object": "model", "created": int(r.created_at.timestamp()), "owned_by": "everloop"}
+        for r in releases
+        if r.name in served
+    ]
+    return {"object": "list", "data": models}
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answer. The response's ``id`` is the episode's id."""
+    state = request.app.state
+    turn = Turn(state.sessions, state.engine, state.settings, body)
+    await turn.begin()
+    if body.stream:
+        return ClosingStream(
+            _server_sent_events(turn),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    return await _whole_answer(turn, request)
+
+
+class ClosingStream(StreamingResponse):
+    """A stream whose source is closed with it, so that a client's hanging up reaches the engine at once."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
+    recording = turn.recording
+    identity = (recording.episode_id, turn.created, recording.release)
+    role: dict[str, Any] = {"role": "assistant"}
+    try:
+        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
+            async for text in deltas:
+                yield _sse(chunk(*identity, {**role, "content": text}))
+                role = {}
+    except EverloopError as error:
+        yield _sse(error.envelope())
+        return
+    yield _sse(chunk(*identity, role, recording.finish_reason))
+    if turn.body.stream_options and turn.body.stream_options.include_usage:
+        used = usage(recording.num_prompt_tokens, len(recording.token_ids))
+        yield _sse({**chunk(*identity, {}), "choices": [], "usage": used})
+    yield "data: [DONE]\n\n"
+
+
+async def _whole_answer(turn: Turn, request: Request) -> Response:
+    """Collect the answer; a client that hangs up stops the engine."""
+    async with anyio.create_task_group() as tasks:
+
+        async def watch_client() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch_client)
+        error: EverloopError | None = None
+        try:
+            async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
+                async for _ in deltas:
+                    pass
+        except EverloopError as caught:
+            error = caught
+        tasks.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    recording = turn.recording
+    if recording.status == "interrupted":
+        return Response(status_code=499)
+    used = usage(recording.num_prompt_tokens, len(recording.token_ids))
+    return JSONResponse(
+        completion(
+            recording.episode_id,
+            turn.created,
+            recording.release,
+            recording.answer,
+            recording.finish_reason,
+            used,
+        )
+    )
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

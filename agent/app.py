@@ -1,0 +1,86 @@
+"""The composition root of the API: builds everything and hands it down."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+import agent.api
+import deploy.api
+import feedback.api
+import reward.api
+from agent.guard import Guard
+from infra import db
+from infra.engine import EngineClient
+from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra.process import setup_logging
+from infra.settings import Settings, load
+
+def build_app(settings: Settings) -> FastAPI:
+    """Return the API on the given settings."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.settings = settings
+        app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
+        async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
+            app.state.engine = engine
+            yield
+
+    app = FastAPI(title="Everloop", version="0.1.0", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.add_exception_handler(EverloopError, _everloop_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
+    for room in (agent.api, feedback.api, reward.api, deploy.api):
+        app.include_router(room.router)
+    app.mount("/static", StaticFiles(directory=agent.api.STATIC_DIR), name="static")
+    return app
+
+
+def _error_response(error: EverloopError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, UnavailableError) else None
+    return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
+
+
+async def _everloop_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EverloopError)
+    return _error_response(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
+    if first["type"] == "json_invalid":
+        path = []
+    param = ".".join(path) or None
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return _error_response(InvalidRequestError(message, code=code, param=param))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    wrapped = InvalidRequestError(str(error.detail), code=f"http_{error.status_code}")
+    return JSONResponse(wrapped.envelope(), status_code=error.status_code, headers=error.headers)
+
+
+def main() -> None:
+    """Run the API as a process."""
+    setup_logging()
+    settings = load()
+    options: dict[str, Any] = {"host": "127.0.0.1", "port": settings.api_port or 8080}
+    uvicorn.run(build_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=10, **options)
+
+
+if __name__ == "__main__":
+    main()

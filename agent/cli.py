@@ -1,0 +1,1 @@
+"""``everloop chat`` and ``everloop bench``."""

@@ -1,0 +1,147 @@
+"""OpenAI's wire format, as far as Everloop speaks it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infra.errors import InvalidRequestError
+from infra.text import CleanText
+
+ASSISTANT_MODEL = "everloop"
+MAX_MESSAGES = 512
+
+
+class Message(BaseModel):
+    """One message of a conversation; text only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: CleanText = Field(min_length=1)
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """``POST /v1/chat/completions``.
+
+    ``model`` is ``everloop`` (the deployed assistant) or the name of a release. ``store: false`` keeps the
+    episode out of everything that learns.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": ASSISTANT_MODEL,
+                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                    "user": "ada",
+                    "stream": True,
+                }
+            ]
+        },
+    )
+
+    model: CleanText = Field(min_length=1, max_length=128)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    user: CleanText = Field("anonymous", min_length=1, max_length=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    store: bool = Field(True, description="Whether this answer may be learned from.")
+    metadata: dict[str, str] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: CleanText | list[CleanText] | None = Field(None)
+    n: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _someone_asks(self) -> ChatRequest:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("The last message must be from the user (or the system), not the assistant.")
+        return self
+
+    def sampling(self, default_max_tokens: int) -> dict[str, Any]:
+        """Return the sampling parameters that go to the engine and into the episode."""
+        values: dict[str, Any] = {
+            "max_tokens": self.max_completion_tokens or self.max_tokens or default_max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
+        if self.seed is not None:
+            values["seed"] = self.seed
+        if self.stop:
+            values["stop"] = self.stop
+        return values
+
+
+def check_budget(max_tokens: int, max_model_tokens: int) -> None:
+    """Refuse an answer length that leaves no room for the question.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``context_length_exceeded``.
+    """
+    if max_tokens >= max_model_tokens:
+        raise InvalidRequestError(
+            f"max_tokens is {max_tokens}, but the model holds {max_model_tokens} tokens in all.",
+            code="context_length_exceeded",
+            param="max_tokens",
+        )
+
+
+def chunk(
+    episode_id: str, created: int, model: str, delta: dict[str, Any], finish_reason: str | None = None
+) -> dict[str, Any]:
+    """Return one ``chat.completion.chunk``."""
+    return {
+        "id": episode_id,
+        "object": "chat.completion.chunk",
+        "created": created,
+        "model": model,
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
+    }
+
+
+def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+    """Return OpenAI's usage object."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
+
+
+def completion(
+    episode_id: str, created: int, model: str, answer: str, finish_reason: str | None, used: dict[str, int]
+) -> dict[str, Any]:
+    """Return a whole ``chat.completion``."""
+    return {
+        "id": episode_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": answer, "refusal": None},
+                "logprobs": None,
+                "finish_reason": finish_reason,
+            }
+        ],
+        "usage": used,
+    }

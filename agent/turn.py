@@ -1,0 +1,138 @@
+"""One turn: route, generate, record. The episode is in the log before the client sees the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from agent.schema import ASSISTANT_MODEL, ChatRequest, check_budget
+from deploy import head
+from deploy.head import Assignment
+from feedback import episodes
+from feedback.episodes import Recording
+from infra.db import Sessions, transaction
+from infra.engine import EngineClient
+from infra.errors import EverloopError, NotFoundError
+from infra.settings import Settings
+
+
+class Turn:
+    """An answer from its request to its episode.
+
+    Use :meth:`begin`, then iterate :meth:`deltas` to the end, or close it early: the episode is written
+    either way, marked complete, interrupted or failed.
+    """
+
+    def __init__(self, sessions: Sessions, engine: EngineClient, settings: Settings, body: ChatRequest) -> None:
+        self.sessions = sessions
+        self.engine = engine
+        self.settings = settings
+        self.body = body
+        self.created = int(time.time())
+        self.recording: Recording
+        self._events: AsyncIterator[dict[str, Any]]
+        self._stream: Any = None
+        self._started_s = time.perf_counter()
+
+    async def begin(self) -> None:
+        """Choose the release and open the engine's stream.
+
+        Raises
+        ------
+        EverloopError
+            Where nothing was generated; then no episode is written.
+        """
+        sampling = self.body.sampling(self.settings.max_answer_tokens)
+        check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
+        assignment = await anyio.to_thread.run_sync(self._assign)
+        messages = [message.model_dump() for message in self.body.messages]
+        self.recording = Recording(
+            episode_id=episodes.new_episode_id(),
+            user_id=self.body.user,
+            release=assignment.release,
+            adapter_digest=assignment.adapter_digest,
+            canary_id=assignment.canary_id,
+            arm=assignment.arm,
+            propensity=assignment.propensity,
+            messages=messages,
+            sampling=sampling,
+            learn=self.body.store,
+        )
+        self._stream = self.engine.stream_chat(
+            {
+                "model": assignment.release,
+                "messages": messages,
+                "logprobs": True,
+                "return_token_ids": True,
+                "stream_options": {"include_usage": True},
+                **sampling,
+            }
+        )
+        self._events = await self._stream.__aenter__()
+
+    def _assign(self) -> Assignment:
+        with transaction(self.sessions) as session:
+            if self.body.model == ASSISTANT_MODEL:
+                return head.assign(session, self.body.user)
+            try:
+                return head.pinned(session, self.body.model)
+            except NotFoundError as error:
+                raise NotFoundError(
+                    f"The model {self.body.model!r} does not exist. Use {ASSISTANT_MODEL!r}, or a release "
+                    "that GET /v1/models lists.",
+                    code="model_not_found",
+                    param="model",
+                ) from error
+
+    async def deltas(self) -> AsyncIterator[str]:
+        """Yield the answer's text as it is generated; when this ends, the episode is written.
+
+        Closing it early stops the engine and writes the episode as interrupted.
+        """
+        recording = self.recording
+        try:
+            async with aclosing(self._events) as events:  # type: ignore[type-var]
+                async for event in events:
+                    text = self._take(event)
+                    if text:
+                        yield text
+            recording.status = "complete" if recording.finish_reason else "failed"
+        except EverloopError:
+            recording.status = "failed"
+            raise
+        finally:
+            # The client may be gone and this task cancelled: the episode is written all the same.
+            with anyio.CancelScope(shield=True):
+                await self._stream.__aexit__(None, None, None)
+                recording.latency_ms = self._elapsed_ms()
+                await anyio.to_thread.run_sync(self._record)
+
+    def _take(self, event: dict[str, Any]) -> str:
+        recording = self.recording
+        if event.get("usage"):
+            recording.num_prompt_tokens = event["usage"]["prompt_tokens"]
+        if not event["choices"]:
+            return ""
+        if event.get("prompt_token_ids"):
+            recording.num_prompt_tokens = len(event["prompt_token_ids"])
+        choice = event["choices"][0]
+        text = choice["delta"].get("content") or ""
+        if recording.ttft_ms is None and text:
+            recording.ttft_ms = self._elapsed_ms()
+        recording.answer += text.replace("\x00", "")
+        recording.token_ids += choice.get("token_ids") or []
+        recording.logprobs += [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
+        recording.finish_reason = choice.get("finish_reason") or recording.finish_reason
+        return str(text)
+
+    def _record(self) -> None:
+        with transaction(self.sessions) as session:
+            episodes.record(session, self.recording)
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._started_s) * 1000.0

@@ -1,0 +1,1 @@
+"""Which adapter serves whom, and why: registry, attestation, gates, canary, promotion."""

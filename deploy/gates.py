@@ -1,0 +1,78 @@
+"""Gates: what a candidate must show before it meets anybody. Inconclusive holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Z_95 = 1.959963984540054
+
+# Differences below this (nats per token) are numerical noise, not another policy.
+MIN_PROBE_DIFFERENCE = 1e-3
+MIN_WIN_RATE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """One gate with all that its verdict rests on."""
+
+    gate: str
+    value: float
+    threshold: float
+    n: int
+    low: float
+    high: float
+    verdict: Verdict
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the result as plain data."""
+        return asdict(self)
+
+
+def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Return Wilson's score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def win_rate_gate(challenger: Sequence[float], champion: Sequence[float]) -> GateResult:
+    """Compare pessimistic rewards on held-out prompts, pair by pair; ties count half."""
+    wins = sum(
+        1.0 if new > old else 0.5 if new == old else 0.0
+        for new, old in zip(challenger, champion, strict=True)
+    )
+    n = len(champion)
+    low, high = wilson_interval(wins, n)
+    verdict: Verdict = "pass" if low > MIN_WIN_RATE else "fail" if high < MIN_WIN_RATE else "inconclusive"
+    return GateResult("win_rate", wins / n if n else 0.5, MIN_WIN_RATE, n, low, high, verdict)
+
+
+def attestation_gate(against: str, difference: float, num_tokens: int) -> GateResult:
+    """Require that the served model differs from another (mean absolute difference, nats per token)."""
+    verdict: Verdict = "pass" if difference > MIN_PROBE_DIFFERENCE else "fail"
+    return GateResult(
+        f"differs_from_{against}", difference, MIN_PROBE_DIFFERENCE, num_tokens, difference, difference, verdict
+    )
+
+
+def length_gate(words: Sequence[int], low_words: float, high_words: float) -> GateResult:
+    """Require that the median length stays in the range of the answers that people rated well."""
+    ordered = sorted(words)
+    median = float(ordered[len(ordered) // 2]) if ordered else 0.0
+    verdict: Verdict = "pass" if low_words <= median <= high_words else "fail"
+    return GateResult("median_words", median, low_words, len(words), low_words, high_words, verdict)
+
+
+def overall(results: Sequence[GateResult]) -> Verdict:
+    """Return pass only if every gate passes; a failure outweighs an open question."""
+    verdicts = {result.verdict for result in results}
+    if "fail" in verdicts:
+        return "fail"
+    return "inconclusive" if "inconclusive" in verdicts else "pass"

@@ -1,0 +1,194 @@
+"""The head of the deployment: who is served what. Moved by compare-and-swap only.
+
+Each move writes an audit row and an event in the same transaction. Gateways read the head for each
+request, so all of them follow at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from deploy import audit
+from deploy.registry import get_release
+from deploy.tables import AuditEntry, Canary, Head, Release
+from infra import outbox
+from infra.errors import ConflictError, InvalidRequestError
+from infra.events import DeploymentChanged
+
+HEAD_ID = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The release that a user gets, and how it came to that."""
+
+    release: str
+    adapter_digest: str | None
+    arm: str
+    propensity: float
+    canary_id: int | None
+
+
+def read(session: Session) -> Head:
+    """Return the head as it is now."""
+    return session.get_one(Head, HEAD_ID, populate_existing=True)
+
+
+def unit_interval(canary_id: int, user_id: str) -> float:
+    """Place a user in [0, 1) for one canary: sticky within it, independent between canaries."""
+    digest = hashlib.sha256(f"{canary_id}:{user_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def assign(session: Session, user_id: str) -> Assignment:
+    """Return the release that a user gets under the present head."""
+    head = read(session)
+    if head.challenger is None or head.canary_id is None:
+        return _assignment(session, head.champion, "champion", 1.0, None)
+    if unit_interval(head.canary_id, user_id) < head.share:
+        return _assignment(session, head.challenger, "challenger", head.share, head.canary_id)
+    return _assignment(session, head.champion, "champion", 1.0 - head.share, head.canary_id)
+
+
+def pinned(session: Session, name: str) -> Assignment:
+    """Return an assignment to a release that the request names."""
+    return _assignment(session, get_release(session, name).name, "pinned", 1.0, None)
+
+
+def _assignment(
+    session: Session, release: str, arm: str, propensity: float, canary_id: int | None
+) -> Assignment:
+    digest = session.scalar(sa.select(Release.adapter_digest).where(Release.name == release))
+    return Assignment(release, digest, arm, propensity, canary_id)
+
+
+def open_canary(
+    session: Session,
+    *,
+    challenger: str,
+    share: float,
+    alpha: float,
+    gates: list[dict[str, object]],
+    actor: str,
+    reason: str,
+) -> Canary:
+    """Let `challenger` meet a share of the users.
+
+    Raises
+    ------
+    ConflictError
+        Code ``canary_open`` where another candidate is among users.
+    """
+    head = read(session)
+    if head.canary_id is not None:
+        raise ConflictError(
+            f"Canary {head.canary_id} ({head.challenger}) is open; decide it first.", code="canary_open"
+        )
+    canary = Canary(
+        champion=head.champion, challenger=challenger, share=share, alpha=alpha, gates=gates
+    )
+    session.add(canary)
+    session.flush()
+    _swap(session, head, "canary_opened", actor, reason, challenger=challenger, canary=canary, share=share)
+    return canary
+
+
+def close_canary(
+    session: Session, canary_id: int, *, decision: str, evidence: dict[str, object], actor: str, reason: str
+) -> None:
+    """End a canary: ``promote`` makes the challenger champion; anything else keeps the champion.
+
+    Raises
+    ------
+    ConflictError
+        Code ``canary_closed`` where it was decided before.
+    """
+    head = read(session)
+    if head.canary_id != canary_id:
+        raise ConflictError(f"Canary {canary_id} is no longer open.", code="canary_closed")
+    canary = session.get_one(Canary, canary_id)
+    canary.decision, canary.reason, canary.evidence = decision, reason, evidence
+    canary.closed_at = sa.func.now()
+    champion = canary.challenger if decision == "promote" else canary.champion
+    action = {"promote": "promoted", "rollback": "canary_rolled_back"}.get(decision, "canary_ended")
+    _swap(session, head, action, actor, reason, champion=champion)
+
+
+def move_champion(session: Session, release: str, *, action: str, actor: str, reason: str) -> None:
+    """Make `release` the champion by an operator's decision; an open canary ends with it."""
+    if not reason.strip():
+        raise InvalidRequestError("A reason is needed.", code="reason_missing", param="reason")
+    head = read(session)
+    release = get_release(session, release).name
+    if head.canary_id is not None:
+        canary = session.get_one(Canary, head.canary_id)
+        canary.decision = "promote" if canary.challenger == release else "aborted"
+        canary.reason, canary.closed_at = reason, sa.func.now()
+    elif head.champion == release:
+        raise ConflictError(f"{release} is the champion already.", code="already_champion")
+    _swap(session, head, action, actor, reason, champion=release)
+
+
+def previous_champion(session: Session) -> str:
+    """Return the champion before the present one, for a rollback.
+
+    Raises
+    ------
+    ConflictError
+        Code ``nothing_to_roll_back``.
+    """
+    before = session.scalars(
+        sa.select(AuditEntry.details["before"]["champion"].astext)
+        .where(AuditEntry.details["before"]["champion"].astext != read(session).champion)
+        .order_by(AuditEntry.id.desc())
+        .limit(1)
+    ).one_or_none()
+    if before is None:
+        raise ConflictError("There is no earlier champion.", code="nothing_to_roll_back")
+    return before
+
+
+def _swap(
+    session: Session,
+    head: Head,
+    action: str,
+    actor: str,
+    reason: str,
+    *,
+    champion: str | None = None,
+    challenger: str | None = None,
+    canary: Canary | None = None,
+    share: float = 0.0,
+) -> None:
+    before = {"champion": head.champion, "challenger": head.challenger, "version": head.version}
+    after = {
+        "version": head.version + 1,
+        "champion": champion or head.champion,
+        "challenger": challenger,
+        "canary_id": canary.id if canary else None,
+        "share": share,
+    }
+    moved = session.execute(
+        sa.update(Head).where(Head.id == HEAD_ID, Head.version == head.version).values(**after)
+    )
+    if moved.rowcount != 1:  # type: ignore[attr-defined]
+        raise ConflictError(
+            "The deployment was changed by somebody else at the same time; look, then try again.",
+            code="head_moved",
+        )
+    subject = str(challenger or after["champion"])
+    audit.write(
+        session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after
+    )
+    event = DeploymentChanged(
+        action=action,
+        head_version=head.version + 1,
+        champion=str(after["champion"]),
+        challenger=challenger,
+        reason=reason,
+    )
+    outbox.append(session, event, key="deployment")

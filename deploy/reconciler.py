@@ -1,0 +1,95 @@
+"""The reconciler: keeps the engine holding exactly the releases that the head names.
+
+Serving is a desired state. A runtime load is gone after the engine's restart, so the reconciler looks every
+second, loads what is missing under its immutable name (files checked by digest first), and unloads adapters
+that nothing refers to any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import sqlalchemy as sa
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from deploy import head, registry
+from deploy.tables import Release
+from infra.db import Sessions, connect
+from infra.engine import EngineClient
+from infra.errors import EverloopError
+from infra.process import run_until_stopped
+from infra.settings import BASE_MODEL_NAME, load
+
+log = logging.getLogger("everloop.reconciler")
+
+INTERVAL_S = 1.0
+# An answer begun on a release may still be running when the head moves: keep it this many rounds.
+KEEP_ROUNDS = 180
+
+
+class Reconciler:
+    """Compares what is served with what should be, and mends the difference."""
+
+    def __init__(self, sessions: Sessions, engine_url: str) -> None:
+        self.sessions = sessions
+        self.engine_url = engine_url
+        self._idle_rounds: dict[str, int] = {}
+
+    def run(self, stop: threading.Event) -> None:
+        """Reconcile every second until told to stop."""
+        while not stop.is_set():
+            try:
+                asyncio.run(self.reconcile())
+            except (EverloopError, OperationalError, InterfaceError) as error:
+                log.warning("%s: %s", type(error).__name__, error)
+            stop.wait(INTERVAL_S)
+
+    async def reconcile(self) -> list[str]:
+        """Make one round; return the names that were loaded."""
+        with self.sessions() as session:
+            current = head.read(session)
+            wanted = {name for name in (current.champion, current.challenger) if name}
+            wanted.discard(BASE_MODEL_NAME)
+        loaded = []
+        async with EngineClient(self.engine_url) as engine:
+            served = set(await engine.models())
+            for name in sorted(wanted - served):
+                await load_release(self.sessions, engine, name)
+                loaded.append(name)
+            for name in self._expired(served - wanted):
+                await engine.unload_adapter(name)
+                log.info("unloaded %s", name)
+        return loaded
+
+    def _expired(self, unwanted: set[str]) -> list[str]:
+        """Return releases that nobody has wanted for long; names that are not ours are left alone."""
+        with self.sessions() as session:
+            ours = unwanted.intersection(
+                session.scalars(sa.select(Release.name).where(Release.adapter_digest.is_not(None)))
+            )
+        self._idle_rounds = {name: self._idle_rounds.get(name, 0) + 1 for name in ours}
+        return [name for name, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS]
+
+
+async def load_release(sessions: Sessions, engine: EngineClient, name: str) -> None:
+    """Load a release's adapter into the engine, after checking its files."""
+    with sessions() as session:
+        release = registry.get_release(session, name)
+        if release.adapter_digest is None:
+            return
+        path = registry.verified_path(session, release.adapter_digest)
+    await engine.load_adapter(name, path)
+    log.info("loaded %s", name)
+
+
+def main() -> None:
+    """Run the reconciler as a process."""
+    settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=2)
+    run_until_stopped("reconciler", Reconciler(sessions, settings.need("engine_url")).run)
+
+
+if __name__ == "__main__":
+    main()

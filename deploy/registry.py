@@ -1,0 +1,116 @@
+"""The registry: immutable adapters, checked by digest, and the releases that name them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from deploy.tables import Adapter, Release
+from infra.errors import IntegrityError, NotFoundError
+
+MANIFEST = "everloop.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each adapter file.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``adapter_incomplete`` where a file is missing, ``adapter_unsafe`` for a link.
+    """
+    digests = {}
+    for name in ADAPTER_FILES:
+        path = directory / name
+        if path.is_symlink():
+            raise IntegrityError(f"{name} is a link; adapters are plain files.", code="adapter_unsafe")
+        if not path.is_file():
+            raise IntegrityError(f"The adapter has no {name}.", code="adapter_incomplete")
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def adapter_digest(files: dict[str, str]) -> str:
+    """Return the digest that names an adapter."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def register(
+    session: Session, source: Path, adapters_dir: Path, *, run_id: str | None, manifest: dict[str, Any]
+) -> Release:
+    """Copy an adapter into the registry under its digest and give it a release name.
+
+    The copy appears under its final name in one rename, so a crash leaves no half adapter behind a digest.
+    Registering the same files again returns the release that they have.
+    """
+    files = file_digests(source)
+    digest = adapter_digest(files)
+    known = session.scalars(sa.select(Release).where(Release.adapter_digest == digest)).first()
+    if known is not None:
+        return known
+    manifest = {**manifest, "files": files, "digest": digest}
+    target = adapters_dir / digest
+    if not target.exists():
+        staging = adapters_dir / f".{digest[:12]}-{uuid.uuid4().hex[:8]}"
+        staging.mkdir(parents=True)
+        for name in ADAPTER_FILES:
+            shutil.copyfile(source / name, staging / name)
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+        os.rename(staging, target)
+    session.add(
+        Adapter(
+            digest=digest,
+            path=str(target),
+            base_digest=manifest["base_digest"],
+            run_id=run_id,
+            manifest=manifest,
+        )
+    )
+    session.flush()
+    number = session.scalar(sa.select(sa.func.count()).select_from(Release))
+    release = Release(name=f"r{number}-{digest[:8]}", adapter_digest=digest)
+    session.add(release)
+    session.flush()
+    return release
+
+
+def get_release(session: Session, name: str) -> Release:
+    """Return a release.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``release_not_found``.
+    """
+    release = session.scalars(sa.select(Release).where(Release.name == name)).one_or_none()
+    if release is None:
+        raise NotFoundError(f"There is no release {name!r}.", code="release_not_found", param="release")
+    return release
+
+
+def verified_path(session: Session, digest: str) -> Path:
+    """Return an adapter's directory after checking every file against the digest.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``adapter_changed`` where a file is not what was registered.
+    """
+    adapter = session.get_one(Adapter, digest)
+    path = Path(adapter.path)
+    if adapter_digest(file_digests(path)) != digest:
+        raise IntegrityError(
+            f"The files of adapter {digest[:12]} changed after it was registered; it will not be loaded.",
+            code="adapter_changed",
+        )
+    return path

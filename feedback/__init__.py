@@ -1,0 +1,1 @@
+"""What happened, and what people said of it: episodes and signals."""

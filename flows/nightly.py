@@ -1,0 +1,86 @@
+"""The night run and the canary watch, as Prefect flows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import flow
+from prefect.deployments import run_deployment
+
+from deploy import head
+from deploy.tables import Canary
+from deploy.votes import weigh
+from infra.db import Sessions, advisory_lock, connect
+from infra.errors import ConflictError
+from infra.settings import load
+
+NIGHTLY = "nightly/everloop"
+WATCH = "watch-canary/everloop"
+LOOK_EVERY_S = 1.0
+ACTOR = "watch-canary"
+
+
+@flow(name="nightly", log_prints=True)
+def nightly(canary_share: float | None = None, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Freeze, sample, train, judge; where a candidate passes, open a canary and have it watched.
+
+    Parameters
+    ----------
+    canary_share
+        Share of users who meet the candidate; the setting's, if unset.
+    config
+        Overrides of the recipe's settings.
+    """
+    from trainer.config import OnlineDPOConfig
+    from trainer.night import Night
+
+    settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=3)
+    night = Night(
+        sessions, settings, OnlineDPOConfig.model_validate(config or {}), canary_share or settings.canary_share
+    )
+    result = night.run()
+    print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
+    if result["status"] == "canary":
+        run_deployment(WATCH, timeout=0, as_subflow=False)
+    return result
+
+
+@flow(name="watch-canary", log_prints=True)
+def watch_canary() -> str:
+    """Look at the open canary after every vote until it is decided or out of time."""
+    settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=2)
+    with advisory_lock(sessions, "watch-canary") as held:
+        if not held:
+            return "watched by another run"
+        while True:
+            outcome = look(sessions, settings.canary_max_s)
+            if outcome is not None:
+                print(outcome)
+                return outcome
+            time.sleep(LOOK_EVERY_S)
+
+
+def look(sessions: Sessions, max_s: float) -> str | None:
+    """Look at the open canary once; return how it ended, or None while it is undecided."""
+    with sessions.begin() as session:
+        canary_id = head.read(session).canary_id
+        if canary_id is None:
+            return "no canary is open"
+        canary = session.get_one(Canary, canary_id)
+        evidence = weigh(session, canary)
+        decision: str = evidence.decision
+        if decision == "hold":
+            if time.time() - canary.opened_at.timestamp() < max_s:
+                return None
+            decision = "expired"
+        reason = evidence.sentence()
+        try:
+            head.close_canary(
+                session, canary_id, decision=decision, evidence=evidence.as_dict(), actor=ACTOR, reason=reason
+            )
+        except ConflictError as error:  # an operator was quicker
+            return error.message
+        return f"canary {canary_id}: {decision}: {reason}"

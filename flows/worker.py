@@ -1,0 +1,66 @@
+"""Registers the flows with Prefect and becomes a process worker for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.schedules import Cron
+
+from infra.process import setup_logging
+from infra.settings import Settings, load
+
+log = logging.getLogger("everloop.flows")
+
+POOL = "everloop"
+ROOT = Path(__file__).resolve().parents[1]
+WATCH_CRON = "*/30 * * * *"  # the night starts the watch itself; this takes over where that was lost
+
+
+def register(settings: Settings) -> None:
+    """Create the work pool and the deployments; safe to repeat."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        except ObjectAlreadyExists:
+            pass
+    schedules = {
+        "nightly": Cron(settings.night_cron, timezone=settings.time_zone),
+        "watch_canary": Cron(WATCH_CRON, timezone=settings.time_zone),
+    }
+    for function, schedule in schedules.items():
+        remote = flow.from_source(source=str(ROOT), entrypoint=f"flows/nightly.py:{function}")
+        remote.deploy(
+            name="everloop", work_pool_name=POOL, schedules=[schedule], build=False, push=False, print_next_steps=False
+        )
+        log.info("deployed %s", function)
+
+
+def main() -> None:
+    """Run as a process: register, then hand over to Prefect's worker."""
+    setup_logging()
+    settings = load()
+    for attempt in range(60):
+        try:
+            register(settings)
+            break
+        except Exception as error:
+            log.warning("Prefect is not ready (%s); trying again", type(error).__name__)
+            if attempt == 59:
+                raise
+            time.sleep(1.0)
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL],
+    )
+
+
+if __name__ == "__main__":
+    main()

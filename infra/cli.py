@@ -1,0 +1,65 @@
+"""The command root. A subcommand's module is imported only when it is called, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# name: (module, attribute, the line in --help)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "up": ("infra.stack.cli", "up", "Start the embedded stack and serve."),
+    "down": ("infra.stack.cli", "down", "Stop the stack; no process stays behind."),
+    "status": ("infra.stack.cli", "status", "Show each part, and what is deployed."),
+    "demo": ("flows.cli", "demo", "Take the loop round with a simulated population."),
+    "chat": ("agent.cli", "chat", "Talk to the assistant in the terminal."),
+    "train": ("flows.cli", "train", "Start a night run now and follow it."),
+    "promote": ("deploy.cli", "promote", "Make a release the champion, with a reason."),
+    "rollback": ("deploy.cli", "rollback", "Go back to an earlier champion, with a reason."),
+    "bench": ("agent.cli", "bench", "Measure; each bench prints what it compared with."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, help_line = COMMANDS[cmd_name]
+        import typer
+
+        function = getattr(importlib.import_module(module), attribute)
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(name=cmd_name, help=help_line)(function)
+        return typer.main.get_command(app)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="everloop")
+def root() -> None:
+    """Everloop: an assistant that gets better from the people who use it."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line; an error that helps is one sentence and exit status 1."""
+    from infra.errors import EverloopError
+
+    try:
+        return root(args)
+    except EverloopError as error:
+        click.echo(f"everloop: {error.message} [{error.code}]", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The database: one engine per process, built by the composition root and handed down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+
+from infra.errors import UnavailableError
+
+Sessions = sessionmaker[Session]
+
+
+class Base(DeclarativeBase):
+    """Base of every table; the naming convention keeps migrations deterministic."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def connect(database_url: str, *, pool_size: int = 5) -> Sessions:
+    """Return a session factory on a pooled engine.
+
+    Parameters
+    ----------
+    database_url
+        ``postgresql+psycopg://…``.
+    pool_size
+        Connections kept open; as many again may be opened under load.
+    """
+    engine = sa.create_engine(
+        database_url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True, pool_timeout=10
+    )
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+@contextmanager
+def transaction(sessions: Sessions) -> Iterator[Session]:
+    """Open a transaction; a database that is away becomes a 503 that says so."""
+    try:
+        with sessions.begin() as session:
+            yield session
+    except (OperationalError, InterfaceError) as error:
+        raise UnavailableError(
+            "The database does not answer; nothing was written. Try again in a few seconds.",
+            code="database_unavailable",
+        ) from error
+
+
+@contextmanager
+def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
+    """Try to hold the lock `name` for the length of the block; yield whether it is held.
+
+    The lock lives on a connection of its own, so it ends with the process, however the process ends.
+    """
+    engine: sa.Engine = sessions.kw["bind"]
+    key = sa.func.hashtextextended(f"everloop.{name}", 0)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        held = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
+        try:
+            yield held
+        finally:
+            if held and not connection.invalidated:
+                connection.scalar(sa.select(sa.func.pg_advisory_unlock(key)))

@@ -1,0 +1,165 @@
+"""Client of the engine (a vLLM server): chat streams, plain completions, adapters and probes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+
+CONNECT_TIMEOUT_S = 2.0
+
+
+class EngineError(EverloopError):
+    """The engine refused or broke off a request."""
+
+    status = 502
+    code = "engine_error"
+
+
+class EngineClient:
+    """An asynchronous client of one vLLM server.
+
+    Parameters
+    ----------
+    url
+        Root address of the server, without ``/v1``.
+    timeout_s
+        Longest silence within one response.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
+        self.url = url
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    @asynccontextmanager
+    async def stream_chat(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """Open a chat completion stream; leaving the block early makes the engine stop generating.
+
+        Yields
+        ------
+        AsyncIterator[dict]
+            The ``chat.completion.chunk`` objects.
+        """
+        request = self._http.build_request("POST", "/v1/chat/completions", json={**payload, "stream": True})
+        try:
+            response = await self._http.send(request, stream=True)
+        except httpx.TransportError as error:
+            raise _unavailable() from error
+        try:
+            if response.status_code != 200:
+                await response.aread()
+                raise _refusal(response)
+            yield _chunks(response)
+        finally:
+            await response.aclose()
+
+    async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Return one whole chat completion."""
+        return await self._post("/v1/chat/completions", payload)
+
+    async def models(self) -> list[str]:
+        """Return the names of the models and adapters that the engine holds now."""
+        try:
+            response = await self._http.get("/v1/models", timeout=5.0)
+        except httpx.TransportError as error:
+            raise _unavailable() from error
+        if response.status_code != 200:
+            raise _refusal(response)
+        return [model["id"] for model in response.json()["data"]]
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Load an adapter directory under a new name."""
+        await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Drop an adapter."""
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def prompt_logprobs(self, model: str, prompt: str) -> list[float]:
+        """Return the log-probability of each token of `prompt` (nats), the first excluded."""
+        payload = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        choice = (await self._post("/v1/completions", payload))["choices"][0]
+        return [next(iter(entry.values()))["logprob"] for entry in choice["prompt_logprobs"][1:]]
+
+    async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+        try:
+            response = await self._http.post(path, json=payload)
+        except httpx.TransportError as error:
+            raise _unavailable() from error
+        if response.status_code != 200:
+            raise _refusal(response)
+        try:
+            body = response.json()
+        except ValueError:  # the adapter routes answer in plain text
+            return {}
+        return body if isinstance(body, dict) else {}
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    try:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                return
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise EngineError("The engine broke off the answer.", code="engine_failed")
+            yield chunk
+    except httpx.TransportError as error:
+        raise EngineError("The engine went away in mid-answer.", code="engine_failed") from error
+
+
+def _unavailable() -> UnavailableError:
+    return UnavailableError(
+        "The engine does not answer. Feedback still works; try the chat again in a few seconds.",
+        code="engine_unavailable",
+    )
+
+
+def _refusal(response: httpx.Response) -> EverloopError:
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    error = body.get("error", body) if isinstance(body, dict) else {}
+    message = str(error.get("message") or response.text[:300])
+    if response.status_code in (400, 422):
+        too_long = "context length" in message or "maximum model length" in message
+        code = "context_length_exceeded" if too_long else "invalid_request"
+        return InvalidRequestError(message, code=code, param="messages" if too_long else None)
+    if response.status_code == 404:
+        # The release is gone from the engine (it restarted); the reconciler is loading it again.
+        return UnavailableError("The engine is loading the release; try again.", code="release_loading")
+    if response.status_code in (429, 500, 503):
+        return UnavailableError("The engine is overloaded or failing; try again.", code="engine_unavailable")
+    return EngineError(f"The engine answered {response.status_code}: {message}")
+
+
+def mean_abs_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the mean absolute difference of two probes (nats per token)."""
+    if len(a) != len(b) or not a:
+        raise ValueError("Probes must have the same, non-zero number of tokens.")
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)

@@ -1,0 +1,29 @@
+"""What every long-running process does: log to standard error, and stop when asked."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Log to standard error. Ids go into logs, never message text."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+    for noisy in ("kafka", "httpx", "httpcore", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None:
+    """Call ``run(stop)``; SIGTERM and SIGINT set `stop`, so that work in hand is finished first."""
+    setup_logging()
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    logging.getLogger(f"everloop.{name}").info("started")
+    run(stop)
+    logging.getLogger(f"everloop.{name}").info("stopped")

@@ -1,0 +1,138 @@
+"""Settings: from the environment (``EVERLOOP_*``), then ``everloop.toml``, then what `everloop up` chose.
+
+Nothing is read at import: :func:`load` reads everything, once, where a process starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_HOME = "~/.local/share/everloop"
+BASE_MODEL_NAME = "base"
+
+
+class Settings(BaseSettings):
+    """Every setting, with its default. An address that is set replaces the embedded part."""
+
+    model_config = SettingsConfigDict(env_prefix="EVERLOOP_", extra="forbid")
+
+    home: Path = Field(description="Directory that holds all state.")
+
+    api_port: int | None = Field(None, description="Port of the API and the chat page; free one if unset.")
+    public_url: str | None = Field(None, description="Where the API answers; filled in by `everloop up`.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL of PostgreSQL; embedded if unset.")
+    kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
+    kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
+    engine_url: str | None = Field(None, description="Address of a vLLM server; embedded if unset.")
+    prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
+    database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
+    kafka_port: int | None = Field(None, description="Port of the embedded broker; free one if unset.")
+    engine_port: int | None = Field(None, description="Port of the embedded vLLM; free one if unset.")
+    prefect_port: int | None = Field(None, description="Port of the embedded Prefect; free one if unset.")
+
+    base_model: str | None = Field(
+        None, description="Model directory or hub name; SmolLM2-135M-Instruct from its wheel if unset."
+    )
+    max_model_tokens: int = Field(2048, description="Longest context the engine holds, answer included.")
+    max_answer_tokens: int = Field(256, description="Answer length where the request sets none.")
+    max_request_bytes: int = Field(262_144, description="Largest request body; more is refused with 413.")
+    engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
+
+    encoder_layer: int = Field(22, ge=1, description="Hidden layer whose mean is the reward feature.")
+    reward_snapshot_every: int = Field(64, ge=1, description="Updates between two reward snapshots.")
+    pessimism_kappa: float = Field(0.5, ge=0, description="Standard deviations taken off a reward.")
+
+    night_cron: str = Field("0 3 * * *", description="When the night run starts.")
+    time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")
+    min_new_signals: int = Field(20, ge=1, description="A night with fewer new signals trains nothing.")
+    canary_share: float = Field(0.2, gt=0, lt=1, description="Share of users who meet a candidate.")
+    canary_alpha: float = Field(0.05, gt=0, lt=1, description="Chance of promoting a worse candidate.")
+    canary_max_s: float = Field(86_400.0, gt=0, description="A canary undecided for this long ends.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, home_dir() / "everloop.toml")
+        return init_settings, env_settings, toml
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets, process ids and the addresses that `everloop up` chose."""
+        return self.home / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        """One log file per part."""
+        return self.home / "logs"
+
+    @property
+    def base_model_dir(self) -> Path:
+        """The directory of the base model that engine, encoder and trainer load."""
+        if self.base_model:
+            return Path(self.base_model)
+        return self.home / "models" / "SmolLM2-135M-Instruct"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """Registered adapters, one directory per digest."""
+        return self.home / "adapters"
+
+    @property
+    def runs_dir(self) -> Path:
+        """Training runs: configuration, metrics, snapshot."""
+        return self.home / "runs"
+
+    @property
+    def stack_file(self) -> Path:
+        """Addresses (and the database password) of the running stack; readable by its owner only."""
+        return self.run_dir / "stack.json"
+
+    def need(self, name: str) -> str:
+        """Return an address, or say how to get one."""
+        from infra.errors import SetupError
+
+        value = getattr(self, name)
+        if value is None:
+            raise SetupError(
+                f"No {name} is set and no embedded stack is running in {self.home}. "
+                "Start one with `everloop up`, or set the address.",
+                code="stack_not_running",
+            )
+        return str(value)
+
+
+def home_dir() -> Path:
+    """Return the state directory named by ``EVERLOOP_HOME``."""
+    return Path(os.environ.get("EVERLOOP_HOME", DEFAULT_HOME)).expanduser().absolute()
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings.
+
+    Addresses recorded by a running `everloop up` fill in what neither the environment nor
+    ``everloop.toml`` sets.
+    """
+    home = home_dir()
+    settings = Settings(home=home, **overrides)
+    if settings.stack_file.exists():
+        recorded = json.loads(settings.stack_file.read_text())
+        missing = {k: v for k, v in recorded.items() if getattr(settings, k, None) is None}
+        settings = settings.model_copy(update=missing)
+    return settings

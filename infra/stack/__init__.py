@@ -1,0 +1,1 @@
+"""The embedded stack: real parts from wheels, run by supervisord, under one directory."""

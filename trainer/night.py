@@ -1,0 +1,324 @@
+"""One night: freeze what people said, sample, score, pair, train, register, judge, open a canary.
+
+Each step reads and writes the run's row, so a page, a terminal and a restart see the same progress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import shutil
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from deploy import attest, audit, gates, head, registry
+from deploy.gates import GateResult
+from deploy.reconciler import load_release
+from deploy.tables import Release
+from infra.db import Sessions, advisory_lock
+from infra.engine import EngineClient
+from infra.errors import ConflictError, EverloopError
+from infra.settings import Settings
+from reward import store
+from reward.encoder import Encoder, base_model_digest
+from reward.style import num_words
+from trainer import pairs, snapshot
+from trainer.config import OnlineDPOConfig
+from trainer.pairs import PairSet
+from trainer.rollout import Sample, sample
+from trainer.scoring import PinnedReward
+from trainer.snapshot import Snapshot
+from trainer.tables import TrainingRun
+
+log = logging.getLogger("everloop.night")
+
+RECIPE = "online-dpo"
+ACTOR = "nightly"
+MIN_PAIRS = 8
+
+
+class Night:
+    """A run in progress.
+
+    Parameters
+    ----------
+    canary_share
+        Share of users who meet the candidate.
+    """
+
+    def __init__(
+        self, sessions: Sessions, settings: Settings, config: OnlineDPOConfig, canary_share: float
+    ) -> None:
+        self.sessions = sessions
+        self.settings = settings
+        self.config = config
+        self.canary_share = canary_share
+        self.run_id = f"run_{uuid.uuid4().hex[:12]}"
+        self.run_dir = settings.runs_dir / self.run_id
+        self.set_aside: Counter[str] = Counter()
+        self._phase_started_s = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    # -- progress ---------------------------------------------------------------------------------
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a phase of `total` steps."""
+        self._close_phase()
+        self._current = name
+        self._update(phase=name, phase_done=0, phase_total=total)
+
+    def progress(self, done: int) -> None:
+        """Note that `done` steps of the phase are behind us."""
+        self._update(phase_done=done)
+
+    def _close_phase(self) -> None:
+        now = time.monotonic()
+        if hasattr(self, "_current"):
+            self._seconds[self._current] = round(now - self._phase_started_s, 1)
+            self.metric(phase=self._current, seconds=self._seconds[self._current])
+        self._phase_started_s = now
+
+    def metric(self, **values: Any) -> None:
+        """Append a line to the run's ``metrics.jsonl``."""
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _update(self, **values: Any) -> None:
+        with self.sessions.begin() as session:
+            session.execute(sa.update(TrainingRun).where(TrainingRun.id == self.run_id).values(**values))
+
+    def finish(self, status: str, **result: Any) -> dict[str, Any]:
+        """End the run; return what the flow reports."""
+        self._close_phase()
+        result |= {"seconds": self._seconds, "set_aside": dict(self.set_aside)}
+        self._update(status=status, phase="done", result=result, ended_at=sa.func.now())
+        return {"run_id": self.run_id, "status": status, **result}
+
+    # -- the steps --------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Run the night to its end.
+
+        Returns
+        -------
+        dict
+            ``run_id``, ``status`` (canary, held or skipped), and why.
+
+        Raises
+        ------
+        ConflictError
+            Code ``run_in_progress`` where another run holds the lock.
+        """
+        with advisory_lock(self.sessions, "training") as held:
+            if not held:
+                raise ConflictError("Another training run is in progress.", code="run_in_progress")
+            self._create()
+            try:
+                return self._steps()
+            except BaseException as error:
+                message = error.message if isinstance(error, EverloopError) else f"{type(error).__name__}: {error}"
+                self._update(status="failed", result={"reason": message}, ended_at=sa.func.now())
+                raise
+            finally:
+                shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+
+    def _create(self) -> None:
+        self.run_dir.mkdir(parents=True)
+        with self.sessions.begin() as session:
+            # Runs of a process that died hold no lock any more; they are not running.
+            session.execute(
+                sa.update(TrainingRun)
+                .where(TrainingRun.status == "running")
+                .values(status="failed", result={"reason": "the process died"}, ended_at=sa.func.now())
+            )
+            session.add(
+                TrainingRun(
+                    id=self.run_id,
+                    recipe=RECIPE,
+                    status="running",
+                    phase="snapshot",
+                    config=self.config.model_dump(),
+                )
+            )
+
+    def _steps(self) -> dict[str, Any]:
+        self.phase("snapshot", 1)
+        with self.sessions.begin() as session:
+            current = head.read(session)
+            if current.canary_id is not None:
+                return self.finish("skipped", reason=f"canary {current.canary_id} is still open")
+            data = snapshot.take(session)
+        self.set_aside.update(data.set_aside)
+        if data.num_signals < self.settings.min_new_signals:
+            return self.finish(
+                "skipped",
+                reason=f"{data.num_signals} signals, fewer than min_new_signals={self.settings.min_new_signals}",
+            )
+        data.save(self.run_dir / "dataset.jsonl")
+        encoder = Encoder(self.settings.base_model_dir, self.settings.encoder_layer)
+        with self.sessions.begin() as session:
+            snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
+        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
+        self._update(dataset_digest=data.digest, reward_snapshot_id=snapshot_id)
+
+        found = self._make_pairs(data, reward, current.champion)
+        if len(found.pairs) < MIN_PAIRS:
+            return self.finish("held", reason=f"only {len(found.pairs)} pairs had a clear winner")
+        adapter_dir = self._train(found, current.champion)
+        release = self._register(adapter_dir, data, snapshot_id, current.champion, len(found.pairs))
+        results = self._judge(data, reward, current.champion, release)
+        return self._open_canary(release, current.champion, results)
+
+    def _make_pairs(self, data: Snapshot, reward: PinnedReward, champion: str) -> PairSet:
+        # One example per prompt, the newest; a seeded choice where there are more than fit.
+        by_prompt = {json.dumps(e.messages): e for e in data.train}
+        examples = list(by_prompt.values())
+        random.Random(self.config.seed).shuffle(examples)
+        examples = examples[: self.config.num_prompts]
+        prompts = [e.messages for e in examples]
+        self.phase("sample", len(prompts))
+        samples = asyncio.run(self._sample(champion, prompts, self.config.samples_per_prompt, seed=1))
+        self.phase("score", sum(len(group) for group in samples) + len(prompts))
+        rewards = reward.score(
+            prompts, [[s.text for s in group] for group in samples], [e.answer for e in examples], self.progress
+        )
+        low, high = data.well_rated_words()
+        found = pairs.best_against_worst(
+            prompts, samples, rewards, min_margin=self.config.min_margin, words_range=(low, high)
+        )
+        corrected = pairs.corrections(data.train, self.config.max_corrections)
+        found.pairs += corrected.pairs
+        self.set_aside.update(found.set_aside + corrected.set_aside)
+        self.metric(
+            phase="pairs",
+            from_samples=len(found.pairs) - len(corrected.pairs),
+            from_corrections=len(corrected.pairs),
+            words_range=[low, high],
+            set_aside=dict(self.set_aside),
+        )
+        return found
+
+    async def _sample(
+        self, model: str, prompts: list[list[dict[str, Any]]], num_samples: int, seed: int
+    ) -> list[list[Sample]]:
+        url = self.settings.need("engine_url")
+        async with EngineClient(url, timeout_s=self.settings.engine_timeout_s) as engine:
+            return await sample(
+                engine,
+                model,
+                prompts,
+                num_samples=num_samples,
+                max_tokens=self.config.max_answer_tokens,
+                temperature=self.config.temperature,
+                seed=self.config.seed + seed,
+                on_done=self.progress,
+            )
+
+    def _train(self, found: PairSet, champion: str) -> Path:
+        from trainer import online_dpo
+
+        with self.sessions() as session:
+            digest = registry.get_release(session, champion).adapter_digest
+            start_from = registry.verified_path(session, digest) if digest else None
+        self.phase("train", max(1, round(len(found.pairs) * self.config.epochs / self.config.batch_pairs)))
+
+        def on_step(step: int, num_steps: int) -> None:
+            self._update(phase_done=step, phase_total=num_steps)
+
+        return online_dpo.train(
+            self.settings.base_model_dir, start_from, found.pairs, self.config, self.run_dir, on_step
+        )
+
+    def _register(
+        self, adapter_dir: Path, data: Snapshot, snapshot_id: int, champion: str, num_pairs: int
+    ) -> Release:
+        manifest = {
+            "base_digest": base_model_digest(self.settings.base_model_dir),
+            "recipe": RECIPE,
+            "run_id": self.run_id,
+            "config": self.config.model_dump(),
+            "dataset_digest": data.digest,
+            "reward_snapshot_id": snapshot_id,
+            "started_from": champion,
+            "num_pairs": num_pairs,
+            "num_signals": data.num_signals,
+            "set_aside": dict(self.set_aside),
+        }
+        with self.sessions.begin() as session:
+            release = registry.register(
+                session, adapter_dir, self.settings.adapters_dir, run_id=self.run_id, manifest=manifest
+            )
+            audit.write(
+                session, actor=ACTOR, action="registered", subject=release.name, reason=f"trained by {self.run_id}"
+            )
+        self._update(release=release.name)
+        return release
+
+    def _judge(self, data: Snapshot, reward: PinnedReward, champion: str, release: Release) -> list[GateResult]:
+        examples = list({json.dumps(e.messages): e for e in data.gate}.values())[-self.config.num_gate_prompts :]
+        prompts = [e.messages for e in examples]
+        self.phase("gates", 2 * len(prompts))
+        probe = asyncio.run(self._attest(release, champion))
+        new = asyncio.run(self._sample(release.name, prompts, 1, seed=2))
+        old = asyncio.run(self._sample(champion, prompts, 1, seed=3))
+        references = [e.answer for e in examples]
+        scores = [
+            [group[0] for group in reward.score(prompts, [[s.text for s in g] for g in answers], references)]
+            if prompts
+            else []
+            for answers in (new, old)
+        ]
+        low, high = data.well_rated_words()
+        results = [
+            gates.attestation_gate("base", probe.differs_from_base, len(probe.probe)),
+            gates.attestation_gate("champion", probe.differs_from_champion, len(probe.probe)),
+            gates.win_rate_gate(scores[0], scores[1]),
+            gates.length_gate([num_words(g[0].text) for g in new], low, max(high, _median_words(old))),
+        ]
+        for result in results:
+            self.metric(phase="gates", **result.as_dict())
+        return results
+
+    async def _attest(self, release: Release, champion: str) -> attest.ProbeResult:
+        url = self.settings.need("engine_url")
+        async with EngineClient(url, timeout_s=self.settings.engine_timeout_s) as engine:
+            if release.name not in await engine.models():
+                await load_release(self.sessions, engine, release.name)
+            result = await attest.compare(engine, release.name, champion)
+        with self.sessions.begin() as session:
+            attest.save(session, release, url, result)
+        return result
+
+    def _open_canary(self, release: Release, champion: str, results: list[GateResult]) -> dict[str, Any]:
+        judged = [result.as_dict() for result in results]
+        verdict = gates.overall(results)
+        if verdict != "pass":
+            failing = ", ".join(r.gate for r in results if r.verdict != "pass")
+            return self.finish("held", release=release.name, gates=judged, reason=f"gates {verdict}: {failing}")
+        with self.sessions.begin() as session:
+            if head.read(session).champion != champion:
+                raise ConflictError("The champion changed during the run.", code="head_moved")
+            canary = head.open_canary(
+                session,
+                challenger=release.name,
+                share=self.canary_share,
+                alpha=self.settings.canary_alpha,
+                gates=judged,
+                actor=ACTOR,
+                reason=f"{self.run_id} passed its gates",
+            )
+            canary_id = canary.id
+        self._update(canary_id=canary_id)
+        return self.finish("canary", release=release.name, gates=judged, canary_id=canary_id)
+
+
+def _median_words(groups: list[list[Sample]]) -> float:
+    ordered = sorted(num_words(group[0].text) for group in groups)
+    return float(ordered[len(ordered) // 2]) if ordered else 0.0

@@ -1,0 +1,69 @@
+"""Fresh samples from the engine that serves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infra.engine import EngineClient
+
+MAX_CONCURRENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled answer."""
+
+    text: str
+    finish_reason: str
+
+
+async def sample(
+    engine: EngineClient,
+    model: str,
+    prompts: Sequence[list[dict[str, Any]]],
+    *,
+    num_samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> list[list[Sample]]:
+    """Sample `num_samples` answers to each prompt.
+
+    Parameters
+    ----------
+    on_done
+        Called with the number of finished prompts after each.
+
+    Returns
+    -------
+    list of list of Sample
+        One list per prompt, in the order of `prompts`.
+    """
+    # The engine batches sequences, not requests: keep as many sequences in flight as it can hold.
+    gate = asyncio.Semaphore(max(1, MAX_CONCURRENT // num_samples))
+    done = 0
+
+    async def one(index: int, messages: list[dict[str, Any]]) -> list[Sample]:
+        nonlocal done
+        async with gate:
+            body = await engine.chat(
+                {
+                    "model": model,
+                    "messages": messages,
+                    "n": num_samples,
+                    "max_tokens": max_tokens,
+                    "temperature": temperature,
+                    "seed": seed * 1_000_003 + index,
+                }
+            )
+        done += 1
+        on_done(done)
+        return [
+            Sample(choice["message"]["content"] or "", choice["finish_reason"]) for choice in body["choices"]
+        ]
+
+    return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))

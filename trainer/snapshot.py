@@ -1,0 +1,137 @@
+"""Dataset snapshots: what a run may learn from, frozen, with a digest.
+
+The split is by prompt and depends on nothing else, so a prompt that trains once never gates later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from feedback.signals import standing_of
+from feedback.tables import Episode, Feedback
+from reward.style import num_words
+
+GATE_PART = 5  # one prompt in five is kept for gates
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An answer that people said something of."""
+
+    episode_id: str
+    messages: list[dict[str, Any]]
+    answer: str
+    thumbs: list[int]
+    corrections: list[str]
+    feedback_ids: list[str]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """The frozen data of one run."""
+
+    train: list[Example] = field(default_factory=list)
+    gate: list[Example] = field(default_factory=list)
+    set_aside: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_signals(self) -> int:
+        """Signals that the run may learn from."""
+        return sum(len(example.feedback_ids) for example in self.train)
+
+    def to_jsonl(self) -> str:
+        """Return the snapshot as JSON lines, the same bytes for the same data."""
+        lines = [
+            json.dumps({"split": split, **asdict(example)}, sort_keys=True, ensure_ascii=False)
+            for split, examples in (("train", self.train), ("gate", self.gate))
+            for example in examples
+        ]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON lines."""
+        return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the JSON lines."""
+        path.write_text(self.to_jsonl())
+
+    def well_rated_words(self) -> tuple[int, int]:
+        """Return the range of lengths (words) that people rated well or wrote themselves.
+
+        Training may move the length within it, and not beyond: what a reward allows, a policy takes.
+        """
+        words = sorted(
+            [num_words(e.answer) for e in self.train if sum(e.thumbs) > 0]
+            + [num_words(text) for e in self.train for text in e.corrections]
+        )
+        if not words:
+            return 0, 1_000_000
+        return words[len(words) // 20], words[-1 - len(words) // 20]
+
+
+def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:
+    """Tell whether a prompt is kept for gates, by its digest alone."""
+    text = json.dumps([message["content"] for message in messages], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).digest()[0] % GATE_PART == 0
+
+
+def take(session: Session) -> Snapshot:
+    """Freeze what may be learned from now: consenting, whole answers with signals that stand."""
+    rows = session.execute(
+        sa.select(Feedback, Episode)
+        .join(Episode, Episode.id == Feedback.episode_id)
+        .order_by(Episode.created_at, Episode.id, Feedback.seq)
+    ).all()
+    episodes = {episode.id: episode for _, episode in rows}
+    by_episode: dict[str, list[Feedback]] = {}
+    for signal, _ in rows:
+        by_episode.setdefault(signal.episode_id, []).append(signal)
+    set_aside: Counter[str] = Counter()
+    snapshot = Snapshot()
+    for episode_id, signals in by_episode.items():
+        episode = episodes[episode_id]
+        reason = _reason_against(episode)
+        if reason:
+            set_aside[reason] += len(signals)
+            continue
+        example = _example(episode, signals)
+        set_aside["superseded_or_withdrawn"] += len(signals) - len(example.feedback_ids)
+        if not example.feedback_ids:
+            continue
+        if is_gate_prompt(episode.messages):
+            set_aside["prompt_kept_for_gates"] += len(example.feedback_ids)
+            snapshot.gate.append(example)
+        else:
+            snapshot.train.append(example)
+    snapshot.set_aside = {reason: n for reason, n in sorted(set_aside.items()) if n}
+    return snapshot
+
+
+def _reason_against(episode: Episode) -> str | None:
+    if not episode.learn:
+        return "no_consent"
+    if episode.status != "complete":
+        return f"answer_{episode.status}"
+    return None if episode.answer.strip() else "answer_empty"
+
+
+def _example(episode: Episode, signals: list[Feedback]) -> Example:
+    standing = standing_of(signals)
+    return Example(
+        episode_id=episode.id,
+        messages=episode.messages,
+        answer=episode.answer,
+        thumbs=[s.value for s in standing if s.kind == "thumb" and s.value is not None],
+        corrections=[s.text for s in standing if s.kind == "correction" and s.text],
+        feedback_ids=[s.feedback_id for s in standing],
+    )

@@ -1,0 +1,40 @@
+"""Table of training runs: what each was made from, how far it is, how it ended."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from infra.db import Base
+from infra.tables import Timestamp
+
+
+class TrainingRun(Base):
+    """One run of a recipe."""
+
+    __tablename__ = "training_runs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    recipe: Mapped[str]
+    status: Mapped[str]
+    phase: Mapped[str]
+    phase_done: Mapped[int] = mapped_column(default=0)
+    phase_total: Mapped[int] = mapped_column(default=0)
+    config: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    dataset_digest: Mapped[str | None]
+    reward_snapshot_id: Mapped[int | None]
+    release: Mapped[str | None]
+    canary_id: Mapped[int | None]
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    __table_args__ = (
+        sa.CheckConstraint(
+            "status IN ('running', 'canary', 'held', 'skipped', 'failed')", name="status"
+        ),
+    )
