@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
@@ -27,3 +36,55 @@ def write_json(path: str | None, report: dict[str, Any]) -> None:
         sys.stdout.write(text)
     else:
         Path(path).write_text(text)
+
+
+LINE_EVERY_S = 10.0
+
+
+class Phase:
+    """Progress of one phase with its time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name = name
+        self.total = total
+        self.done = 0
+        self._started_s = self._line_at_s = time.monotonic()
+        self._bar: Progress | None = None
+        if errors.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<24}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=errors,
+            )
+            self._task = self._bar.add_task(name, total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        else:
+            say(f"{self.name}: 0/{self.total}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            say(f"{self.name}: {self.done}/{self.total} in {time.monotonic() - self._started_s:.0f} s")
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Note that `done` of the phase's steps are behind us."""
+        self.done, self.total = done, total or self.total
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=self.total)
+        elif time.monotonic() - self._line_at_s > LINE_EVERY_S and done:
+            self._line_at_s = time.monotonic()
+            left_s = (self._line_at_s - self._started_s) / done * max(self.total - done, 0)
+            say(f"{self.name}: {done}/{self.total}, about {left_s:.0f} s left")
+
+    def advance(self) -> None:
+        """Note one more step."""
+        self.update(self.done + 1)

@@ -117,8 +117,8 @@ class Turn {
       if (!control.signal.aborted) this.fail(error);
       else if (this.answer) this.settle('stopped');
       else this.fail(new Problem('Stopped before the answer began.'));
+      control.abort(); // Lets go of a stream that was not read to its end.
     }
-    control.abort(); // Lets go of a stream that was not read to its end.
     this.view.removeAttribute('aria-busy');
     if (active === control) refresh(null);
   }

@@ -1,0 +1,75 @@
+"""Starting a night by hand, and following it to its end."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from prefect.client.orchestration import get_client
+from prefect.deployments import run_deployment
+
+from flows.nightly import NIGHTLY
+from infra import report
+from infra.db import Sessions
+from infra.errors import EverloopError
+from trainer.tables import TrainingRun
+
+POLL_S = 0.5
+PHASES = {"snapshot": "freezing the data", "sample": "fresh samples", "score": "scoring", "train": "training",
+          "gates": "gates"}  # fmt: skip
+
+
+def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingRun:
+    """Start the nightly flow through Prefect and return its run when it has ended.
+
+    Raises
+    ------
+    EverloopError
+        Code ``night_failed`` where the flow crashed; its message says where to look.
+    """
+    began = datetime.now(UTC)
+    report.say("asking Prefect for a night run")
+    flow_run = run_deployment(NIGHTLY, parameters=parameters, timeout=0, as_subflow=False)
+    phase: report.Phase | None = None
+    try:
+        with get_client(sync_client=True) as client:
+            while True:
+                run = _newest_run(sessions, began)
+                if run is not None and run.status != "running":
+                    return run
+                state = client.read_flow_run(flow_run.id).state  # type: ignore[union-attr]
+                if state is not None and state.is_final() and (run is None or run.status == "running"):
+                    raise EverloopError(
+                        f"The night run ended as {state.name}: {state.message}. See the flow run in Prefect.",
+                        code="night_failed",
+                    )
+                phase = _show(phase, run)
+                time.sleep(POLL_S)
+    finally:
+        if phase is not None:
+            phase.__exit__()
+
+
+def _newest_run(sessions: Sessions, since: datetime) -> TrainingRun | None:
+    with sessions() as session:
+        return session.scalars(
+            sa.select(TrainingRun)
+            .where(TrainingRun.started_at >= since)
+            .order_by(TrainingRun.started_at.desc())
+            .limit(1)
+        ).one_or_none()
+
+
+def _show(phase: report.Phase | None, run: TrainingRun | None) -> report.Phase | None:
+    if run is None or run.phase not in PHASES:
+        return phase
+    name = f"night: {PHASES[run.phase]}"
+    if phase is None or phase.name != name:
+        if phase is not None:
+            phase.update(phase.total)
+            phase.__exit__()
+        phase = report.Phase(name, run.phase_total).__enter__()
+    phase.update(run.phase_done, run.phase_total)
+    return phase
