@@ -12,7 +12,6 @@ import anyio
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-
 from starlette.types import Send
 
 from agent.schema import ASSISTANT_MODEL, ChatRequest, chunk, completion, usage

@@ -24,6 +24,7 @@ from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 from infra.process import setup_logging
 from infra.settings import Settings, load
 
+
 def build_app(settings: Settings) -> FastAPI:
     """Return the API on the given settings."""
 

@@ -65,7 +65,5 @@ def save(session: Session, release: Release, replica: str, result: ProbeResult) 
     session.execute(
         insert(Attestation)
         .values(release=release.name, replica=replica, **values)
-        .on_conflict_do_update(
-            index_elements=["release", "replica"], set_={**values, "attested_at": sa.func.now()}
-        )
+        .on_conflict_do_update(index_elements=["release", "replica"], set_={**values, "attested_at": sa.func.now()})
     )

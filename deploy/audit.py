@@ -9,10 +9,6 @@ from sqlalchemy.orm import Session
 from deploy.tables import AuditEntry
 
 
-def write(
-    session: Session, *, actor: str, action: str, subject: str, reason: str, **details: Any
-) -> None:
+def write(session: Session, *, actor: str, action: str, subject: str, reason: str, **details: Any) -> None:
     """Add a row within the caller's transaction."""
-    session.add(
-        AuditEntry(actor=actor, action=action, subject=subject, reason=reason, details=details)
-    )
+    session.add(AuditEntry(actor=actor, action=action, subject=subject, reason=reason, details=details))

@@ -45,8 +45,7 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
 def win_rate_gate(challenger: Sequence[float], champion: Sequence[float]) -> GateResult:
     """Compare pessimistic rewards on held-out prompts, pair by pair; ties count half."""
     wins = sum(
-        1.0 if new > old else 0.5 if new == old else 0.0
-        for new, old in zip(challenger, champion, strict=True)
+        1.0 if new > old else 0.5 if new == old else 0.0 for new, old in zip(challenger, champion, strict=True)
     )
     n = len(champion)
     low, high = wilson_interval(wins, n)

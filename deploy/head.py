@@ -59,9 +59,7 @@ def pinned(session: Session, name: str) -> Assignment:
     return _assignment(session, get_release(session, name).name, "pinned", 1.0, None)
 
 
-def _assignment(
-    session: Session, release: str, arm: str, propensity: float, canary_id: int | None
-) -> Assignment:
+def _assignment(session: Session, release: str, arm: str, propensity: float, canary_id: int | None) -> Assignment:
     digest = session.scalar(sa.select(Release.adapter_digest).where(Release.name == release))
     return Assignment(release, digest, arm, propensity, canary_id)
 
@@ -88,9 +86,7 @@ def open_canary(
         raise ConflictError(
             f"Canary {head.canary_id} ({head.challenger}) is open; decide it first.", code="canary_open"
         )
-    canary = Canary(
-        champion=head.champion, challenger=challenger, share=share, alpha=alpha, gates=gates
-    )
+    canary = Canary(champion=head.champion, challenger=challenger, share=share, alpha=alpha, gates=gates)
     session.add(canary)
     session.flush()
     _swap(session, head, "canary_opened", actor, reason, challenger=challenger, canary=canary, share=share)
@@ -149,7 +145,7 @@ def previous_champion(session: Session) -> str:
     ).one_or_none()
     if before is None:
         raise ConflictError("There is no earlier champion.", code="nothing_to_roll_back")
-    return before
+    return str(before)
 
 
 def _swap(
@@ -172,18 +168,14 @@ def _swap(
         "canary_id": canary.id if canary else None,
         "share": share,
     }
-    moved = session.execute(
-        sa.update(Head).where(Head.id == HEAD_ID, Head.version == head.version).values(**after)
-    )
+    moved = session.execute(sa.update(Head).where(Head.id == HEAD_ID, Head.version == head.version).values(**after))
     if moved.rowcount != 1:  # type: ignore[attr-defined]
         raise ConflictError(
             "The deployment was changed by somebody else at the same time; look, then try again.",
             code="head_moved",
         )
     subject = str(challenger or after["champion"])
-    audit.write(
-        session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after
-    )
+    audit.write(session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after)
     event = DeploymentChanged(
         action=action,
         head_version=head.version + 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -66,7 +65,7 @@ def register(
         for name in ADAPTER_FILES:
             shutil.copyfile(source / name, staging / name)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        os.rename(staging, target)
+        staging.rename(target)
     session.add(
         Adapter(
             digest=digest,

@@ -53,7 +53,7 @@ def record(session: Session, recording: Recording) -> None:
         release=recording.release,
         arm=recording.arm,
         propensity=recording.propensity,
-        status=recording.status,  # type: ignore[arg-type]
+        status=recording.status,
         learn=recording.learn,
         messages=recording.messages,
         answer=recording.answer,

@@ -158,6 +158,4 @@ def fold(signals: Iterable[Standing]) -> list[Standing]:
 
 def standing_of(rows: Iterable[Feedback]) -> list[Standing]:
     """Fold feedback rows."""
-    return fold(
-        Standing(r.id, r.seq, r.episode_id, r.user_id, r.kind, r.value, r.text) for r in rows
-    )
+    return fold(Standing(r.id, r.seq, r.episode_id, r.user_id, r.kind, r.value, r.text) for r in rows)

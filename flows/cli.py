@@ -87,10 +87,17 @@ def _play(
 
 
 def _print(result: Result) -> None:
-    table = Table("", "liked", "n", "95 %", "against base (95 %)", "words", "night (s)", "release", "decision", box=None)
+    table = Table(
+        "", "liked", "n", "95 %", "against base (95 %)", "words", "night (s)", "release", "decision", box=None
+    )
     low, high = result.base_ci95
     table.add_row(
-        "base", f"{result.base_rate:.1%}", str(result.base_n), f"{low:.1%} to {high:.1%}", "", str(result.base_mean_words)
+        "base",
+        f"{result.base_rate:.1%}",
+        str(result.base_n),
+        f"{low:.1%} to {high:.1%}",
+        "",
+        str(result.base_mean_words),
     )
     for number, night in enumerate(result.nights, 1):
         table.add_row(
@@ -113,7 +120,8 @@ def _print(result: Result) -> None:
             aside = ", ".join(f"{reason} {n}" for reason, n in night.set_aside.items())
             report.output.print(f"night {number} set aside: {aside}")
     report.output.print(
-        f"{result.episodes} episodes, {result.feedback} signals, {result.lost_events} lost, {result.wall_s:.0f} s in all"
+        f"{result.episodes} episodes, {result.feedback} signals, {result.lost_events} lost, "
+        f"{result.wall_s:.0f} s in all"
     )
     verdict = "The loop closed." if result.closed else "The loop did NOT close."
     report.output.print(f"[bold]{verdict}[/bold]")

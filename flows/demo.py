@@ -169,7 +169,10 @@ class Demo:
     async def _day(self, population: Population, rater: Rater, title: str) -> None:
         with report.Phase(title, self.plan.rated_per_day) as phase:
             await population.day(
-                self._visits(self.plan.rated_per_day), rater, give_feedback=True, on_done=lambda _: phase.advance()
+                self._visits(self.plan.rated_per_day),
+                rater,
+                give_feedback=True,
+                on_done=lambda _: phase.advance(),
             )
 
     async def _canary_day(

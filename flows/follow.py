@@ -39,7 +39,7 @@ def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingRun:
                 run = _newest_run(sessions, began)
                 if run is not None and run.status != "running":
                     return run
-                state = client.read_flow_run(flow_run.id).state  # type: ignore[union-attr]
+                state = client.read_flow_run(flow_run.id).state
                 if state is not None and state.is_final() and (run is None or run.status == "running"):
                     raise EverloopError(
                         f"The night run ended as {state.name}: {state.message}. See the flow run in Prefect.",

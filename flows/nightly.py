@@ -21,7 +21,7 @@ LOOK_EVERY_S = 1.0
 ACTOR = "watch-canary"
 
 
-@flow(name="nightly", log_prints=True)
+@flow(name="nightly", log_prints=True)  # type: ignore[untyped-decorator]
 def nightly(canary_share: float | None = None, config: dict[str, Any] | None = None) -> dict[str, Any]:
     """Freeze, sample, train, judge; where a candidate passes, open a canary and have it watched.
 
@@ -47,7 +47,7 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
     return result
 
 
-@flow(name="watch-canary", log_prints=True)
+@flow(name="watch-canary", log_prints=True)  # type: ignore[untyped-decorator]
 def watch_canary() -> str:
     """Look at the open canary after every vote until it is decided or out of time."""
     settings = load()

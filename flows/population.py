@@ -72,7 +72,9 @@ class Rater:
                 limit=1 << 20,
             )
         except OSError as error:
-            raise SetupError(f"The rater {self.command!r} cannot be started: {error}", code="rater_failed") from error
+            raise SetupError(
+                f"The rater {self.command!r} cannot be started: {error}", code="rater_failed"
+            ) from error
         return self
 
     async def __aexit__(
@@ -165,9 +167,7 @@ class Population:
                 tasks.create_task(visit(user, prompt))
         return judged
 
-    async def _chat(
-        self, user: str, prompt: str, rater: Rater, *, learn: bool
-    ) -> tuple[Judgement, str | None]:
+    async def _chat(self, user: str, prompt: str, rater: Rater, *, learn: bool) -> tuple[Judgement, str | None]:
         messages = [{"role": "user", "content": prompt}]
         completion = await self._with_retries(messages, user, learn)
         answer = completion.choices[0].message.content or ""
@@ -229,7 +229,9 @@ def read_prompts(path: Path) -> list[str]:
         raise SetupError(f"{path} cannot be read as prompts: {error}", code="prompts_unreadable") from error
     unique = list(dict.fromkeys(prompts))
     if len(unique) < 40:
-        raise SetupError(f"{path} has {len(unique)} distinct prompts; at least 40 are needed.", code="prompts_too_few")
+        raise SetupError(
+            f"{path} has {len(unique)} distinct prompts; at least 40 are needed.", code="prompts_too_few"
+        )
     return unique
 
 

@@ -38,7 +38,12 @@ def register(settings: Settings) -> None:
     for function, schedule in schedules.items():
         remote = flow.from_source(source=str(ROOT), entrypoint=f"flows/nightly.py:{function}")
         remote.deploy(
-            name="everloop", work_pool_name=POOL, schedules=[schedule], build=False, push=False, print_next_steps=False
+            name="everloop",
+            work_pool_name=POOL,
+            schedules=[schedule],
+            build=False,
+            push=False,
+            print_next_steps=False,
         )
         log.info("deployed %s", function)
 
@@ -58,7 +63,19 @@ def main() -> None:
             time.sleep(1.0)
     os.execv(
         sys.executable,
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL],
+        [
+            sys.executable,
+            "-m",
+            "prefect",
+            "worker",
+            "start",
+            "--pool",
+            POOL,
+            "--type",
+            "process",
+            "--name",
+            POOL,
+        ],
     )
 
 

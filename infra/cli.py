@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
-import click
+import typer
+from typer.core import TyperGroup
 
 # name: (module, attribute, the line in --help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -22,42 +24,59 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(TyperGroup):
     """A group that knows its commands' names and help without importing them."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         if cmd_name not in COMMANDS:
             return None
         module, attribute, help_line = COMMANDS[cmd_name]
-        import typer
-
         function = getattr(importlib.import_module(module), attribute)
-        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(name=cmd_name, help=help_line)(function)
         return typer.main.get_command(app)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="everloop")
-def root() -> None:
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"everloop {version('everloop')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version_: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Everloop: an assistant that gets better from the people who use it."""
 
 
-def main(args: list[str] | None = None) -> Any:
+def main() -> None:
     """Run the command line; an error that helps is one sentence and exit status 1."""
     from infra.errors import EverloopError
 
     try:
-        return root(args)
+        app()
     except EverloopError as error:
-        click.echo(f"everloop: {error.message} [{error.code}]", err=True)
+        typer.echo(f"everloop: {error.message} [{error.code}]", err=True)
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from kafka import KafkaConsumer
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -30,7 +31,7 @@ Handler = Callable[[Session, Any, str], None]
 MAX_TRIES = 3
 
 
-class EpochChanged(Exception):
+class EpochChangedError(Exception):
     """The broker lost its memory; positions start over."""
 
 
@@ -73,7 +74,7 @@ class Consumer:
                         self._consume(stop)
                     else:
                         stop.wait(1.0)
-            except EpochChanged:
+            except EpochChangedError:
                 log.warning("%s: the log started over", self.name)
             except (kafka.KafkaError, OperationalError, InterfaceError) as error:
                 log.warning("%s: %s; trying again", self.name, type(error).__name__)
@@ -96,12 +97,10 @@ class Consumer:
         finally:
             consumer.close()
 
-    def _seek(self, consumer: kafka.KafkaConsumer) -> dict[tuple[str, int], int]:
+    def _seek(self, consumer: KafkaConsumer) -> dict[tuple[str, int], int]:
         epochs = self._epochs()
         with self.sessions() as session:
-            rows = session.scalars(
-                sa.select(ConsumerPosition).where(ConsumerPosition.consumer == self.name)
-            ).all()
+            rows = session.scalars(sa.select(ConsumerPosition).where(ConsumerPosition.consumer == self.name)).all()
         positions = {(row.topic, row.partition): row for row in rows}
         for tp in consumer.assignment():
             row = positions.get((tp.topic, tp.partition))
@@ -119,7 +118,7 @@ class Consumer:
     def _check_epochs(self, epochs: dict[tuple[str, int], int]) -> None:
         for key, epoch in self._epochs().items():
             if epochs.setdefault(key, epoch) != epoch:
-                raise EpochChanged
+                raise EpochChangedError
 
     def _apply_with_retries(self, record: Any, epoch: int) -> None:
         for attempt in range(1, MAX_TRIES + 1):

@@ -34,9 +34,7 @@ class EverloopError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """Return OpenAI's error envelope."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequestError(EverloopError, ValueError):

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 
 import sqlalchemy as sa
+from kafka import KafkaProducer
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -33,7 +34,7 @@ IDLE_S = 0.02
 MEMORY_CHECK_S = 1.0
 
 
-class BrokerLostMemory(Exception):
+class BrokerLostMemoryError(Exception):
     """The broker hands out offsets that it handed out before."""
 
 
@@ -52,7 +53,7 @@ class Relay:
         self.sessions = sessions
         self.bootstrap = settings.need("kafka_bootstrap")
         self.num_partitions = settings.kafka_partitions
-        self._producer: kafka.KafkaProducer | None = None
+        self._producer: KafkaProducer | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Publish until told to stop; a broker that is away is tried again every second."""
@@ -64,7 +65,7 @@ class Relay:
                         self._pump(stop)
                     else:
                         stop.wait(1.0)
-            except BrokerLostMemory as error:
+            except BrokerLostMemoryError as error:
                 log.warning("%s; publishing again what consumers lack", error)
             except kafka.KafkaError as error:
                 log.warning("broker away (%s); events wait in the outbox", type(error).__name__)
@@ -135,7 +136,7 @@ class Relay:
             if known is None:
                 session.add(LogPartition(topic=topic, partition=partition, last_offset=max(offsets)))
             elif min(offsets) <= known.last_offset:
-                raise BrokerLostMemory(f"{topic}[{partition}] went back to offset {min(offsets)}")
+                raise BrokerLostMemoryError(f"{topic}[{partition}] went back to offset {min(offsets)}")
             else:
                 known.last_offset = max(offsets)
 

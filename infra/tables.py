@@ -27,9 +27,7 @@ class OutboxRow(Base):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     published_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
-    __table_args__ = (
-        sa.Index("ix_outbox_unpublished", "seq", postgresql_where=sa.text("published_at IS NULL")),
-    )
+    __table_args__ = (sa.Index("ix_outbox_unpublished", "seq", postgresql_where=sa.text("published_at IS NULL")),)
 
 
 class LogPartition(Base):

@@ -78,7 +78,7 @@ class Encoder:
         reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"][: MAX_TOKENS - 2] + end
         return prompt[-(MAX_TOKENS - len(reply)) :] + reply, len(reply)
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _pooled(self, batch: Sequence[tuple[list[int], int]]) -> NDArray[np.float32]:
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.full((len(batch), longest), self.tokenizer.eos_token_id)
@@ -90,7 +90,7 @@ class Encoder:
         rows = [
             states[row, len(tokens) - length : len(tokens)].mean(0) for row, (tokens, length) in enumerate(batch)
         ]
-        return torch.stack(rows).float().numpy()
+        return torch.stack(rows).float().numpy()  # type: ignore[no-any-return]
 
 
 def encoder_name(model_dir: Path, layer: int) -> str:

@@ -133,7 +133,5 @@ def save_score(session: Session, episode_id: str, score: Score, posterior: Poste
     session.execute(
         insert(RewardScore)
         .values(episode_id=episode_id, **values)
-        .on_conflict_do_update(
-            index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()}
-        )
+        .on_conflict_do_update(index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()})
     )

@@ -70,6 +70,4 @@ class RewardScore(Base):
     p_good: Mapped[float]
     update_seq: Mapped[int] = mapped_column(sa.BigInteger)
     encoder: Mapped[str]
-    updated_at: Mapped[datetime] = mapped_column(
-        Timestamp, server_default=sa.func.now(), onupdate=sa.func.now()
-    )
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now(), onupdate=sa.func.now())

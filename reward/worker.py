@@ -136,9 +136,7 @@ class RewardWorker:
         self.posterior(session).head.unlearn_one(site)
         self._note(session, "remove", update.feedback_id, site, None)
 
-    def _note(
-        self, session: Session, action: str, feedback_id: str, site: Site, p_before: float | None
-    ) -> None:
+    def _note(self, session: Session, action: str, feedback_id: str, site: Site, p_before: float | None) -> None:
         update = RewardUpdate(
             feedback_id=feedback_id,
             action=action,

@@ -159,7 +159,7 @@ class Night:
         if data.num_signals < self.settings.min_new_signals:
             return self.finish(
                 "skipped",
-                reason=f"{data.num_signals} signals, fewer than min_new_signals={self.settings.min_new_signals}",
+                reason=f"{data.num_signals} signals; min_new_signals is {self.settings.min_new_signals}",
             )
         data.save(self.run_dir / "dataset.jsonl")
         encoder = Encoder(self.settings.base_model_dir, self.settings.encoder_layer)
@@ -256,7 +256,11 @@ class Night:
                 session, adapter_dir, self.settings.adapters_dir, run_id=self.run_id, manifest=manifest
             )
             audit.write(
-                session, actor=ACTOR, action="registered", subject=release.name, reason=f"trained by {self.run_id}"
+                session,
+                actor=ACTOR,
+                action="registered",
+                subject=release.name,
+                reason=f"trained by {self.run_id}",
             )
         self._update(release=release.name)
         return release

@@ -62,8 +62,6 @@ async def sample(
             )
         done += 1
         on_done(done)
-        return [
-            Sample(choice["message"]["content"] or "", choice["finish_reason"]) for choice in body["choices"]
-        ]
+        return [Sample(choice["message"]["content"] or "", choice["finish_reason"]) for choice in body["choices"]]
 
     return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))

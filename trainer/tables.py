@@ -34,7 +34,5 @@ class TrainingRun(Base):
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (
-        sa.CheckConstraint(
-            "status IN ('running', 'canary', 'held', 'skipped', 'failed')", name="status"
-        ),
+        sa.CheckConstraint("status IN ('running', 'canary', 'held', 'skipped', 'failed')", name="status"),
     )

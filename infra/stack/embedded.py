@@ -37,7 +37,13 @@ def up(settings: Settings, say: Say) -> Settings:
         Code ``already_running``, ``port_taken``, ``no_disk`` and others, each with what to do.
     """
     _check_disk(settings)
-    for directory in (settings.home, settings.run_dir, settings.log_dir, settings.adapters_dir, settings.runs_dir):
+    for directory in (
+        settings.home,
+        settings.run_dir,
+        settings.log_dir,
+        settings.adapters_dir,
+        settings.runs_dir,
+    ):
         directory.mkdir(parents=True, exist_ok=True)
     settings.run_dir.chmod(0o700)
     with _starting(settings):
@@ -176,7 +182,9 @@ def _write_stack_file(settings: Settings, embedded: set[str]) -> None:
 
 def _prepare_base_model(settings: Settings) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "trainer.base_model", str(settings.base_model_dir)], capture_output=True, text=True
+        [sys.executable, "-m", "trainer.base_model", str(settings.base_model_dir)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise SetupError(f"The base model could not be prepared: {done.stderr[-500:]}", code="base_model_failed")
@@ -197,9 +205,10 @@ def _database_answers(settings: Settings) -> bool:
     dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
     try:
         with psycopg.connect(dsn.rpartition("/")[0] + "/postgres", connect_timeout=2, autocommit=True) as conn:
-            if dsn.endswith("/everloop") and not conn.execute(
-                "SELECT 1 FROM pg_database WHERE datname = 'everloop'"
-            ).fetchone():
+            if (
+                dsn.endswith("/everloop")
+                and not conn.execute("SELECT 1 FROM pg_database WHERE datname = 'everloop'").fetchone()
+            ):
                 conn.execute("CREATE DATABASE everloop")
         return True
     except psycopg.OperationalError:

@@ -131,7 +131,9 @@ class Supervisor:
         deadline = time.monotonic() + 10
         while not self.running():
             if done.returncode != 0 or time.monotonic() > deadline:
-                raise SetupError(f"supervisord did not start: {done.stderr or done.stdout}", code="supervisor_failed")
+                raise SetupError(
+                    f"supervisord did not start: {done.stderr or done.stdout}", code="supervisor_failed"
+                )
             time.sleep(0.05)
 
     def start(self, *names: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everloop's vLLM plug-in: LoRA adapters at nearly the speed of the base model on a CPU.
+"""Everloop's vLLM plug-in: LoRA adapters made fast on the CPU.
 
 vLLM loads :func:`register` in each of its processes through the entry point group
 ``vllm.general_plugins``. Set ``VLLM_PLUGINS`` to a list without ``everloop_cpu_lora`` to

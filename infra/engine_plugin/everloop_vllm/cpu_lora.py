@@ -111,23 +111,28 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
         if buffer is not None:
             args = (y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
             return super().add_lora_linear(*args, buffer=buffer, **kwargs)
-        plan, width = self._plan, sum(output_slices)
-        if not x.size(0) == y.size(0) == plan.size:
-            raise ValueError(f"LoRA plan has {plan.size} rows, the layer {x.size(0)}")
-        if not plan.groups:
-            return None
-        key = tuple(map(id, (*lora_a_stacked, *lora_b_stacked)))
+        if not x.size(0) == y.size(0) == self._plan.size:
+            raise ValueError(f"LoRA plan has {self._plan.size} rows, the layer {x.size(0)}")
+        if self._plan.groups:
+            copies = self._copies_of(lora_a_stacked, lora_b_stacked)
+            self._add_groups(y, x, copies, scale, output_slices)
+        return None
+
+    def _copies_of(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> FloatCopies:
+        key = tuple(map(id, (*a, *b)))
         if key not in self._copies:
-            self._copies[key] = FloatCopies(lora_a_stacked, lora_b_stacked)
-        inputs, outputs = plan.take(x), plan.take(y)
-        for slot, start, stop in plan.groups:
-            a, b = self._copies[key].slot(slot)
+            self._copies[key] = FloatCopies(a, b)
+        return self._copies[key]
+
+    def _add_groups(self, y: Tensor, x: Tensor, copies: FloatCopies, scale: float, widths: tuple[int, ...]) -> None:
+        inputs, outputs = self._plan.take(x), self._plan.take(y)
+        for slot, start, stop in self._plan.groups:
+            a, b = copies.slot(slot)
             shrunk = torch.mm(inputs[start:stop], a).chunk(len(b), dim=1)
-            parts = outputs[start:stop, :width].split(output_slices, dim=1)
+            parts = outputs[start:stop, : sum(widths)].split(widths, dim=1)
             for part, hidden, weight in zip(parts, shrunk, b, strict=True):
                 part.addmm_(hidden, weight, alpha=scale)
-        plan.put(y, outputs)
-        return None
+        self._plan.put(y, outputs)
 
 
 def install() -> None:

@@ -8,22 +8,19 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import everloop_vllm
 import pytest
 import torch
 import vllm
 import vllm.platforms
+from everloop_vllm import cpu_lora, grouped_ops
 from torch import Tensor
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms.cpu import CpuPlatform
 
-import everloop_vllm
-from everloop_vllm import cpu_lora, grouped_ops
-
-SHIPPED: dict[str, Callable[..., None]] = {
-    name: getattr(lora_ops, name) for name in cpu_lora._OPERATIONS
-}
+SHIPPED: dict[str, Callable[..., None]] = {name: getattr(lora_ops, name) for name in cpu_lora._OPERATIONS}
 SLOTS, RANK = 5, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Shipped products are rounded to the output's dtype at several points, ours at the end.
@@ -99,9 +96,7 @@ def routed(kind: str, segments: list[tuple[int, int]]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("kind", ["bgmv", "sgmv"])
 @pytest.mark.parametrize("scaling", [1.0, 0.37])
-def test_shrink(
-    kind: str, scaling: float, segments: list[tuple[int, int]], dtype: torch.dtype
-) -> None:
+def test_shrink(kind: str, scaling: float, segments: list[tuple[int, int]], dtype: torch.dtype) -> None:
     rows = per_row(segments).numel()
     before = (torch.randn(rows, 96).to(dtype), stack(RANK, 96, dtype))
     # The output starts dirty and wider than the rank: only the rank's columns may change.
@@ -173,9 +168,7 @@ def _prepare(wrapper: Any, segments: list[tuple[int, int]]) -> Any:
 # Output widths of o_proj, of gate_up_proj and of a qkv_proj with grouped heads.
 @pytest.mark.parametrize("slices", [(48,), (40, 40), (48, 16, 16)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_linear(
-    slices: tuple[int, ...], scale: float, segments: list[tuple[int, int]], dtype: torch.dtype
-) -> None:
+def test_linear(slices: tuple[int, ...], scale: float, segments: list[tuple[int, int]], dtype: torch.dtype) -> None:
     rows = per_row(segments).numel()
     a = tuple(stack(RANK, 96, dtype) for _ in slices)
     b = tuple(stack(out, RANK, dtype) for out in slices)
@@ -299,9 +292,7 @@ def test_other_versions_stay_as_shipped(
     assert is_shipped() and version in caplog.text and "WARNING" in caplog.text
 
 
-def test_other_platforms_stay_as_shipped(
-    restored: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_platforms_stay_as_shipped(restored: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     platform = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
     restored.setattr(vllm.platforms, "_current_platform", platform)
     restored.setattr(logging.getLogger("vllm"), "propagate", True)

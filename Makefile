@@ -1,0 +1,32 @@
+# `make` alone lists the verbs.
+SHELL := /bin/bash
+ARGS ?=
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test test-all lint clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: ## Make the two environments (safe to repeat).
+	@bash infra/setup.sh
+
+demo: setup ## Take the loop round with simulated users, then serve (ARGS=--exit stops by itself).
+	@.venv/bin/everloop demo $(ARGS)
+
+up: setup ## Start everything and serve until Ctrl-C.
+	@.venv/bin/everloop up $(ARGS)
+
+test: setup lint ## What CI runs: linters, types, layers, and all tests but the slow ones.
+	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup lint ## Everything, the slow tests too.
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: setup ## ruff, strict mypy, import-linter.
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+clean: ## Remove both environments and all caches (not what Everloop has learned).
+	@rm -rf .venv .venv-engine .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Makes the two environments: .venv (the platform) and .venv-engine (vLLM and our plug-in for it).
+# They cannot share one: Prefect and vLLM need different FastAPI versions. Safe to repeat; quick the second time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TORCH=2.13.0
+NEEDED_KIB=$((7 * 1024 * 1024))
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
+        [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 to 3.13 is needed and none was found. Install one, or name it: make setup PYTHON=/path/to/python3."
+}
+
+# torch first and by version: any other order takes a CUDA build of several GB where there is no GPU.
+# Where pip's own index has no CPU build, uv knows PyTorch's.
+install_torch() {
+    local env=$1
+    if "$env/bin/pip" install --quiet --dry-run --report "$env/torch.json" "torch==$TORCH" 2>>"$env/setup.log" &&
+        ! grep -q '"name": *"nvidia-' "$env/torch.json"; then
+        "$env/bin/pip" install --quiet "torch==$TORCH" 2>>"$env/setup.log"
+    else
+        say "$env: no CPU build of torch on the default index; taking PyTorch's own"
+        "$env/bin/pip" install --quiet uv 2>>"$env/setup.log"
+        "$env/bin/uv" pip install --quiet --python "$env/bin/python" --torch-backend=cpu "torch==$TORCH"
+    fi
+}
+
+make_env() { # directory, requirements, other things that it depends on
+    local env=$1 requirements=$2 python=$3 stamp
+    shift 3
+    stamp=$(cat infra/setup.sh "$requirements" "$@" pyproject.toml | sha256sum | cut -c1-64)
+    if [ "$(cat "$env/setup.stamp" 2>/dev/null)" = "$stamp" ] && [ "$(cat "$env/setup.place" 2>/dev/null)" = "$PWD" ]; then
+        say "$env is up to date"
+        return
+    fi
+    local started=$SECONDS
+    say "$env: creating (about a minute)"
+    [ -x "$env/bin/python" ] && [ "$(cat "$env/setup.place" 2>/dev/null)" = "$PWD" ] || "$python" -m venv --clear "$env"
+    echo "$PWD" >"$env/setup.place"
+    : >"$env/setup.log"
+    install_torch "$env"
+    say "$env: torch is in, installing $(grep -c == "$requirements") pinned packages"
+    "$env/bin/pip" install --quiet --no-deps --requirement "$requirements" 2>>"$env/setup.log"
+    case $env in
+        .venv) "$env/bin/pip" install --quiet --no-deps --no-build-isolation --editable . 2>>"$env/setup.log" ;;
+        .venv-engine) "$env/bin/pip" install --quiet --no-deps --no-build-isolation infra/engine_plugin 2>>"$env/setup.log" ;;
+    esac
+    echo "$stamp" >"$env/setup.stamp"
+    say "$env: ready after $((SECONDS - started)) s"
+}
+
+main() {
+    local python
+    python=$(find_python)
+    if [ ! -e .venv/setup.stamp ] || [ ! -e .venv-engine/setup.stamp ]; then
+        local free
+        free=$(df -Pk . | awk 'NR == 2 { print $4 }')
+        [ "$free" -gt "$NEEDED_KIB" ] ||
+            fail "Only $((free / 1024 / 1024)) GiB are free here and the two environments need $((NEEDED_KIB / 1024 / 1024)). Free some disk."
+    fi
+    trap 'code=$?; [ $code = 0 ] || say "failed; the last words are in .venv/setup.log and .venv-engine/setup.log"' EXIT
+    # Both at once: one downloads while the other unpacks.
+    make_env .venv-engine infra/requirements/engine.txt "$python" infra/engine_plugin/pyproject.toml infra/engine_plugin/everloop_vllm/*.py &
+    local engine=$!
+    make_env .venv infra/requirements/platform.txt "$python"
+    wait "$engine" || fail ".venv-engine could not be made; its log is .venv-engine/setup.log."
+}
+
+main
