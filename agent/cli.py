@@ -1,1 +1,105 @@
 """``everloop chat`` and ``everloop bench``."""
+
+from __future__ import annotations
+
+import getpass
+import uuid
+from typing import Annotated
+
+import httpx
+import typer
+from rich.table import Table
+
+from infra import report
+from infra.errors import EverloopError, InvalidRequestError
+from infra.settings import load
+
+JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
+THUMBS = {"/up": 1, "/down": -1, "/undo": 0}
+
+
+def chat(
+    model: Annotated[str, typer.Option("--model", help="everloop, or the name of a release.")] = "everloop",
+    prompt: Annotated[str | None, typer.Argument(help="Ask this and leave; without it, a conversation.")] = None,
+) -> None:
+    """Talk to the assistant; /up, /down and /undo rate the last answer, Ctrl-D leaves."""
+    import openai
+
+    url = load().need("public_url")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    messages: list[dict[str, str]] = []
+    episode_id: str | None = None
+    while True:
+        try:
+            text = prompt or input("you: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text in THUMBS:
+            _rate(url, episode_id, THUMBS[text])
+        elif text:
+            messages.append({"role": "user", "content": text})
+            episode_id, answer = _answer(client, model, messages)
+            messages.append({"role": "assistant", "content": answer})
+        if prompt:
+            return
+
+
+def _answer(client: object, model: str, messages: list[dict[str, str]]) -> tuple[str, str]:
+    import openai
+
+    assert isinstance(client, openai.OpenAI)
+    episode_id, parts = "", []
+    try:
+        stream = client.chat.completions.create(
+            model=model,
+            messages=messages,  # type: ignore[arg-type]
+            user=getpass.getuser(),
+            stream=True,
+        )
+        for chunk in stream:
+            episode_id = chunk.id
+            text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+            parts.append(text)
+            typer.echo(text, nl=False)
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        raise EverloopError(str(body.get("message", error)), code=str(error.code)) from error
+    except openai.APIConnectionError as error:
+        raise EverloopError("The API does not answer; is `everloop up` running?", code="api_down") from error
+    typer.echo()
+    return episode_id, "".join(parts)
+
+
+def _rate(url: str, episode_id: str | None, value: int) -> None:
+    if episode_id is None:
+        report.say("there is no answer to rate yet")
+        return
+    body = {
+        "episode_id": episode_id,
+        "user": getpass.getuser(),
+        "kind": "thumb",
+        "value": value,
+        "idempotency_key": uuid.uuid4().hex,
+    }
+    response = httpx.post(f"{url}/v1/feedback", json=body, trust_env=False)
+    report.say("noted" if response.status_code == 202 else response.text)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="serving")],
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each variant, interleaved.")] = 5,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure; each figure is a median over interleaved runs, printed beside what it is compared with."""
+    if name != "serving":
+        raise InvalidRequestError(f"There is no bench {name!r}; there is: serving.", code="unknown_bench")
+    from agent.bench import serving
+
+    result = serving(load(), runs)
+    report.write_json(json_path, result)
+    if json_path != "-":
+        table = Table("16 concurrent streams", "tokens/s (median)", "ratio", "runs", box=None)
+        for variant, row in result["variants"].items():
+            ratio = f"{row['ratio']:.2f} of {row['of']}" if row["of"] else ""
+            table.add_row(variant, f"{row['tokens_per_s']:.0f}", ratio, str(row["runs"]))
+        report.output.print(table)

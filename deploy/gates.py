@@ -39,7 +39,8 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The interval holds the rate itself; rounding at 0 and 1 must not say otherwise.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def win_rate_gate(challenger: Sequence[float], champion: Sequence[float]) -> GateResult:

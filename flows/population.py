@@ -18,7 +18,7 @@ from openai import APIError, AsyncOpenAI
 
 from infra.errors import SetupError
 
-CONCURRENT_USERS = 16
+CONCURRENT_USERS = 24
 MAX_ANSWER_TOKENS = 128
 TRIES = 5
 

@@ -6,8 +6,10 @@ Values on Kafka are CloudEvents 1.0 in structured JSON. ``dataschema`` names a v
 
 from __future__ import annotations
 
+import json
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -126,3 +128,14 @@ TOPICS: tuple[str, ...] = tuple(event.topic for event in EVENTS)
 def dead_letter_topic(topic: str) -> str:
     """Return where events of `topic` go that nobody can handle."""
     return f"{topic}.dlq"
+
+
+def write_schemas(directory: Path) -> None:
+    """Write the JSON Schema of every event into `directory`."""
+    for event in EVENTS:
+        text = json.dumps(event.model_json_schema(), indent=2, sort_keys=True) + "\n"
+        (directory / f"{event.schema_name()}.json").write_text(text)
+
+
+if __name__ == "__main__":
+    write_schemas(Path(__file__).parent / "schemas")

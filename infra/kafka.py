@@ -55,7 +55,7 @@ def assigned_consumer(bootstrap: str, topics: Iterable[str]) -> KafkaConsumer:
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        fetch_max_wait_ms=50,
+        fetch_max_wait_ms=200,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
     )
     partitions = [

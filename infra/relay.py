@@ -30,7 +30,7 @@ from infra.tables import ConsumedEvent, LogPartition, OutboxRow
 log = logging.getLogger("everloop.relay")
 
 BATCH_ROWS = 500
-IDLE_S = 0.02
+IDLE_S = 0.05
 MEMORY_CHECK_S = 1.0
 
 

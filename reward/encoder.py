@@ -23,8 +23,9 @@ from reward.style import style_features
 Message = dict[str, Any]
 BATCH_ANSWERS = 8
 MAX_TOKENS = 1024
-HIDDEN_SCALE = 1.0
-STYLE_SCALE = 1.0
+# Bring both parts to about unit variance, so that a prior variance of 1 suits either.
+HIDDEN_SCALE = 10.0
+STYLE_SCALE = 0.7
 
 
 class Encoder:
@@ -40,7 +41,7 @@ class Encoder:
 
     def __init__(self, model_dir: Path, layer: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
         if layer >= len(model.model.layers):
             raise ValueError(f"The base model has {len(model.model.layers)} layers; layer {layer} is too deep.")
         self._norm = model.model.layers[layer].input_layernorm
@@ -95,7 +96,7 @@ class Encoder:
 
 def encoder_name(model_dir: Path, layer: int) -> str:
     """Return the cache key of an encoder: base model digest, layer, and the version of this file's recipe."""
-    return f"{base_model_digest(model_dir)[:16]}.layer{layer}.v1"
+    return f"{base_model_digest(model_dir)[:16]}.layer{layer}.v2"
 
 
 def base_model_digest(model_dir: Path) -> str:

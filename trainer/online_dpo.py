@@ -90,7 +90,7 @@ def _arguments(config: OnlineDPOConfig, run_dir: Path) -> DPOConfig:
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.micro_batch_pairs,
         gradient_accumulation_steps=max(1, config.batch_pairs // config.micro_batch_pairs),
-        max_length=512,
+        max_length=config.max_pair_tokens,
         bf16=False,  # the weights are bf16 already; autocast only adds copies on the CPU
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),

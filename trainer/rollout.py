@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.engine import EngineClient
 
-MAX_CONCURRENT = 16
+MAX_CONCURRENT = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from infra.settings import BASE_MODEL_NAME, Settings
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 MAX_LORAS = 6
+MAX_SEQUENCES = 32
 MAX_LORA_RANK = 16
 
 
@@ -138,20 +139,25 @@ def _engine(settings: Settings) -> Part:
         "--max-loras", str(MAX_LORAS),
         "--max-lora-rank", str(MAX_LORA_RANK),
         "--max-model-len", str(settings.max_model_tokens),
-        "--max-num-seqs", "16",
+        "--max-num-seqs", str(MAX_SEQUENCES),
         "--enforce-eager",
         "--disable-uvicorn-access-log",
     ]  # fmt: skip
+    openmp = ROOT / ".venv-engine" / "lib" / "libiomp5.so"
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        # Threads that spin while they wait starve the other parts on a small machine.
+        # With its worker in a process of its own, the engine core spins on a shared-memory queue and takes
+        # one of two cores from the model: 150 to 200 tokens/s against 290 to 330 in one process.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         "KMP_BLOCKTIME": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
+    if openmp.exists():
+        environment["LD_PRELOAD"] = str(openmp)
     return Part("engine", command, environment, priority=200)
 
 

@@ -110,13 +110,13 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
         """
         if buffer is not None:
             args = (y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
-            return super().add_lora_linear(*args, buffer=buffer, **kwargs)
+            super().add_lora_linear(*args, buffer=buffer, **kwargs)
+            return
         if not x.size(0) == y.size(0) == self._plan.size:
             raise ValueError(f"LoRA plan has {self._plan.size} rows, the layer {x.size(0)}")
         if self._plan.groups:
             copies = self._copies_of(lora_a_stacked, lora_b_stacked)
             self._add_groups(y, x, copies, scale, output_slices)
-        return None
 
     def _copies_of(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> FloatCopies:
         key = tuple(map(id, (*a, *b)))

@@ -1,0 +1,1 @@
+"""Tests: unit (pure), integration (real parts), faults, e2e (a browser), learning (seeded)."""

@@ -1,0 +1,93 @@
+"""Fixtures: one real embedded stack for the whole run, started only if a test asks for it."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from infra import settings as settings_module
+from infra.db import Sessions, connect
+from infra.settings import Settings
+from infra.stack import embedded
+from infra.stack.supervisor import Supervisor, stack_processes
+
+
+@dataclass
+class Stack:
+    """The running stack, and ways to look at it."""
+
+    settings: Settings
+    sessions: Sessions
+    supervisor: Supervisor
+    http: httpx.Client
+    openai: openai.OpenAI
+
+    def feedback(self, episode_id: str, **signal: Any) -> httpx.Response:
+        """Send a signal with a key of its own unless one is given."""
+        body = {"episode_id": episode_id, "user": "tester", "idempotency_key": uuid.uuid4().hex, **signal}
+        return self.http.post("/v1/feedback", json=body)
+
+    def ask(self, prompt: str = "Name a colour.", **options: Any) -> Any:
+        """Ask once through the official client."""
+        options = {"model": "everloop", "user": "tester", "max_tokens": 16, **options}
+        return self.openai.chat.completions.create(messages=[{"role": "user", "content": prompt}], **options)
+
+    def part_pid(self, name: str) -> int:
+        """Return the process id of a running part."""
+        pid = next(part.pid for part in self.supervisor.status() if part.name == name)
+        assert pid is not None
+        return pid
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str = "") -> Any:
+    """Wait until `condition` holds and return its value."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what or "what was waited for did not happen"
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state directory of this run; the base model is shared between runs, being the same bytes."""
+    path = tmp_path_factory.mktemp("everloop")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "everloop-tests" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    (path / "models").symlink_to(cache)
+    before = os.environ.get("EVERLOOP_HOME")
+    os.environ["EVERLOOP_HOME"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["EVERLOOP_HOME"]
+    else:
+        os.environ["EVERLOOP_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def stack(home: Path) -> Iterator[Stack]:
+    """The whole embedded stack, started once per run."""
+    settings = embedded.up(settings_module.load(), print)
+    url = settings.need("public_url")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
+    try:
+        yield Stack(
+            settings=settings,
+            sessions=connect(settings.need("database_url")),
+            supervisor=Supervisor(settings),
+            http=httpx.Client(base_url=url, timeout=60, trust_env=False),
+            openai=client,
+        )
+    finally:
+        embedded.down(settings)
+        left = stack_processes(home)
+        assert not left, f"processes left behind: {left}"

@@ -1,0 +1,107 @@
+"""The chat page in a real browser, against the real stack."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from feedback.tables import Episode, Feedback
+from tests.conftest import wait_until
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("No Chromium was found; install one or name it in CHROMIUM.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, stack):
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    problems = []
+    own = stack.settings.public_url
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda r: problems.append(r.url) if not r.url.startswith((own, "data:")) else None)
+    page.goto(own)
+    yield page
+    context.close()
+    assert not problems
+
+
+def ask(page, text):
+    page.fill("textarea#prompt", text)
+    page.press("textarea#prompt", "Enter")
+
+
+def test_an_answer_streams_in_and_a_thumb_is_saved_and_withdrawn(page, stack):
+    ask(page, "What is the capital of France?")
+    up = page.locator('.message.assistant button[data-thumb="1"]')
+    expect(up).to_be_visible(timeout=60_000)
+    expect(page.locator(".release")).to_contain_text("base")
+    up.click()
+    expect(up).to_have_attribute("aria-pressed", "true")
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+
+    def thumbs():
+        with stack.sessions() as session:
+            rows = session.query(Feedback).filter_by(user_id=user, kind="thumb").order_by(Feedback.seq)
+            return [row.value for row in rows]
+
+    wait_until(lambda: thumbs() == [1])
+    up.click()
+    expect(up).to_have_attribute("aria-pressed", "false")
+    wait_until(lambda: thumbs() == [1, 0])
+    shots = os.environ.get("EVERLOOP_SHOTS")
+    if shots:
+        page.screenshot(path=str(Path(shots) / "chat.png"))
+
+
+def test_stop_keeps_the_partial_text_and_the_episode_is_interrupted(page, stack):
+    ask(page, "Write a very long story about a lighthouse.")
+    answer = page.locator(".message.assistant")
+    expect(answer).to_contain_text(re.compile(r"\w+ \w+ \w+"), timeout=60_000)
+    page.press("textarea#prompt", "Escape")
+    expect(page.locator("button#stop")).to_be_hidden(timeout=10_000)
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+
+    def status():
+        with stack.sessions() as session:
+            row = session.query(Episode).filter_by(user_id=user).one_or_none()
+            return row and row.status
+
+    assert wait_until(status) == "interrupted"
+    assert len(answer.inner_text().split()) >= 3
+
+
+def test_markup_in_an_answer_stays_text(page):
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            content_type="text/event-stream",
+            body='data: {"id":"ep_x","model":"base","choices":[{"index":0,"delta":{"content":'
+            '"<img src=x onerror=alert(1)>"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
+        ),
+    )
+    ask(page, "Hello")
+    expect(page.locator(".message.assistant")).to_contain_text("<img src=x onerror=alert(1)>")
+    assert page.locator(".message.assistant img").count() == 0
+
+
+def test_it_fits_a_narrow_screen(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

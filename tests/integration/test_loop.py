@@ -1,0 +1,228 @@
+"""The loop on real parts: votes, a small night through Prefect, a canary, promotion, rollback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from peft import PeftModel
+from sqlalchemy.exc import DatabaseError
+from transformers import AutoModelForCausalLM
+
+from deploy import head, registry
+from deploy.tables import Adapter, AuditEntry, Canary, Release
+from feedback.tables import Episode
+from flows.accounting import backlog
+from flows.rater import as_it_should_be
+from infra.errors import ConflictError, IntegrityError
+from tests.conftest import wait_until
+from trainer.snapshot import is_gate_prompt
+from trainer.tables import TrainingRun
+
+SMALL = {
+    "num_prompts": 4,
+    "samples_per_prompt": 2,
+    "max_answer_tokens": 48,
+    "max_corrections": 12,
+    "num_gate_prompts": 8,
+    "min_margin": 0.0,
+}
+TOPICS = ["rain", "bread", "chess", "tides", "bees", "glass", "maps", "salt", "kites", "moss", "ink", "owls",
+          "rope", "soap", "yeast", "wool", "zinc", "figs", "jazz", "lava", "mint", "oaks", "peat", "rye"]  # fmt: skip
+
+
+def train(stack, *arguments):
+    """Run `everloop train` as an operator would, with the small configuration."""
+    from infra.stack.parts import prefect_environment
+
+    code = (
+        "import json, sys; from flows.follow import run_night; from infra.db import connect; "
+        "from infra.settings import load; s = connect(load().need('database_url')); "
+        "r = run_night(s, json.loads(sys.argv[1])); print(r.id)"
+    )
+    environment = {**os.environ, **prefect_environment(stack.settings)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps({"config": SMALL, "canary_share": 0.5})],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with stack.sessions() as session:
+        return session.get_one(TrainingRun, done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def night(stack):
+    """A night after some rated and corrected answers; its run."""
+    for number, topic in enumerate(TOPICS):
+        completion = stack.ask(f"Tell me something about {topic}.", max_tokens=48, user=f"teacher-{number % 5}")
+        answer = completion.choices[0].message.content
+        stack.feedback(
+            completion.id, kind="thumb", value=1 if number % 4 == 0 else -1, user=f"teacher-{number % 5}"
+        )
+        if number % 4:
+            text = as_it_should_be(answer)
+            stack.feedback(completion.id, kind="correction", text=text, user=f"teacher-{number % 5}")
+    wait_until(lambda: drained(stack), timeout_s=60)
+    return train(stack)
+
+
+def drained(stack):
+    with stack.sessions() as session:
+        return backlog(session) == 0
+
+
+@pytest.fixture(scope="module")
+def release(stack, night):
+    """The night's release, as a challenger that half of the users meet."""
+    with stack.sessions.begin() as session:
+        if head.read(session).canary_id is None:
+            head.open_canary(
+                session, challenger=night.release, share=0.5, alpha=0.05, gates=[], actor="test", reason="by hand"
+            )
+    return night.release
+
+
+def test_the_night_trains_and_judges_by_what_is_really_served(stack, night):
+    assert night.status in ("canary", "held"), night.result
+    gates = {gate["gate"]: gate for gate in night.result["gates"]}
+    assert gates["differs_from_base"]["verdict"] == gates["differs_from_champion"]["verdict"] == "pass"
+    assert gates["win_rate"]["n"] > 0
+    lines = (stack.settings.runs_dir / night.id / "metrics.jsonl").read_text().splitlines()
+    assert {"sample", "score", "train", "gates"} <= {json.loads(line)["phase"] for line in lines}
+
+
+def test_the_snapshot_holds_no_gate_prompt_and_only_what_may_be_learned(stack, night):
+    lines = (stack.settings.runs_dir / night.id / "dataset.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["split"] for row in rows} == {"train", "gate"}
+    assert all(is_gate_prompt(row["messages"]) == (row["split"] == "gate") for row in rows)
+    with stack.sessions() as session:
+        silent = set(session.scalars(sa.select(Episode.id).where(~Episode.learn)))
+    assert not silent & {row["episode_id"] for row in rows}
+
+
+def test_the_adapter_is_registered_whole_and_loads_in_plain_peft(stack, night):
+    with stack.sessions() as session:
+        adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
+        path = registry.verified_path(session, adapter.digest)
+    assert {"dataset_digest", "reward_snapshot_id", "base_digest", "config", "files"} <= set(adapter.manifest)
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
+    model = AutoModelForCausalLM.from_pretrained(stack.settings.base_model_dir)
+    loaded = PeftModel.from_pretrained(model, str(path))
+    assert any("lora_B" in n and p.abs().sum() > 0 for n, p in loaded.named_parameters())
+
+
+def test_a_changed_adapter_is_not_loaded(stack, night):
+    with stack.sessions() as session:
+        adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
+        weights = Path(adapter.path) / "adapter_model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        try:
+            with pytest.raises(IntegrityError) as refused:
+                registry.verified_path(session, adapter.digest)
+        finally:
+            weights.write_bytes(whole)
+    assert refused.value.code == "adapter_changed"
+
+
+def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack, release):
+    wait_until(lambda: release in served(stack), timeout_s=30, what="the reconciler did not load the challenger")
+    arms = {}
+    for number in range(30):
+        user = f"visitor-{number}"
+        completion = stack.ask("Say hello.", user=user)
+        with stack.sessions() as session:
+            episode = session.get_one(Episode, completion.id)
+        assert episode.propensity == 0.5 and episode.arm in ("champion", "challenger")
+        assert (completion.model == release) == (episode.arm == "challenger")
+        assert episode.arm == arms.setdefault(user, episode.arm)
+        assert stack.ask("Say hello.", user=user).model == completion.model
+        for vote in range(4):
+            good = episode.arm == "challenger"
+            stack.feedback(completion.id, kind="thumb", value=1 if good else -1, user=f"{user}-friend-{vote}")
+    assert set(arms.values()) == {"champion", "challenger"}
+    decide(stack)
+    with stack.sessions() as session:
+        canary = session.scalars(sa.select(Canary).order_by(Canary.id.desc()).limit(1)).one()
+        assert canary.decision == "promote" and canary.evidence["e_better"] >= 20
+        assert head.read(session).champion == release
+    assert stack.ask().model == release
+
+
+def decide(stack):
+    """The watcher may be at it already (a night that passed starts it); look until the canary is closed."""
+    from flows.nightly import look
+
+    wait_until(lambda: look(stack.sessions, 3600), timeout_s=30, what="the canary was not decided")
+
+
+def served(stack):
+    return {model.id for model in stack.openai.models.list()}
+
+
+def test_the_champion_is_loaded_again_after_the_engine_restarts(stack, release):
+    stack.supervisor.stop("engine")
+    stack.supervisor.start("engine")
+
+    def answered():
+        try:
+            return stack.ask().model == release
+        except Exception:
+            return False
+
+    wait_until(answered, timeout_s=180, what="the champion did not come back after the engine's restart")
+
+
+def test_of_two_moves_at_once_one_wins_and_the_other_is_told(stack, release):
+    with stack.sessions() as one, stack.sessions() as two:
+        stale = head.read(two)
+        assert stale.champion == release
+        head.move_champion(one, "base", action="promoted_by_hand", actor="one", reason="first")
+        one.commit()
+        two.expunge_all()
+        with pytest.raises(ConflictError) as lost:
+            head._swap(two, stale, "promoted_by_hand", "two", "second", champion="base")
+        two.rollback()
+    assert lost.value.code == "head_moved"
+
+
+def test_rollback_by_command_takes_a_reason_and_is_followed_at_once(stack, release):
+    everloop = [sys.executable, "-m", "infra.cli"]
+    refused = subprocess.run([*everloop, "rollback"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--reason" in refused.stderr
+    done = subprocess.run(
+        [*everloop, "rollback", "--reason", "it was too terse", "--json", "-"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["champion"] == release
+    assert stack.ask().model == release
+    done = subprocess.run([*everloop, "promote", "base", "--reason", "start over"], capture_output=True, text=True)
+    assert done.returncode == 0 and stack.ask().model == "base"
+    unknown = subprocess.run([*everloop, "promote", "r9-nope", "--reason", "x"], capture_output=True, text=True)
+    assert unknown.returncode == 1 and "[release_not_found]" in unknown.stderr
+
+
+def test_every_act_is_in_the_audit_log_which_the_database_keeps(stack, release):
+    with stack.sessions() as session:
+        actions = set(session.scalars(sa.select(AuditEntry.action)))
+        assert {"registered", "canary_opened", "promoted", "rolled_back_by_hand"} <= actions
+        for statement in ("UPDATE audit_log SET reason = ''", "DELETE FROM audit_log", "TRUNCATE audit_log"):
+            with pytest.raises(DatabaseError, match="append-only"):
+                session.execute(sa.text(statement))
+            session.rollback()
+
+
+def test_releases_are_never_renamed_or_reused(stack, night):
+    with stack.sessions.begin() as session:
+        adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
+        again = registry.register(
+            session, Path(adapter.path), stack.settings.adapters_dir, run_id=None, manifest=adapter.manifest
+        )
+        assert again.name == night.release
+        assert session.query(Release).filter_by(adapter_digest=adapter.digest).count() == 1

@@ -1,0 +1,117 @@
+"""The embedded stack and the command line, as an operator meets them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+import trainer.tables  # noqa: F401
+from infra.db import Base
+from infra.errors import SetupError
+from infra.settings import Settings
+from infra.stack import embedded
+from tests.conftest import wait_until
+
+EVERLOOP = [sys.executable, "-m", "infra.cli"]
+
+
+def test_starting_twice_is_refused_with_the_reason(stack):
+    done = subprocess.run([*EVERLOOP, "up"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "already running" in done.stderr and "[already_running]" in done.stderr
+
+
+def test_status_lists_every_part_and_the_deployment(stack):
+    done = subprocess.run([*EVERLOOP, "status", "--json", "-"], capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert {part["name"] for part in report["parts"]} == {
+        "postgres", "broker", "engine", "prefect", "api", "relay", "reconciler", "reward", "flows",
+    }  # fmt: skip
+    assert all(part["state"] == "running" for part in report["parts"])
+    assert report["deployment"]["champion"]
+
+
+def test_a_part_that_dies_is_restarted_and_shown(stack):
+    before = next(p for p in stack.supervisor.status() if p.name == "reconciler")
+    os.kill(before.pid, signal.SIGKILL)
+
+    def back():
+        now = next(p for p in stack.supervisor.status() if p.name == "reconciler")
+        return now.state == "running" and now.pid != before.pid and now.restarts == before.restarts + 1
+
+    wait_until(back)
+
+
+def test_every_part_listens_on_loopback_only(stack):
+    from infra.stack.supervisor import stack_processes
+
+    listening = [
+        connection.laddr.ip
+        for process in stack_processes(stack.settings.home)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) == {"127.0.0.1"}
+
+
+def test_secrets_are_readable_by_their_owner_only(stack):
+    home = stack.settings.home
+    for path in (home / "postgres.password", stack.settings.stack_file, home / "run" / "supervisord.conf"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_the_models_are_what_the_migrations_make(stack):
+    engine = stack.sessions.kw["bind"]
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_taken_port_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(SetupError) as refused:
+            embedded.up(Settings(home=tmp_path, api_port=port), print)
+    assert refused.value.code == "port_taken" and str(port) in refused.value.message
+    assert "EVERLOOP_API_PORT" in refused.value.message
+
+
+def test_too_little_disk_is_said_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "MIN_FREE_BYTES", 1 << 60)
+    with pytest.raises(SetupError) as refused:
+        embedded.up(Settings(home=tmp_path / "none"), print)
+    assert refused.value.code == "no_disk" and not (tmp_path / "none").exists()
+
+
+def test_the_api_never_loads_a_model():
+    code = "import sys, agent.app; print([m for m in ('torch', 'transformers', 'peft', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_no_subcommand():
+    code = (
+        "import sys; sys.argv = ['everloop', '--help']; import infra.cli\n"
+        "try: infra.cli.main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('fastapi', 'sqlalchemy', 'prefect', 'torch', 'kafka') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]") and "rollback" in done.stdout
+
+
+def test_without_a_stack_commands_say_how_to_get_one(tmp_path):
+    environment = {**os.environ, "EVERLOOP_HOME": str(tmp_path)}
+    for command in (["train"], ["chat", "hi"], ["rollback", "--reason", "x"]):
+        done = subprocess.run([*EVERLOOP, *command], capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and "everloop up" in done.stderr, done.stderr
+    done = subprocess.run([*EVERLOOP, "status"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "not running" in done.stderr
