@@ -46,6 +46,7 @@ def chat(
 
 def _answer(client: object, model: str, messages: list[dict[str, str]]) -> tuple[str, str]:
     import openai
+    from openai.types.chat import ChatCompletionChunk
 
     assert isinstance(client, openai.OpenAI)
     episode_id, parts = "", []
@@ -57,6 +58,7 @@ def _answer(client: object, model: str, messages: list[dict[str, str]]) -> tuple
             stream=True,
         )
         for chunk in stream:
+            assert isinstance(chunk, ChatCompletionChunk)
             episode_id = chunk.id
             text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
             parts.append(text)

@@ -30,8 +30,10 @@ SMALL = {
     "num_gate_prompts": 8,
     "min_margin": 0.0,
 }
-TOPICS = ["rain", "bread", "chess", "tides", "bees", "glass", "maps", "salt", "kites", "moss", "ink", "owls",
-          "rope", "soap", "yeast", "wool", "zinc", "figs", "jazz", "lava", "mint", "oaks", "peat", "rye"]  # fmt: skip
+TOPICS = [
+    *("rain", "bread", "chess", "tides", "bees", "glass", "maps", "salt", "kites", "moss", "ink", "owls"),
+    *("rope", "soap", "yeast", "wool", "zinc", "figs", "jazz", "lava", "mint", "oaks", "peat", "rye"),
+]
 
 
 def train(stack, *arguments):
