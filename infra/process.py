@@ -16,6 +16,8 @@ def setup_logging(level: int = logging.INFO) -> None:
     )
     for noisy in ("kafka", "httpx", "httpcore", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Warns about every callback over 0.1 s, which computing a feature always is.
+    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
 
 
 def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None:

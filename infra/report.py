@@ -19,7 +19,8 @@ from rich.progress import (
 )
 
 errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+# Where there is no terminal to fit, a table need not be folded.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def say(text: str) -> None:
@@ -39,6 +40,7 @@ def write_json(path: str | None, report: dict[str, Any]) -> None:
 
 
 LINE_EVERY_S = 10.0
+MIN_DONE_TO_ESTIMATE = 0.05
 
 
 class Phase:
@@ -83,7 +85,8 @@ class Phase:
         elif time.monotonic() - self._line_at_s > LINE_EVERY_S and done:
             self._line_at_s = time.monotonic()
             left_s = (self._line_at_s - self._started_s) / done * max(self.total - done, 0)
-            say(f"{self.name}: {done}/{self.total}, about {left_s:.0f} s left")
+            left = f", about {left_s:.0f} s left" if done >= MIN_DONE_TO_ESTIMATE * self.total else ""
+            say(f"{self.name}: {done}/{self.total}{left}")
 
     def advance(self) -> None:
         """Note one more step."""

@@ -194,11 +194,13 @@ class Night:
             prompts, samples, rewards, min_margin=self.config.min_margin, words_range=(low, high)
         )
         corrected = pairs.corrections(data.train, self.config.max_corrections)
-        found.pairs += corrected.pairs
-        self.set_aside.update(found.set_aside + corrected.set_aside)
+        from_samples = found.pairs[: max(self.config.max_pairs - len(corrected.pairs), 0)]
+        found.set_aside["pairs_over_budget"] = len(found.pairs) - len(from_samples)
+        found.pairs = corrected.pairs + from_samples
+        self.set_aside.update(+(found.set_aside + corrected.set_aside))
         self.metric(
             phase="pairs",
-            from_samples=len(found.pairs) - len(corrected.pairs),
+            from_samples=len(from_samples),
             from_corrections=len(corrected.pairs),
             words_range=[low, high],
             set_aside=dict(self.set_aside),
@@ -279,7 +281,7 @@ class Night:
             else []
             for answers in (new, old)
         ]
-        low, high = data.well_rated_words()
+        low, high = data.well_rated_words(tail=0.0)
         results = [
             gates.attestation_gate("base", probe.differs_from_base, len(probe.probe)),
             gates.attestation_gate("champion", probe.differs_from_champion, len(probe.probe)),

@@ -65,10 +65,15 @@ class Snapshot:
         """Write the JSON lines."""
         path.write_text(self.to_jsonl())
 
-    def well_rated_words(self) -> tuple[int, int]:
+    def well_rated_words(self, tail: float = 0.05) -> tuple[int, int]:
         """Return the range of lengths (words) that people rated well or wrote themselves.
 
         Training may move the length within it, and not beyond: what a reward allows, a policy takes.
+
+        Parameters
+        ----------
+        tail
+            Part of the answers left out at either end.
         """
         words = sorted(
             [num_words(e.answer) for e in self.train if sum(e.thumbs) > 0]
@@ -76,7 +81,8 @@ class Snapshot:
         )
         if not words:
             return 0, 1_000_000
-        return words[len(words) // 20], words[-1 - len(words) // 20]
+        cut = int(len(words) * tail)
+        return words[cut], words[-1 - cut]
 
 
 def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:
