@@ -24,6 +24,9 @@ from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 from infra.process import setup_logging
 from infra.settings import Settings, load
 
+# What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
+HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+
 
 def build_app(settings: Settings) -> FastAPI:
     """Return the API on the given settings."""
@@ -40,6 +43,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(EverloopError, _everloop_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
     for room in (agent.api, feedback.api, reward.api, deploy.api):
         app.include_router(room.router)
@@ -69,9 +73,15 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     return _error_response(InvalidRequestError(message, code=code, param=param))
 
 
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """Answer in the envelope; the framework logs the stack."""
+    return _error_response(EverloopError("Something went wrong on our side; it is in the log."))
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    wrapped = InvalidRequestError(str(error.detail), code=f"http_{error.status_code}")
+    code = HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
+    wrapped = InvalidRequestError(str(error.detail), code=code)
     return JSONResponse(wrapped.envelope(), status_code=error.status_code, headers=error.headers)
 
 

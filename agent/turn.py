@@ -50,6 +50,8 @@ class Turn:
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
         assignment = await anyio.to_thread.run_sync(self._assign)
+        if assignment.arm == "pinned" and assignment.release not in await self.engine.models():
+            raise _unknown_model(assignment.release)
         messages = [message.model_dump() for message in self.body.messages]
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
@@ -82,12 +84,7 @@ class Turn:
             try:
                 return head.pinned(session, self.body.model)
             except NotFoundError as error:
-                raise NotFoundError(
-                    f"The model {self.body.model!r} does not exist. Use {ASSISTANT_MODEL!r}, or a release "
-                    "that GET /v1/models lists.",
-                    code="model_not_found",
-                    param="model",
-                ) from error
+                raise _unknown_model(self.body.model) from error
 
     async def deltas(self) -> AsyncIterator[str]:
         """Yield the answer's text as it is generated; when this ends, the episode is written.
@@ -136,3 +133,11 @@ class Turn:
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_s) * 1000.0
+
+
+def _unknown_model(name: str) -> NotFoundError:
+    return NotFoundError(
+        f"The model {name!r} does not exist. Use {ASSISTANT_MODEL!r}, or a release that GET /v1/models lists.",
+        code="model_not_found",
+        param="model",
+    )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy import head
+from deploy import head, registry
 from infra import report
 from infra.db import connect, transaction
 from infra.settings import load
@@ -39,6 +39,9 @@ def _move(release: str | None, action: str, reason: str, json_path: str | None) 
     with transaction(sessions) as session:
         before = head.read(session).champion
         target = release or head.previous_champion(session)
+        digest = registry.get_release(session, target).adapter_digest
+        if digest is not None:
+            registry.verified_path(session, digest)
         head.move_champion(session, target, action=action, actor=getpass.getuser(), reason=reason)
     report.write_json(json_path, {"action": action, "before": before, "champion": target, "reason": reason})
     report.say(f"champion {before} → {target}")

@@ -25,8 +25,9 @@ from infra.settings import BASE_MODEL_NAME, load
 log = logging.getLogger("everloop.reconciler")
 
 INTERVAL_S = 1.0
-# An answer begun on a release may still be running when the head moves: keep it this many rounds.
-KEEP_ROUNDS = 180
+# An answer begun on a release may still be running when the head moves, and a candidate is judged before the
+# head names it: keep what nobody wants for this many rounds.
+KEEP_ROUNDS = 1800
 
 
 class Reconciler:
@@ -50,15 +51,20 @@ class Reconciler:
         """Make one round; return the names that were loaded."""
         with self.sessions() as session:
             current = head.read(session)
-            wanted = {name for name in (current.champion, current.challenger) if name}
-            wanted.discard(BASE_MODEL_NAME)
+            # The champion first: a challenger that cannot be loaded must not keep it from most users.
+            wanted = [n for n in (current.champion, current.challenger) if n and n != BASE_MODEL_NAME]
         loaded = []
         async with EngineClient(self.engine_url) as engine:
             served = set(await engine.models())
-            for name in sorted(wanted - served):
-                await load_release(self.sessions, engine, name)
-                loaded.append(name)
-            for name in self._expired(served - wanted):
+            for name in wanted:
+                if name in served:
+                    continue
+                try:
+                    await load_release(self.sessions, engine, name)
+                    loaded.append(name)
+                except EverloopError as error:
+                    log.error("%s is not served: %s [%s]", name, error.message, error.code)
+            for name in self._expired(served.difference(wanted)):
                 await engine.unload_adapter(name)
                 log.info("unloaded %s", name)
         return loaded

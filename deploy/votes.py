@@ -1,4 +1,9 @@
-"""The votes of a canary: standing thumbs, by the arm that gave the answer, in the order in which they came."""
+"""The votes of a canary: one per user, by the user's arm, in the order in which they came.
+
+Users are what the canary randomises, so a user is one trial, however often they chat: the first thumb of each
+user on an answer of their own counts. It stays counted as it was given; a later change of mind teaches the reward
+model, but would reorder the pairs, and the e-process is only valid on a sequence that does not change behind it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,27 @@ from sqlalchemy.orm import Session
 
 from deploy.canary import Evidence, decide
 from deploy.tables import Canary
-from feedback.signals import standing_of
 from feedback.tables import Episode, Feedback
 
 
 def votes(session: Session, canary_id: int) -> tuple[list[bool], list[bool]]:
-    """Return the standing votes of the champion's arm and of the challenger's (True for good)."""
+    """Return the votes of the champion's users and of the challenger's (True for good)."""
     rows = session.execute(
-        sa.select(Feedback, Episode.arm)
-        .join(Episode, Episode.id == Feedback.episode_id)
-        .where(Episode.canary_id == canary_id, Feedback.kind == "thumb")
-    ).all()
-    arms = {feedback.episode_id: arm for feedback, arm in rows}
-    standing = standing_of(feedback for feedback, _ in rows)
-    champion = [s.value == 1 for s in standing if arms[s.episode_id] == "champion"]
-    challenger = [s.value == 1 for s in standing if arms[s.episode_id] == "challenger"]
+        sa.select(Episode.arm, Episode.user_id, Feedback.value)
+        .join(Feedback, sa.and_(Feedback.episode_id == Episode.id, Feedback.user_id == Episode.user_id))
+        .where(
+            Episode.canary_id == canary_id,
+            Episode.learn,
+            Feedback.kind == "thumb",
+            Feedback.value != 0,
+        )
+        .order_by(Feedback.seq)
+    )
+    first: dict[str, tuple[str, bool]] = {}
+    for arm, user_id, value in rows:
+        first.setdefault(user_id, (arm, value == 1))
+    champion = [good for arm, good in first.values() if arm == "champion"]
+    challenger = [good for arm, good in first.values() if arm == "challenger"]
     return champion, challenger
 
 

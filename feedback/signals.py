@@ -53,7 +53,7 @@ class Signal(BaseModel):
     def _fits_kind(self) -> Signal:
         if self.kind == "thumb" and (self.value is None or self.text is not None):
             raise ValueError("A thumb has a `value` of -1, 0 or 1, and no `text`.")
-        if self.kind == "correction" and (self.text is None or self.value is not None):
+        if self.kind == "correction" and (self.text is None or not self.text.strip() or self.value is not None):
             raise ValueError("A correction has a `text`, and no `value`.")
         return self
 

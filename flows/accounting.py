@@ -48,7 +48,7 @@ def _applied(topic: str, field: str) -> sa.Select[tuple[str]]:
     return (
         sa.select(OutboxRow.event["data"][field].astext)
         .join(ConsumedEvent, ConsumedEvent.event_id == OutboxRow.event_id)
-        .where(OutboxRow.topic == topic, ConsumedEvent.consumer == CONSUMER)
+        .where(OutboxRow.topic == topic, ConsumedEvent.consumer == CONSUMER, ~ConsumedEvent.dead_letter)
     )
 
 

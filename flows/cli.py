@@ -18,7 +18,7 @@ from infra import report
 from infra.db import connect
 from infra.settings import Settings, load
 from infra.stack import embedded
-from infra.stack.cli import serve_until_interrupted
+from infra.stack.cli import serve_until_interrupted, stop_on_sigterm
 from infra.stack.parts import prefect_environment
 from infra.stack.supervisor import Supervisor
 
@@ -45,16 +45,19 @@ def demo(
     from flows.population import read_prompts
 
     started_s = time.monotonic()
-    settings = load()
+    stop_on_sigterm()
+    settings = load(recorded_addresses=False)
     prompt_list = read_prompts(prompts)
     was_running = Supervisor(settings).running()
-    if not was_running:
-        settings = embedded.up(settings, report.say)
+    settings = load() if was_running else embedded.up(settings, report.say)
     report.say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
     report.say("[yellow]The users of this demo are simulated; everything else is real.[/yellow]")
     stop_at_end = not was_running and (exit_ or os.environ.get("CI") == "true")
     try:
-        result = _play(settings, rater, prompt_list, nights, rated, canary_visits, measured, seed)
+        try:
+            result = _play(settings, rater, prompt_list, nights, rated, canary_visits, measured, seed)
+        except ExceptionGroup as group:  # of the population's tasks; the first to fail is the reason
+            raise group.exceptions[0] from group
         result.wall_s = round(time.monotonic() - started_s, 1)
         _print(result)
         report.write_json(json_path, {**asdict(result), "closed": result.closed, "simulated_users": True})
@@ -137,7 +140,7 @@ def train(
     from flows.follow import run_night
 
     sessions = connect(settings.need("database_url"), pool_size=2)
-    run = run_night(sessions, {"canary_share": canary_share})
+    run = asyncio.run(run_night(sessions, {"canary_share": canary_share}))
     outcome = {"run": run.id, "status": run.status, "release": run.release, **(run.result or {})}
     report.write_json(json_path, outcome)
     report.say(f"{run.id}: {run.status} {run.release or ''} {outcome.get('reason', '')}")

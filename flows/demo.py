@@ -8,6 +8,7 @@ marked as not to be learned from.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -23,11 +24,12 @@ from flows.follow import run_night
 from flows.population import Judgement, Population, Rater
 from infra import report
 from infra.db import Sessions
-from infra.errors import EverloopError
+from infra.errors import ConflictError, EverloopError
+from infra.settings import BASE_MODEL_NAME
 from trainer.tables import TrainingRun
 
 HELD_OUT_PART = 0.25
-NUM_USERS = 80
+NUM_USERS = 1000
 CANARY_SHARE = 0.5
 DRAIN_TIMEOUT_S = 180.0
 
@@ -105,10 +107,10 @@ class Demo:
         self.sessions = sessions
         self.rater_command = rater_command
         self.plan = plan
-        shuffled = list(prompts)
-        random.Random(plan.seed).shuffle(shuffled)
-        num_held_out = max(20, int(len(shuffled) * HELD_OUT_PART))
-        self.held_out, self.training = shuffled[:num_held_out], shuffled[num_held_out:]
+        # By digest, not by seed: a prompt that trained in an earlier demo on this home is never held out later.
+        ordered = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+        num_held_out = max(20, int(len(ordered) * HELD_OUT_PART))
+        self.held_out, self.training = ordered[:num_held_out], ordered[num_held_out:]
         self._dice = random.Random(plan.seed + 1)
         self._decks: list[str] = []
 
@@ -121,6 +123,7 @@ class Demo:
             Rater(self.rater_command, measuring=False) as rater,
             Rater(self.rater_command, measuring=True) as measuring_rater,
         ):
+            self._start_from_base()
             base = await self._measure(population, measuring_rater, "before: held-out prompts")
             result.base_n, base_good = len(base), _num_good(base)
             result.base_rate = base_good / len(base)
@@ -130,7 +133,7 @@ class Demo:
             for number in range(1, self.plan.nights + 1):
                 await self._drain()
                 night_started_s = time.monotonic()
-                run = await asyncio.to_thread(run_night, self.sessions, {"canary_share": CANARY_SHARE})
+                run = await run_night(self.sessions, {"canary_share": CANARY_SHARE})
                 seconds = time.monotonic() - night_started_s
                 decision, reason = await self._canary_day(population, rater, run, number)
                 measured = await self._measure(population, measuring_rater, f"after night {number}: held-out")
@@ -159,6 +162,19 @@ class Demo:
                 result.lost_events = accounting.lost_events(session, population.acknowledged)
         result.wall_s = round(time.monotonic() - started_s, 1)
         return result
+
+    def _start_from_base(self) -> None:
+        """Put the base model back, as an operator would, where an earlier demo left something else."""
+        with self.sessions.begin() as session:
+            current = head.read(session)
+            if current.canary_id is not None or current.champion != BASE_MODEL_NAME:
+                head.move_champion(
+                    session,
+                    BASE_MODEL_NAME,
+                    action="rolled_back_by_hand",
+                    actor="demo",
+                    reason="a new demo starts from the base model",
+                )
 
     async def _measure(self, population: Population, rater: Rater, title: str) -> list[Judgement]:
         """Ask the held-out prompts as users who never rate; only the measuring rater hears the answers."""
@@ -210,13 +226,16 @@ class Demo:
 
     def _give_up(self, canary_id: int) -> tuple[str, str]:
         """End a canary that the day did not decide, as an operator would; the champion stays."""
-        with self.sessions.begin() as session:
-            evidence = weigh(session, session.get_one(Canary, canary_id))
-            reason = f"undecided at the end of the demo's day: {evidence.sentence()}"
-            head.close_canary(
-                session, canary_id, decision="hold", evidence=evidence.as_dict(), actor="demo", reason=reason
-            )
-        return "hold", reason
+        try:
+            with self.sessions.begin() as session:
+                evidence = weigh(session, session.get_one(Canary, canary_id))
+                reason = f"undecided at the end of the demo's day: {evidence.sentence()}"
+                head.close_canary(
+                    session, canary_id, decision="hold", evidence=evidence.as_dict(), actor="demo", reason=reason
+                )
+            return "hold", reason
+        except ConflictError:  # the watcher decided in this moment
+            return self._decision(canary_id) or ("hold", "closed by somebody else")
 
     def _visits(self, count: int) -> list[tuple[str, str]]:
         visits = []

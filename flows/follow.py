@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,36 +17,43 @@ from infra.errors import EverloopError
 from trainer.tables import TrainingRun
 
 POLL_S = 0.5
+START_TIMEOUT_S = 180.0
 PHASES = {"snapshot": "freezing the data", "sample": "fresh samples", "score": "scoring", "train": "training",
           "gates": "gates"}  # fmt: skip
 
 
-def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingRun:
+async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingRun:
     """Start the nightly flow through Prefect and return its run when it has ended.
 
     Raises
     ------
     EverloopError
-        Code ``night_failed`` where the flow crashed; its message says where to look.
+        Code ``night_failed`` where the flow crashed, ``night_not_started`` where no worker took it up.
     """
     began = datetime.now(UTC)
     report.say("asking Prefect for a night run")
-    flow_run = run_deployment(NIGHTLY, parameters=parameters, timeout=0, as_subflow=False)
+    flow_run = await run_deployment(NIGHTLY, parameters=parameters, timeout=0, as_subflow=False)
     phase: report.Phase | None = None
     try:
-        with get_client(sync_client=True) as client:
+        async with get_client() as client:
             while True:
                 run = _newest_run(sessions, began)
                 if run is not None and run.status != "running":
                     return run
-                state = client.read_flow_run(flow_run.id).state
+                state = (await client.read_flow_run(flow_run.id)).state
                 if state is not None and state.is_final() and (run is None or run.status == "running"):
                     raise EverloopError(
                         f"The night run ended as {state.name}: {state.message}. See the flow run in Prefect.",
                         code="night_failed",
                     )
+                waited_s = (datetime.now(UTC) - began).total_seconds()
+                if run is None and waited_s > START_TIMEOUT_S:
+                    raise EverloopError(
+                        "No worker took up the night run; see `everloop status` and the log of `flows`.",
+                        code="night_not_started",
+                    )
                 phase = _show(phase, run)
-                time.sleep(POLL_S)
+                await asyncio.sleep(POLL_S)
     finally:
         if phase is not None:
             phase.__exit__()

@@ -47,7 +47,7 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
     return result
 
 
-@flow(name="watch-canary", log_prints=True)  # type: ignore[untyped-decorator]
+@flow(name="watch-canary", log_prints=True, retries=20, retry_delay_seconds=5)  # type: ignore[untyped-decorator]
 def watch_canary() -> str:
     """Look at the open canary after every vote until it is decided or out of time."""
     settings = load()
@@ -65,6 +65,13 @@ def watch_canary() -> str:
 
 def look(sessions: Sessions, max_s: float) -> str | None:
     """Look at the open canary once; return how it ended, or None while it is undecided."""
+    try:
+        return _look(sessions, max_s)
+    except ConflictError as error:  # an operator was quicker; nothing of ours is committed
+        return error.message
+
+
+def _look(sessions: Sessions, max_s: float) -> str | None:
     with sessions.begin() as session:
         canary_id = head.read(session).canary_id
         if canary_id is None:
@@ -77,10 +84,7 @@ def look(sessions: Sessions, max_s: float) -> str | None:
                 return None
             decision = "expired"
         reason = evidence.sentence()
-        try:
-            head.close_canary(
-                session, canary_id, decision=decision, evidence=evidence.as_dict(), actor=ACTOR, reason=reason
-            )
-        except ConflictError as error:  # an operator was quicker
-            return error.message
+        head.close_canary(
+            session, canary_id, decision=decision, evidence=evidence.as_dict(), actor=ACTOR, reason=reason
+        )
         return f"canary {canary_id}: {decision}: {reason}"

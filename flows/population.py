@@ -91,9 +91,12 @@ class Rater:
         """Return (thumb, correction) for one answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
         async with self._turn:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            await self._process.stdin.drain()
-            line = await self._process.stdout.readline()
+            try:
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+                await self._process.stdin.drain()
+                line = await self._process.stdout.readline()
+            except (OSError, ValueError) as error:  # it died, or its line is over the limit
+                raise SetupError(f"The rater stopped answering: {error}", code="rater_failed") from error
         try:
             reply = json.loads(line)
             thumb, correction = reply["thumb"], reply.get("correction")

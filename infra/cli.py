@@ -75,6 +75,9 @@ def main() -> None:
 
     try:
         app()
+    except KeyboardInterrupt:
+        typer.echo("everloop: interrupted", err=True)
+        sys.exit(130)
     except EverloopError as error:
         typer.echo(f"everloop: {error.message} [{error.code}]", err=True)
         sys.exit(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,11 @@ log = logging.getLogger("everloop.consumer")
 
 Handler = Callable[[Session, Any, str], None]
 MAX_TRIES = 3
+RETRY_PAUSE_S = 1.0
+
+
+class UnreadableEventError(Exception):
+    """The event is not JSON, not of its schema, or of an unknown version."""
 
 
 class EpochChangedError(Exception):
@@ -83,7 +89,7 @@ class Consumer:
     def _consume(self, stop: threading.Event) -> None:
         consumer = kafka.assigned_consumer(self.bootstrap, self.handlers)
         try:
-            if not consumer.assignment():
+            if {tp.topic for tp in consumer.assignment()} != set(self.handlers):
                 stop.wait(0.5)  # the relay has not created the topics yet
                 return
             epochs = self._seek(consumer)
@@ -130,16 +136,17 @@ class Consumer:
                 raise
             except Exception as error:
                 self.on_rollback()
-                if attempt == MAX_TRIES or isinstance(error, ValueError):
-                    log.error("%s: dead letter from %s: %s", self.name, record.topic, type(error).__name__)
+                log.error("%s: %s from %s", self.name, type(error).__name__, record.topic)
+                # An event that cannot be read will not be readable later; anything else may pass.
+                if attempt == MAX_TRIES or isinstance(error, UnreadableEventError):
                     self._dead_letter(record, epoch)
                     return
+                time.sleep(RETRY_PAUSE_S * attempt)
 
     def apply(self, record: Any, epoch: int) -> None:
         """Handle one record in one transaction with its position; skip what was applied before."""
         event_class, handler = self.handlers[record.topic]
-        envelope = json.loads(record.value)
-        event_id = str(envelope["id"])
+        event_id, event = self._read(record, event_class)
         with self.sessions.begin() as session:
             fresh = session.execute(
                 insert(ConsumedEvent)
@@ -148,8 +155,16 @@ class Consumer:
                 .returning(ConsumedEvent.event_id)
             ).scalar()
             if fresh is not None:
-                handler(session, event_class.from_cloudevent(envelope), event_id)
+                handler(session, event, event_id)
             self._note_position(session, record, epoch)
+
+    @staticmethod
+    def _read(record: Any, event_class: type[Event]) -> tuple[str, Event]:
+        try:
+            envelope = json.loads(record.value)
+            return str(envelope["id"]), event_class.from_cloudevent(envelope)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UnreadableEventError(str(error)) from error
 
     def _note_position(self, session: Session, record: Any, epoch: int) -> None:
         values = {"next_offset": record.offset + 1, "epoch": epoch}
@@ -159,10 +174,23 @@ class Consumer:
             .on_conflict_do_update(index_elements=["consumer", "topic", "partition"], set_=values)
         )
 
+    def _note_dead(self, session: Session, record: Any) -> None:
+        """Mark an event of ours as given up, so that nobody waits for it."""
+        try:
+            event_id = str(json.loads(record.value)["id"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        session.execute(
+            insert(ConsumedEvent)
+            .values(consumer=self.name, event_id=event_id, dead_letter=True)
+            .on_conflict_do_nothing()
+        )
+
     def _dead_letter(self, record: Any, epoch: int) -> None:
         reason = traceback.format_exc(limit=8)
         with self.sessions.begin() as session:
             self._note_position(session, record, epoch)
+            self._note_dead(session, record)
             producer = kafka.producer(self.bootstrap)
             try:
                 headers = [("reason", reason.encode()), ("offset", str(record.offset).encode())]

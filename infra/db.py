@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
 from infra.errors import UnavailableError
@@ -50,7 +51,7 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
     try:
         with sessions.begin() as session:
             yield session
-    except (OperationalError, InterfaceError) as error:
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
         raise UnavailableError(
             "The database does not answer; nothing was written. Try again in a few seconds.",
             code="database_unavailable",

@@ -35,7 +35,17 @@ MEMORY_CHECK_S = 1.0
 
 
 class BrokerLostMemoryError(Exception):
-    """The broker hands out offsets that it handed out before."""
+    """The broker hands out offsets that it handed out before.
+
+    Parameters
+    ----------
+    partitions
+        (topic, partition) of each place where it did.
+    """
+
+    def __init__(self, partitions: Sequence[tuple[str, int]]) -> None:
+        super().__init__(f"the broker went back in {partitions}")
+        self.partitions = partitions
 
 
 class Relay:
@@ -66,7 +76,9 @@ class Relay:
                     else:
                         stop.wait(1.0)
             except BrokerLostMemoryError as error:
-                log.warning("%s; publishing again what consumers lack", error)
+                log.warning("%s", error)
+                with self.sessions.begin() as session:
+                    self._start_over(session, error.partitions)
             except kafka.KafkaError as error:
                 log.warning("broker away (%s); events wait in the outbox", type(error).__name__)
                 stop.wait(1.0)
@@ -131,14 +143,17 @@ class Relay:
         return len(rows)
 
     def _note_offsets(self, session: Session, newest: dict[tuple[str, int], list[int]]) -> None:
+        forgotten = []
         for (topic, partition), offsets in newest.items():
             known = session.get(LogPartition, (topic, partition))
             if known is None:
                 session.add(LogPartition(topic=topic, partition=partition, last_offset=max(offsets)))
             elif min(offsets) <= known.last_offset:
-                raise BrokerLostMemoryError(f"{topic}[{partition}] went back to offset {min(offsets)}")
+                forgotten.append((topic, partition))
             else:
                 known.last_offset = max(offsets)
+        if forgotten:
+            raise BrokerLostMemoryError(forgotten)
 
     def check_memory(self) -> None:
         """Compare the broker's end offsets with those acknowledged; republish where it forgot."""
@@ -147,14 +162,19 @@ class Relay:
             if not known:
                 return
             ends = self._end_offsets([kafka.TopicPartition(p.topic, p.partition) for p in known])
-            lost = [p for p in known if ends.get((p.topic, p.partition), 0) <= p.last_offset]
-            if not lost:
-                return
-            for partition in lost:
-                partition.epoch += 1
-                partition.last_offset = ends.get((partition.topic, partition.partition), 0) - 1
-            count = republish_unconsumed(session, sorted({p.topic for p in lost}))
-            log.warning("the broker lost %d partitions; %d events go out again", len(lost), count)
+            lost = [(p.topic, p.partition) for p in known if ends.get((p.topic, p.partition), 0) <= p.last_offset]
+            if lost:
+                self._start_over(session, lost)
+
+    def _start_over(self, session: Session, partitions: Sequence[tuple[str, int]]) -> None:
+        """Begin a new epoch of `partitions`, and publish again what consumers lack of their topics."""
+        ends = self._end_offsets([kafka.TopicPartition(*key) for key in partitions])
+        for key in partitions:
+            row = session.get_one(LogPartition, key)
+            row.epoch += 1
+            row.last_offset = ends.get(key, 0) - 1
+        count = republish_unconsumed(session, sorted({topic for topic, _ in partitions}))
+        log.warning("the broker lost %d partitions; %d events go out again", len(partitions), count)
 
     def _end_offsets(self, partitions: Sequence[kafka.TopicPartition]) -> dict[tuple[str, int], int]:
         consumer = kafka.assigned_consumer(self.bootstrap, [])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from pydantic_settings import (
@@ -85,9 +84,13 @@ class Settings(BaseSettings):
     @property
     def base_model_dir(self) -> Path:
         """The directory of the base model that engine, encoder and trainer load."""
-        if self.base_model:
-            return Path(self.base_model)
-        return self.home / "models" / "SmolLM2-135M-Instruct"
+        if self.base_model is None:
+            return self.home / "models" / "SmolLM2-135M-Instruct"
+        if Path(self.base_model).expanduser().is_dir():
+            return Path(self.base_model).expanduser().absolute()
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.base_model, local_files_only=True))  # `up` has fetched it
 
     @property
     def adapters_dir(self) -> Path:
@@ -123,15 +126,17 @@ def home_dir() -> Path:
     return Path(os.environ.get("EVERLOOP_HOME", DEFAULT_HOME)).expanduser().absolute()
 
 
-def load(**overrides: Any) -> Settings:
+def load(*, recorded_addresses: bool = True) -> Settings:
     """Read the settings.
 
-    Addresses recorded by a running `everloop up` fill in what neither the environment nor
-    ``everloop.toml`` sets.
+    Parameters
+    ----------
+    recorded_addresses
+        Whether the addresses that a running `everloop up` recorded fill in what neither the environment
+        nor ``everloop.toml`` sets. `up` itself must not: a record may have outlived its stack.
     """
-    home = home_dir()
-    settings = Settings(home=home, **overrides)
-    if settings.stack_file.exists():
+    settings = Settings(home=home_dir())
+    if recorded_addresses and settings.stack_file.exists():
         recorded = json.loads(settings.stack_file.read_text())
         missing = {k: v for k, v in recorded.items() if getattr(settings, k, None) is None}
         settings = settings.model_copy(update=missing)

@@ -60,4 +60,5 @@ class ConsumedEvent(Base):
 
     consumer: Mapped[str] = mapped_column(primary_key=True)
     event_id: Mapped[str] = mapped_column(primary_key=True)
+    dead_letter: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     consumed_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())

@@ -13,6 +13,7 @@ from feedback import episodes
 from feedback.signals import standing_of
 from feedback.tables import Feedback
 from infra.db import transaction
+from infra.text import CleanText
 from reward.tables import RewardScore
 
 router = APIRouter(prefix="/v1", tags=["episodes"])
@@ -54,7 +55,7 @@ class EpisodeView(BaseModel):
 
 
 @router.get("/episodes/{episode_id}")
-def get_episode(episode_id: str, request: Request) -> EpisodeView:
+def get_episode(episode_id: CleanText, request: Request) -> EpisodeView:
     """Return an episode with its standing signals and its score (null until the worker has seen it)."""
     with transaction(request.app.state.sessions) as session:
         episode = episodes.get(session, episode_id)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-NEWTON_STEPS = 8
+NEWTON_STEPS = 30  # five or six are usual
 MIN_PRECISION = 1e-9
 
 
@@ -97,12 +97,14 @@ class BayesianHead:
     def learn_one(self, z: Vector, target: float, weight: float = 1.0) -> Site:
         """Learn that ``z`` was judged `target` (0 or 1) and return the site that was added.
 
-        The mode of the one-dimensional posterior is found by Newton steps on the logit `a`.
+        The mode of the one-dimensional posterior is found by Newton steps on the logit `a`. They start at the
+        inflection point 0 (or the end of the possible range nearest to it), where the slope is steepest: from
+        there each step falls short of the root, so none overshoots however far prior and vote are apart.
         """
         Pz = self.covariance @ z
         v = float(z @ Pz)
         m = float(z @ self.theta)
-        a = m
+        a = min(max(0.0, m - weight * v), m + weight * v)
         for _ in range(NEWTON_STEPS):
             q = sigmoid(a)
             step = (a - m - weight * v * (target - q)) / (1.0 + weight * v * q * (1.0 - q))

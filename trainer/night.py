@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from deploy import attest, audit, gates, head, registry
 from deploy.gates import GateResult
@@ -74,9 +75,13 @@ class Night:
         self._current = name
         self._update(phase=name, phase_done=0, phase_total=total)
 
-    def progress(self, done: int) -> None:
-        """Note that `done` steps of the phase are behind us."""
-        self._update(phase_done=done)
+    def progress(self, done: int, total: int | None = None) -> None:
+        """Note that `done` steps of the phase are behind us; a night outlives a database that blinks."""
+        values = {"phase_done": done} | ({"phase_total": total} if total else {})
+        try:
+            self._update(**values)
+        except (OperationalError, InterfaceError):
+            log.warning("progress could not be noted")
 
     def _close_phase(self) -> None:
         now = time.monotonic()
@@ -154,12 +159,18 @@ class Night:
             current = head.read(session)
             if current.canary_id is not None:
                 return self.finish("skipped", reason=f"canary {current.canary_id} is still open")
-            data = snapshot.take(session)
+            seen = session.scalar(
+                sa.select(sa.func.max(TrainingRun.last_signal_seq)).where(
+                    TrainingRun.status.in_(["canary", "held"])
+                )
+            )
+            data = snapshot.take(session, after_seq=seen or 0)
         self.set_aside.update(data.set_aside)
-        if data.num_signals < self.settings.min_new_signals:
+        self._update(last_signal_seq=data.last_signal_seq)
+        if data.num_new_signals < self.settings.min_new_signals:
             return self.finish(
                 "skipped",
-                reason=f"{data.num_signals} signals; min_new_signals is {self.settings.min_new_signals}",
+                reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
             )
         data.save(self.run_dir / "dataset.jsonl")
         encoder = Encoder(self.settings.base_model_dir, self.settings.encoder_layer)
@@ -230,12 +241,8 @@ class Night:
             digest = registry.get_release(session, champion).adapter_digest
             start_from = registry.verified_path(session, digest) if digest else None
         self.phase("train", max(1, round(len(found.pairs) * self.config.epochs / self.config.batch_pairs)))
-
-        def on_step(step: int, num_steps: int) -> None:
-            self._update(phase_done=step, phase_total=num_steps)
-
         return online_dpo.train(
-            self.settings.base_model_dir, start_from, found.pairs, self.config, self.run_dir, on_step
+            self.settings.base_model_dir, start_from, found.pairs, self.config, self.run_dir, self.progress
         )
 
     def _register(

@@ -41,6 +41,8 @@ class Snapshot:
     train: list[Example] = field(default_factory=list)
     gate: list[Example] = field(default_factory=list)
     set_aside: dict[str, int] = field(default_factory=dict)
+    last_signal_seq: int = 0
+    num_new_signals: int = 0
 
     @property
     def num_signals(self) -> int:
@@ -91,8 +93,14 @@ def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % GATE_PART == 0
 
 
-def take(session: Session) -> Snapshot:
-    """Freeze what may be learned from now: consenting, whole answers with signals that stand."""
+def take(session: Session, after_seq: int = 0) -> Snapshot:
+    """Freeze what may be learned from now: consenting, whole answers with signals that stand.
+
+    Parameters
+    ----------
+    after_seq
+        Signals above this number count as new.
+    """
     rows = session.execute(
         sa.select(Feedback, Episode)
         .join(Episode, Episode.id == Feedback.episode_id)
@@ -119,6 +127,8 @@ def take(session: Session) -> Snapshot:
             snapshot.gate.append(example)
         else:
             snapshot.train.append(example)
+    snapshot.last_signal_seq = max((signal.seq for signal, _ in rows), default=0)
+    snapshot.num_new_signals = sum(signal.seq > after_seq for signal, _ in rows)
     snapshot.set_aside = {reason: n for reason, n in sorted(set_aside.items()) if n}
     return snapshot
 

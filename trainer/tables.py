@@ -29,6 +29,7 @@ class TrainingRun(Base):
     reward_snapshot_id: Mapped[int | None]
     release: Mapped[str | None]
     canary_id: Mapped[int | None]
+    last_signal_seq: Mapped[int | None] = mapped_column(sa.BigInteger)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)

@@ -23,11 +23,17 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return when everything is up.")] = False,
 ) -> None:
     """Start the embedded stack and serve until Ctrl-C."""
-    settings = embedded.up(load(), report.say)
+    stop_on_sigterm()
+    settings = embedded.up(load(recorded_addresses=False), report.say)
     report.say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
     report.say(f"night runs and canaries: {(settings.prefect_url or '').removesuffix('/api')}")
     if not detach:
         serve_until_interrupted(settings)
+
+
+def stop_on_sigterm() -> None:
+    """Make SIGTERM end a command as Ctrl-C does, so that nothing is left running behind it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def serve_until_interrupted(settings: Settings) -> None:

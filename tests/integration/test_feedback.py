@@ -84,6 +84,7 @@ def test_the_same_signal_many_times_at_once_is_one_row_and_one_event(stack, answ
         ({"kind": "thumb", "value": 5}, 400, "invalid_request"),
         ({"kind": "thumb"}, 400, "invalid_request"),
         ({"kind": "correction", "text": "x" * 20_000}, 400, "invalid_request"),
+        ({"kind": "correction", "text": "  "}, 400, "invalid_request"),
         ({"kind": "applause", "value": 1}, 400, "invalid_request"),
     ],
 )
@@ -99,5 +100,6 @@ def test_bad_signals_are_refused_and_write_nothing(stack, answered, signal, stat
 
 
 def test_an_unknown_episode_answers_404(stack):
+    assert stack.http.get("/v1/episodes/%00").status_code == 400
     response = stack.http.get("/v1/episodes/ep_nope")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "episode_not_found")

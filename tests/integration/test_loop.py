@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from deploy import head, registry
 from deploy.tables import Adapter, AuditEntry, Canary, Release
+from deploy.votes import votes
 from feedback.tables import Episode
 from flows.accounting import backlog
 from flows.rater import as_it_should_be
@@ -41,9 +43,9 @@ def train(stack, *arguments):
     from infra.stack.parts import prefect_environment
 
     code = (
-        "import json, sys; from flows.follow import run_night; from infra.db import connect; "
+        "import asyncio, json, sys; from flows.follow import run_night; from infra.db import connect; "
         "from infra.settings import load; s = connect(load().need('database_url')); "
-        "r = run_night(s, json.loads(sys.argv[1])); print(r.id)"
+        "r = asyncio.run(run_night(s, json.loads(sys.argv[1]))); print(r.id)"
     )
     environment = {**os.environ, **prefect_environment(stack.settings)}
     done = subprocess.run(
@@ -136,7 +138,8 @@ def test_a_changed_adapter_is_not_loaded(stack, night):
 def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack, release):
     wait_until(lambda: release in served(stack), timeout_s=30, what="the reconciler did not load the challenger")
     arms = {}
-    for number in range(30):
+
+    def visit(number):
         user = f"visitor-{number}"
         completion = stack.ask("Say hello.", user=user)
         with stack.sessions() as session:
@@ -145,9 +148,15 @@ def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack
         assert (completion.model == release) == (episode.arm == "challenger")
         assert episode.arm == arms.setdefault(user, episode.arm)
         assert stack.ask("Say hello.", user=user).model == completion.model
-        for vote in range(4):
-            good = episode.arm == "challenger"
-            stack.feedback(completion.id, kind="thumb", value=1 if good else -1, user=f"{user}-friend-{vote}")
+        good = episode.arm == "challenger"
+        for rater in (user, user, f"{user}-friend"):  # only the user's own first thumb counts
+            stack.feedback(completion.id, kind="thumb", value=1 if good else -1, user=rater)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(visit, range(40)))
+    with stack.sessions() as session:
+        canary_id = session.scalar(sa.select(sa.func.max(Canary.id)))
+        assert sum(map(len, votes(session, canary_id))) == 40
     assert set(arms.values()) == {"champion", "challenger"}
     decide(stack)
     with stack.sessions() as session:

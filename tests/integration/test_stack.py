@@ -1,5 +1,6 @@
 """The embedded stack and the command line, as an operator meets them."""
 
+import importlib
 import json
 import os
 import signal
@@ -12,10 +13,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-import trainer.tables  # noqa: F401
 from infra.db import Base
 from infra.errors import SetupError
-from infra.settings import Settings
+from infra.settings import Settings, load
 from infra.stack import embedded
 from tests.conftest import wait_until
 
@@ -69,6 +69,8 @@ def test_secrets_are_readable_by_their_owner_only(stack):
 
 
 def test_the_models_are_what_the_migrations_make(stack):
+    for package in ("infra", "feedback", "reward", "deploy", "trainer"):
+        importlib.import_module(f"{package}.tables")
     engine = stack.sessions.kw["bind"]
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -115,3 +117,19 @@ def test_without_a_stack_commands_say_how_to_get_one(tmp_path):
         assert done.returncode == 1 and "everloop up" in done.stderr, done.stderr
     done = subprocess.run([*EVERLOOP, "status"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "not running" in done.stderr
+
+
+def test_addresses_recorded_by_a_stack_that_died_are_not_taken_for_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERLOOP_HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stack.json").write_text('{"database_url": "postgresql+psycopg://gone"}')
+    assert load().database_url == "postgresql+psycopg://gone"
+    assert load(recorded_addresses=False).database_url is None
+
+
+def test_a_rater_that_answers_nonsense_ends_the_demo_with_a_sentence(stack):
+    done = subprocess.run(
+        [*EVERLOOP, "demo", "--rater", "echo nonsense", "--measured", "20"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "[rater_failed]" in done.stderr and "Traceback" not in done.stderr
+    assert stack.supervisor.running(), "a demo on a running stack must not stop it"

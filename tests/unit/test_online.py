@@ -51,6 +51,16 @@ def test_one_signal_finds_the_mode_of_the_logistic_posterior(z, good):
     np.testing.assert_allclose(gradient, np.zeros(DIM), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("m", "v", "target"), [(-8.0, 16.0, 1.0), (8.0, 16.0, 0.0), (-30.0, 400.0, 1.0), (0.5, 1e-6, 1.0)]
+)
+def test_the_mode_is_found_from_far_away(m, v, target):
+    head = BayesianHead(np.array([m]), np.array([[v]]))
+    head.learn_one(np.array([1.0]), target)
+    a = float(head.theta[0])
+    assert a - m == pytest.approx(v * (target - sigmoid(a)), abs=1e-6)
+
+
 @given(signals)
 @settings(max_examples=40, deadline=None)
 def test_covariance_stays_symmetric_positive_and_shrinks(given_signals):

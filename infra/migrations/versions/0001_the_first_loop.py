@@ -35,6 +35,7 @@ def upgrade() -> None:
     op.create_table('consumed_events',
     sa.Column('consumer', sa.String(), nullable=False),
     sa.Column('event_id', sa.String(), nullable=False),
+    sa.Column('dead_letter', sa.Boolean(), server_default=sa.false(), nullable=False),
     sa.Column('consumed_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
     sa.PrimaryKeyConstraint('consumer', 'event_id', name=op.f('pk_consumed_events'))
     )
@@ -137,6 +138,7 @@ def upgrade() -> None:
     sa.Column('reward_snapshot_id', sa.Integer(), nullable=True),
     sa.Column('release', sa.String(), nullable=True),
     sa.Column('canary_id', sa.Integer(), nullable=True),
+    sa.Column('last_signal_seq', sa.BigInteger(), nullable=True),
     sa.Column('result', postgresql.JSONB(astext_type=sa.Text()), nullable=True),
     sa.Column('started_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
     sa.Column('ended_at', sa.DateTime(timezone=True), nullable=True),
