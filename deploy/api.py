@@ -29,6 +29,7 @@ class DeploymentView(BaseModel):
 @router.get("/deployment")
 def get_deployment(request: Request) -> DeploymentView:
     """Return the deployment head."""
+    settle_s = request.app.state.settings.canary_settle_s
     with transaction(request.app.state.sessions) as session:
         current = head.read(session)
         canary = session.get(Canary, current.canary_id) if current.canary_id else None
@@ -38,5 +39,5 @@ def get_deployment(request: Request) -> DeploymentView:
             challenger=current.challenger,
             share=current.share,
             canary_id=current.canary_id,
-            evidence=weigh(session, canary).as_dict() if canary else None,
+            evidence=weigh(session, canary, settle_s).as_dict() if canary else None,
         )

@@ -25,7 +25,7 @@ from flows.population import Judgement, Population, Rater
 from infra import report
 from infra.db import Sessions
 from infra.errors import ConflictError, EverloopError
-from infra.settings import BASE_MODEL_NAME
+from infra.settings import BASE_MODEL_NAME, Settings
 from trainer.tables import TrainingRun
 
 HELD_OUT_PART = 0.25
@@ -101,9 +101,10 @@ class Demo:
     """The demo in progress."""
 
     def __init__(
-        self, url: str, sessions: Sessions, rater_command: str, prompts: Sequence[str], plan: Plan
+        self, settings: Settings, sessions: Sessions, rater_command: str, prompts: Sequence[str], plan: Plan
     ) -> None:
-        self.url = url
+        self.url = settings.need("public_url")
+        self.settle_s = settings.canary_settle_s
         self.sessions = sessions
         self.rater_command = rater_command
         self.plan = plan
@@ -210,10 +211,9 @@ class Demo:
                 on_done=lambda _: phase.advance(),
                 stop=lambda: last_night and self._decision(canary_id) is not None,
             )
-        # The watcher looks once a second; give it the time to see the last votes.
-        for _ in range(20):
-            if self._decision(canary_id) is not None:
-                break
+        # The last answers count once they have settled, and the watcher looks once a second.
+        deadline_s = time.monotonic() + self.settle_s + 10
+        while self._decision(canary_id) is None and time.monotonic() < deadline_s:
             await asyncio.sleep(0.5)
         decision = self._decision(canary_id) or self._give_up(canary_id)
         report.say(f"canary {canary_id}: {decision[0]}: {decision[1]}")
@@ -228,7 +228,7 @@ class Demo:
         """End a canary that the day did not decide, as an operator would; the champion stays."""
         try:
             with self.sessions.begin() as session:
-                evidence = weigh(session, session.get_one(Canary, canary_id))
+                evidence = weigh(session, session.get_one(Canary, canary_id), self.settle_s)
                 reason = f"undecided at the end of the demo's day: {evidence.sentence()}"
                 head.close_canary(
                     session, canary_id, decision="hold", evidence=evidence.as_dict(), actor="demo", reason=reason

@@ -13,7 +13,7 @@ from deploy.tables import Canary
 from deploy.votes import weigh
 from infra.db import Sessions, advisory_lock, connect
 from infra.errors import ConflictError
-from infra.settings import load
+from infra.settings import Settings, load
 
 NIGHTLY = "nightly/everloop"
 WATCH = "watch-canary/everloop"
@@ -56,31 +56,31 @@ def watch_canary() -> str:
         if not held:
             return "watched by another run"
         while True:
-            outcome = look(sessions, settings.canary_max_s)
+            outcome = look(sessions, settings)
             if outcome is not None:
                 print(outcome)
                 return outcome
             time.sleep(LOOK_EVERY_S)
 
 
-def look(sessions: Sessions, max_s: float) -> str | None:
+def look(sessions: Sessions, settings: Settings) -> str | None:
     """Look at the open canary once; return how it ended, or None while it is undecided."""
     try:
-        return _look(sessions, max_s)
+        return _look(sessions, settings)
     except ConflictError as error:  # an operator was quicker; nothing of ours is committed
         return error.message
 
 
-def _look(sessions: Sessions, max_s: float) -> str | None:
+def _look(sessions: Sessions, settings: Settings) -> str | None:
     with sessions.begin() as session:
         canary_id = head.read(session).canary_id
         if canary_id is None:
             return "no canary is open"
         canary = session.get_one(Canary, canary_id)
-        evidence = weigh(session, canary)
+        evidence = weigh(session, canary, settings.canary_settle_s)
         decision: str = evidence.decision
         if decision == "hold":
-            if time.time() - canary.opened_at.timestamp() < max_s:
+            if time.time() - canary.opened_at.timestamp() < settings.canary_max_s:
                 return None
             decision = "expired"
         reason = evidence.sentence()

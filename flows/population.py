@@ -19,7 +19,7 @@ from openai import APIError, AsyncOpenAI
 from infra.errors import SetupError
 
 CONCURRENT_USERS = 24
-MAX_ANSWER_TOKENS = 128
+MAX_ANSWER_TOKENS = 96
 TRIES = 5
 
 

@@ -25,7 +25,7 @@ output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 def say(text: str) -> None:
     """Print a line of progress."""
-    errors.print(f"[dim]everloop[/dim] {text}")
+    errors.print(f"[dim]everloop[/dim] {text}", soft_wrap=True)
 
 
 def write_json(path: str | None, report: dict[str, Any]) -> None:

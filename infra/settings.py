@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     min_new_signals: int = Field(20, ge=1, description="A night with fewer new signals trains nothing.")
     canary_share: float = Field(0.2, gt=0, lt=1, description="Share of users who meet a candidate.")
     canary_alpha: float = Field(0.05, gt=0, lt=1, description="Chance of promoting a worse candidate.")
+    canary_settle_s: float = Field(30.0, ge=0, description="Time an answer has to end and to be voted on.")
     canary_max_s: float = Field(86_400.0, gt=0, description="A canary undecided for this long ends.")
 
     @classmethod

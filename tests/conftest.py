@@ -64,13 +64,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "everloop-tests" / "models"
     cache.mkdir(parents=True, exist_ok=True)
     (path / "models").symlink_to(cache)
-    before = os.environ.get("EVERLOOP_HOME")
-    os.environ["EVERLOOP_HOME"] = str(path)
-    yield path
-    if before is None:
-        del os.environ["EVERLOOP_HOME"]
-    else:
-        os.environ["EVERLOOP_HOME"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVERLOOP_HOME", str(path))
+        patch.setenv("EVERLOOP_CANARY_SETTLE_S", "1")
+        yield path
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,8 @@ def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack
         list(pool.map(visit, range(40)))
     with stack.sessions() as session:
         canary_id = session.scalar(sa.select(sa.func.max(Canary.id)))
-        assert sum(map(len, votes(session, canary_id))) == 40
+        assert sum(map(len, votes(session, canary_id, settle_s=0))) == 40
+        assert sum(map(len, votes(session, canary_id, settle_s=3600))) == 0
     assert set(arms.values()) == {"champion", "challenger"}
     decide(stack)
     with stack.sessions() as session:
@@ -170,7 +171,7 @@ def decide(stack):
     """The watcher may be at it already (a night that passed starts it); look until the canary is closed."""
     from flows.nightly import look
 
-    wait_until(lambda: look(stack.sessions, 3600), timeout_s=30, what="the canary was not decided")
+    wait_until(lambda: look(stack.sessions, stack.settings), timeout_s=30, what="the canary was not decided")
 
 
 def served(stack):
