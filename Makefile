@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-all lint clean
+.PHONY: help setup demo up test test-all test-engine lint clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,10 +16,13 @@ demo: setup ## Take the loop round with simulated users, then serve (ARGS=--exit
 up: setup ## Start everything and serve until Ctrl-C.
 	@.venv/bin/everloop up $(ARGS)
 
-test: setup lint ## What CI runs: linters, types, layers, and all tests but the slow ones.
+test-engine: setup ## The engine plug-in against vLLM's own functions, in the engine's environment.
+	@cd infra/engine_plugin && ../../.venv-engine/bin/python -m pytest -q
+
+test: setup lint test-engine ## What CI runs: linters, types, layers, and all tests but the slow ones.
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup lint ## Everything, the slow tests too.
+test-all: setup lint test-engine ## Everything, the slow tests too.
 	@.venv/bin/python -m pytest $(ARGS)
 
 lint: setup ## ruff, strict mypy, import-linter.

@@ -203,9 +203,10 @@ class Demo:
         canary_id = run.canary_id
         report.say(f"{run.release} passed its gates; {CANARY_SHARE:.0%} of the users meet it")
         last_night = number == self.plan.nights
-        with report.Phase(f"day {number + 1}: canary", self.plan.max_canary_visits) as phase:
+        count = self.plan.max_canary_visits if last_night else self.plan.rated_per_day
+        with report.Phase(f"day {number + 1}: canary", count) as phase:
             await population.day(
-                self._visits(self.plan.max_canary_visits if last_night else self.plan.rated_per_day),
+                self._visits(count),
                 rater,
                 give_feedback=True,
                 on_done=lambda _: phase.advance(),
