@@ -12,9 +12,9 @@ from rich.table import Table
 
 from infra import report
 from infra.errors import EverloopError, InvalidRequestError
+from infra.report import JsonPath
 from infra.settings import load
 
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 THUMBS = {"/up": 1, "/down": -1, "/undo": 0}
 
 

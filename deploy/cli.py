@@ -10,10 +10,10 @@ import typer
 from deploy import head, registry
 from infra import report
 from infra.db import connect, transaction
+from infra.report import JsonPath
 from infra.settings import load
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 
 
 def promote(

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from infra import report
 from infra.db import connect
+from infra.report import JsonPath
 from infra.settings import Settings, load
 from infra.stack import embedded
 from infra.stack.cli import serve_until_interrupted, stop_on_sigterm
@@ -25,7 +26,6 @@ from infra.stack.supervisor import Supervisor
 if TYPE_CHECKING:
     from flows.demo import Result
 
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 BUILT_IN_PROMPTS = Path(__file__).parent / "prompts.txt"
 BUILT_IN_RATER = f"{shlex.quote(sys.executable)} -m flows.rater"
 

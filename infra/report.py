@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 
 errors = Console(stderr=True, highlight=False)
 # Where there is no terminal to fit, a table need not be folded.

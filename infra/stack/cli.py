@@ -12,11 +12,10 @@ import typer
 from rich.table import Table
 
 from infra import report
+from infra.report import JsonPath
 from infra.settings import Settings, load
 from infra.stack import embedded
 from infra.stack.supervisor import Supervisor
-
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 
 
 def up(
