@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
 import agent.api
@@ -18,14 +20,29 @@ import deploy.api
 import feedback.api
 import reward.api
 from agent.guard import Guard
+from agent.schema import ErrorEnvelope
+from feedback.intake import Intake
+from feedback.signals import KINDS
 from infra import db
 from infra.engine import EngineClient
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra.log.metrics import LogCollector
 from infra.process import setup_logging
 from infra.settings import Settings, load
 
 # What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+
+
+operations = APIRouter()
+
+
+@operations.get("/metrics", include_in_schema=False)
+def metrics(request: Request) -> Response:
+    """Return Prometheus metrics of the log."""
+    registry = CollectorRegistry()
+    registry.register(LogCollector(request.app.state.sessions))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -37,9 +54,18 @@ def build_app(settings: Settings) -> FastAPI:
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
         async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
             app.state.engine = engine
-            yield
+            async with Intake(app.state.sessions).running() as app.state.intake:
+                yield
 
-    app = FastAPI(title="Everloop", version="0.1.0", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="Everloop",
+        version=version("everloop"),
+        lifespan=lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorEnvelope}, "503": {"model": ErrorEnvelope}},
+    )
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(EverloopError, _everloop_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -47,8 +73,21 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
     for room in (agent.api, feedback.api, reward.api, deploy.api):
         app.include_router(room.router)
+    app.include_router(operations)
     app.mount("/static", StaticFiles(directory=agent.api.STATIC_DIR), name="static")
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document without the framework's own 422, which no request is answered with here."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+    return app.openapi_schema or {}
 
 
 def _error_response(error: EverloopError) -> JSONResponse:
@@ -64,13 +103,22 @@ async def _everloop_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = _field_path(first["loc"])
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
     if first["type"] == "json_invalid":
         path = []
     param = ".".join(path) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
     return _error_response(InvalidRequestError(message, code=code, param=param))
+
+
+def _field_path(location: tuple[str | int, ...]) -> list[str]:
+    """Return where a request is wrong, as its sender would say it: without the schema's own turns."""
+    path = [str(part) for part in location if part != "body"]
+    at = 2 if path[:1] == ["signals"] else 0
+    if len(path) > at and path[at] in KINDS:
+        del path[at]  # which signal of the union it was
+    return path
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:

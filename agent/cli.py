@@ -1,4 +1,4 @@
-"""``everloop chat`` and ``everloop bench``."""
+"""``everloop chat``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Annotated
 
 import httpx
 import typer
-from rich.table import Table
 
 from infra import report
-from infra.errors import EverloopError, InvalidRequestError
-from infra.report import JsonPath
+from infra.errors import EverloopError
 from infra.settings import load
 
 THUMBS = {"/up": 1, "/down": -1, "/undo": 0}
@@ -85,23 +83,3 @@ def _rate(url: str, episode_id: str | None, value: int) -> None:
     }
     response = httpx.post(f"{url}/v1/feedback", json=body, trust_env=False)
     report.say("noted" if response.status_code == 202 else response.text)
-
-
-def bench(
-    name: Annotated[str, typer.Argument(help="serving")],
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each variant, interleaved.")] = 5,
-    json_path: JsonPath = None,
-) -> None:
-    """Measure; each figure is a median over interleaved runs, printed beside what it is compared with."""
-    if name != "serving":
-        raise InvalidRequestError(f"There is no bench {name!r}; there is: serving.", code="unknown_bench")
-    from agent.bench import serving
-
-    result = serving(load(), runs)
-    report.write_json(json_path, result)
-    if json_path != "-":
-        table = Table("16 concurrent streams", "tokens/s (median)", "ratio", "runs", box=None)
-        for variant, row in result["variants"].items():
-            ratio = f"{row['ratio']:.2f} of {row['of']}" if row["of"] else ""
-            table.add_row(variant, f"{row['tokens_per_s']:.0f}", ratio, str(row["runs"]))
-        report.output.print(table)

@@ -13,6 +13,21 @@ ASSISTANT_MODEL = "everloop"
 MAX_MESSAGES = 512
 
 
+class ErrorBody(BaseModel):
+    """What was wrong and what to do."""
+
+    message: str
+    type: str = Field(description="invalid_request_error, or server_error where it is our fault.")
+    param: str | None = Field(description="The field at fault, if one is.")
+    code: str = Field(description="Stable identifier; clients may branch on it.")
+
+
+class ErrorEnvelope(BaseModel):
+    """How every error looks under ``/v1``."""
+
+    error: ErrorBody
+
+
 class Message(BaseModel):
     """One message of a conversation; text only."""
 

@@ -18,6 +18,7 @@ from feedback.episodes import Recording
 from infra.db import Sessions, transaction
 from infra.engine import EngineClient
 from infra.errors import EverloopError, NotFoundError
+from infra.sealing import SubjectKey
 from infra.settings import Settings
 
 
@@ -35,6 +36,7 @@ class Turn:
         self.body = body
         self.created = int(time.time())
         self.recording: Recording
+        self._key: SubjectKey
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
         self._started_s = time.perf_counter()
@@ -49,7 +51,7 @@ class Turn:
         """
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
-        assignment = await anyio.to_thread.run_sync(self._assign)
+        assignment, self._key, may_learn = await anyio.to_thread.run_sync(self._assign)
         if assignment.arm == "pinned" and assignment.release not in await self.engine.models():
             raise _unknown_model(assignment.release)
         messages = [message.model_dump() for message in self.body.messages]
@@ -63,7 +65,7 @@ class Turn:
             propensity=assignment.propensity,
             messages=messages,
             sampling=sampling,
-            learn=self.body.store,
+            learn=self.body.store and may_learn,
         )
         self._stream = self.engine.stream_chat(
             {
@@ -77,14 +79,16 @@ class Turn:
         )
         self._events = await self._stream.__aenter__()
 
-    def _assign(self) -> Assignment:
+    def _assign(self) -> tuple[Assignment, SubjectKey, bool]:
         with transaction(self.sessions) as session:
             if self.body.model == ASSISTANT_MODEL:
-                return head.assign(session, self.body.user)
-            try:
-                return head.pinned(session, self.body.model)
-            except NotFoundError as error:
-                raise _unknown_model(self.body.model) from error
+                assignment = head.assign(session, self.body.user)
+            else:
+                try:
+                    assignment = head.pinned(session, self.body.model)
+                except NotFoundError as error:
+                    raise _unknown_model(self.body.model) from error
+            return assignment, *episodes.begin(session, self.body.user, self.settings.learn_by_default)
 
     async def deltas(self) -> AsyncIterator[str]:
         """Yield the answer's text as it is generated; when this ends, the episode is written.
@@ -121,7 +125,8 @@ class Turn:
         text = choice["delta"].get("content") or ""
         if recording.ttft_ms is None and text:
             recording.ttft_ms = self._elapsed_ms()
-        recording.answer += text.replace("\x00", "")
+        # Half a surrogate pair or a NUL cannot be stored.
+        recording.answer += text.replace("\x00", "").encode("utf-8", "replace").decode()
         recording.token_ids += choice.get("token_ids") or []
         recording.logprobs += [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
         recording.finish_reason = choice.get("finish_reason") or recording.finish_reason
@@ -129,7 +134,7 @@ class Turn:
 
     def _record(self) -> None:
         with transaction(self.sessions) as session:
-            episodes.record(session, self.recording)
+            episodes.record(session, self.recording, self._key)
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_s) * 1000.0

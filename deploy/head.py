@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from deploy import audit
 from deploy.registry import get_release
 from deploy.tables import AuditEntry, Canary, Head, Release
-from infra import outbox
 from infra.errors import ConflictError, InvalidRequestError
 from infra.events import DeploymentChanged
+from infra.log import outbox
 
 HEAD_ID = 1
 
@@ -89,7 +89,17 @@ def open_canary(
     canary = Canary(champion=head.champion, challenger=challenger, share=share, alpha=alpha, gates=gates)
     session.add(canary)
     session.flush()
-    _swap(session, head, "canary_opened", actor, reason, challenger=challenger, canary=canary, share=share)
+    _swap(
+        session,
+        head,
+        "canary_opened",
+        actor,
+        reason,
+        release=challenger,
+        challenger=challenger,
+        canary=canary,
+        share=share,
+    )
     return canary
 
 
@@ -111,7 +121,7 @@ def close_canary(
     canary.closed_at = sa.func.now()
     champion = canary.challenger if decision == "promote" else canary.champion
     action = {"promote": "promoted", "rollback": "canary_rolled_back"}.get(decision, "canary_ended")
-    _swap(session, head, action, actor, reason, champion=champion)
+    _swap(session, head, action, actor, reason, release=canary.challenger, champion=champion)
 
 
 def move_champion(session: Session, release: str, *, action: str, actor: str, reason: str) -> None:
@@ -119,14 +129,19 @@ def move_champion(session: Session, release: str, *, action: str, actor: str, re
     if not reason.strip():
         raise InvalidRequestError("A reason is needed.", code="reason_missing", param="reason")
     head = read(session)
-    release = get_release(session, release).name
+    release, former = get_release(session, release).name, head.champion
+    aborted = None
     if head.canary_id is not None:
         canary = session.get_one(Canary, head.canary_id)
         canary.decision = "promote" if canary.challenger == release else "aborted"
         canary.reason, canary.closed_at = reason, sa.func.now()
+        aborted = canary.challenger if canary.decision == "aborted" else None
     elif head.champion == release:
         raise ConflictError(f"{release} is the champion already.", code="already_champion")
-    _swap(session, head, action, actor, reason, champion=release)
+    subject = release if action == "promoted_by_hand" else former
+    _swap(session, head, action, actor, reason, release=subject, champion=release)
+    if aborted is not None and aborted != subject:
+        _announce(session, read(session), "canary_ended", aborted, reason)
 
 
 def previous_champion(session: Session) -> str:
@@ -155,6 +170,7 @@ def _swap(
     actor: str,
     reason: str,
     *,
+    release: str,
     champion: str | None = None,
     challenger: str | None = None,
     canary: Canary | None = None,
@@ -176,11 +192,16 @@ def _swap(
         )
     subject = str(challenger or after["champion"])
     audit.write(session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after)
+    _announce(session, read(session), action, release, reason)
+
+
+def _announce(session: Session, head: Head, action: str, release: str, reason: str) -> None:
     event = DeploymentChanged(
         action=action,
-        head_version=head.version + 1,
-        champion=str(after["champion"]),
-        challenger=challenger,
+        head_version=head.version,
+        champion=head.champion,
+        challenger=head.challenger,
+        release=release,
         reason=reason,
     )
     outbox.append(session, event, key="deployment")

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from deploy.tables import Adapter, Release
 from infra.errors import IntegrityError, NotFoundError
+from infra.settings import BASE_MODEL_NAME
 
 MANIFEST = "everloop.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -103,9 +104,15 @@ def verified_path(session: Session, digest: str) -> Path:
     Raises
     ------
     IntegrityError
-        Code ``adapter_changed`` where a file is not what was registered.
+        Code ``adapter_changed`` where a file is not what was registered, ``adapter_quarantined`` where it may not
+        be served any more.
     """
     adapter = session.get_one(Adapter, digest)
+    if adapter.mark == "quarantined":
+        raise IntegrityError(
+            f"Adapter {digest[:12]} is quarantined: it learned from a user who was forgotten.",
+            code="adapter_quarantined",
+        )
     path = Path(adapter.path)
     if adapter_digest(file_digests(path)) != digest:
         raise IntegrityError(
@@ -113,3 +120,14 @@ def verified_path(session: Session, digest: str) -> Path:
             code="adapter_changed",
         )
     return path
+
+
+def clean_ancestor(session: Session, release: str) -> str:
+    """Return `release`, or the newest release behind it that learned from nobody who was forgotten since."""
+    name = release
+    while (digest := get_release(session, name).adapter_digest) is not None:
+        adapter = session.get_one(Adapter, digest)
+        if adapter.mark is None:
+            return name
+        name = str(adapter.manifest.get("started_from", BASE_MODEL_NAME))
+    return name

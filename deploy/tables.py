@@ -14,7 +14,10 @@ from infra.tables import Timestamp
 
 
 class Adapter(Base):
-    """A LoRA adapter, immutable, named by the digest of its files."""
+    """A LoRA adapter, immutable, named by the digest of its files.
+
+    ``mark`` says that it learned from somebody who was forgotten since.
+    """
 
     __tablename__ = "adapters"
 
@@ -23,7 +26,10 @@ class Adapter(Base):
     base_digest: Mapped[str]
     run_id: Mapped[str | None]
     manifest: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    mark: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (sa.CheckConstraint("mark IN ('retrain-required', 'quarantined')", name="mark"),)
 
 
 class Release(Base):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from feedback import users
 from feedback.tables import Episode
-from infra import outbox
 from infra.errors import NotFoundError
 from infra.events import EpisodeRecorded
+from infra.ids import new_id
+from infra.log import outbox
+from infra.sealing import SubjectKey
+
+MAX_PAGE = 100
 
 
-def new_episode_id() -> str:
+def new_episode_id(at: datetime | None = None) -> str:
     """Return a fresh episode id; it is also the ``id`` of the API's response."""
-    return f"ep_{uuid.uuid4().hex}"
+    return new_id("ep", at)
 
 
 @dataclass(slots=True)
@@ -43,9 +50,33 @@ class Recording:
     latency_ms: float = 0.0
 
 
-def record(session: Session, recording: Recording) -> None:
-    """Write the episode and its event within the caller's transaction."""
+def begin(session: Session, user_id: str, learn_by_default: bool) -> tuple[SubjectKey, bool]:
+    """Meet a user at the start of a turn: return their key, and whether they may be learned from."""
+    users.ensure(session, [user_id])
+    key = users.key_of(session, user_id)
+    assert key is not None, "ensure has just made it"
+    return key, users.may_learn(session, user_id, learn_by_default)
+
+
+def record(session: Session, recording: Recording, key: SubjectKey, created_at: datetime | None = None) -> bool:
+    """Write the episode and its event within the caller's transaction.
+
+    Parameters
+    ----------
+    key
+        The user's key when the turn began.
+
+    Returns
+    -------
+    bool
+        False where the user was forgotten in the meantime: then nothing is written.
+    """
+    now = users.key_of(session, recording.user_id)
+    if now is None or now.key_id != key.key_id:
+        return False
     values = {name: getattr(recording, name) for name in Recording.__slots__ if name != "episode_id"}
+    if created_at is not None:
+        values["created_at"] = created_at
     session.add(Episode(id=recording.episode_id, **values))
     event = EpisodeRecorded(
         episode_id=recording.episode_id,
@@ -58,11 +89,17 @@ def record(session: Session, recording: Recording) -> None:
         messages=recording.messages,
         answer=recording.answer,
     )
-    outbox.append(session, event, key=recording.episode_id)
+    outbox.append(session, event, key=recording.episode_id, event_id=recording.episode_id, subject=key)
+    return True
 
 
-def get(session: Session, episode_id: str) -> Episode:
+def get(session: Session, episode_id: str, user_id: str | None = None) -> Episode:
     """Return an episode.
+
+    Parameters
+    ----------
+    user_id
+        Whose it must be; somebody else's is not there for them.
 
     Raises
     ------
@@ -70,10 +107,29 @@ def get(session: Session, episode_id: str) -> Episode:
         Code ``episode_not_found``.
     """
     episode = session.get(Episode, episode_id)
-    if episode is None:
-        raise NotFoundError(
-            f"There is no episode {episode_id!r}. Use the `id` of a chat completion.",
-            code="episode_not_found",
-            param="episode_id",
-        )
+    if episode is None or (user_id is not None and episode.user_id != user_id):
+        raise not_found(episode_id)
     return episode
+
+
+def not_found(episode_id: str, param: str = "episode_id") -> NotFoundError:
+    """Return the error for an episode that is not there, or not there for the one who asks."""
+    return NotFoundError(
+        f"There is no episode {episode_id!r}. Use the `id` of a chat completion.",
+        code="episode_not_found",
+        param=param,
+    )
+
+
+def page(session: Session, user_id: str, before: str | None, limit: int) -> Sequence[Episode]:
+    """Return a user's episodes, the newest first.
+
+    Parameters
+    ----------
+    before
+        The id of the last episode of the page before.
+    """
+    query = sa.select(Episode).where(Episode.user_id == user_id)
+    if before is not None:
+        query = query.where(Episode.id < before)
+    return session.scalars(query.order_by(Episode.id.desc()).limit(min(limit, MAX_PAGE))).all()

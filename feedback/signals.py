@@ -1,161 +1,207 @@
-"""Signals: accepting them once, and which of them stand."""
+"""What may be said of an answer: one schema for people, verifiers and judges."""
 
 from __future__ import annotations
 
 import hashlib
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeVar
 
-import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
-from feedback import episodes
-from feedback.tables import Feedback
-from infra import outbox
-from infra.errors import ConflictError
-from infra.events import FeedbackGiven
 from infra.text import CleanText
 
 MAX_CORRECTION_CHARS = 16_000
+MAX_COMMENT_CHARS = 4_000
+CLOCK_SKEW = timedelta(minutes=5)
+MACHINE_KINDS = frozenset({"verifier", "judge"})
+
+Reason = Literal[
+    "incorrect",
+    "incomplete",
+    "off_topic",
+    "too_long",
+    "too_short",
+    "repetitive",
+    "bad_format",
+    "bad_tone",
+    "unsafe",
+    "refused_without_need",
+    "outdated",
+    "well_explained",
+    "exactly_right",
+]
+ImplicitAct = Literal["copied", "regenerated", "edited_and_resent", "abandoned", "contradicted"]
+Id = Annotated[CleanText, Field(min_length=1, max_length=64)]
+Name = Annotated[CleanText, Field(min_length=1, max_length=128)]
 
 
-class Signal(BaseModel):
-    """What a person says of an answer: a thumb, or the answer as it should have been."""
+def _example(kind: str, **fields: Any) -> ConfigDict:
+    example = {"episode_id": "ep_1f…", "user": "ada", "kind": kind, **fields, "idempotency_key": "k1"}
+    return ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [example]})
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {"episode_id": "ep_1f…", "user": "ada", "kind": "thumb", "value": 1, "idempotency_key": "k1"},
-                {
-                    "episode_id": "ep_1f…",
-                    "user": "ada",
-                    "kind": "correction",
-                    "text": "Paris.",
-                    "idempotency_key": "k2",
-                },
-            ]
-        },
+
+class BaseSignal(BaseModel):
+    """What every signal says: of which answer, who, and a key that makes a retry harmless."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    episode_id: Id = Field(description="The answer: the `id` of a chat completion.")
+    user: Name = Field(description="Who says it; for a verifier or judge, its name.")
+    idempotency_key: Name = Field(description="Makes a retry harmless.")
+    given_at: AwareDatetime | None = Field(
+        None, description="When it was given, where that is not now (an offline client); not in the future."
     )
 
-    episode_id: CleanText = Field(min_length=1, max_length=64)
-    user: CleanText = Field(min_length=1, max_length=128, description="Who says it.")
-    kind: Literal["thumb", "correction"]
-    value: Literal[-1, 0, 1] | None = Field(None, description="Of a thumb; 0 withdraws it.")
-    text: CleanText | None = Field(None, min_length=1, max_length=MAX_CORRECTION_CHARS)
-    idempotency_key: CleanText = Field(min_length=1, max_length=128, description="Makes a retry harmless.")
+    kind: Any
 
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Signal:
-        if self.kind == "thumb" and (self.value is None or self.text is not None):
-            raise ValueError("A thumb has a `value` of -1, 0 or 1, and no `text`.")
-        if self.kind == "correction" and (self.text is None or not self.text.strip() or self.value is not None):
-            raise ValueError("A correction has a `text`, and no `value`.")
-        return self
+    @field_validator("given_at")
+    @classmethod
+    def _in_the_past(cls, given_at: datetime | None) -> datetime | None:
+        if given_at is not None and given_at > datetime.now(UTC) + CLOCK_SKEW:
+            raise ValueError("given_at is in the future; check the client's clock.")
+        return given_at
+
+    @property
+    def slot(self) -> str:
+        """Signals of one rater, kind and slot supersede each other."""
+        return self.episode_id
 
     def digest(self) -> str:
         """Return the digest that tells a retry from another signal under the same key."""
         return hashlib.sha256(self.model_dump_json(exclude={"idempotency_key"}).encode()).hexdigest()
 
 
-class Receipt(BaseModel):
-    """Proof that a signal was accepted."""
+class Thumb(BaseSignal):
+    """Good or not."""
 
-    id: str
-    episode_id: str
-    kind: str
-    status: Literal["accepted"] = "accepted"
-    repeated: bool = Field(description="True where this is the answer to a retry.")
+    model_config = _example("thumb", value=1)
+    kind: Literal["thumb"]
+    value: StrictInt = Field(ge=-1, le=1, description="1 good, -1 not; 0 withdraws it.")
 
 
-def accept(session: Session, signal: Signal) -> Receipt:
-    """Write a signal and its event, once per idempotency key, within the caller's transaction.
+class Rating(BaseSignal):
+    """One to five stars."""
 
-    Raises
-    ------
-    NotFoundError
-        Code ``episode_not_found``.
-    ConflictError
-        Code ``idempotency_key_reused``: the key was used for a different signal.
-    """
-    episodes.get(session, signal.episode_id)
-    feedback_id = f"fb_{uuid.uuid4().hex}"
-    # The insert itself is the test: of two retries at once, one waits here and then finds the other's row.
-    inserted = session.execute(
-        insert(Feedback)
-        .values(
-            id=feedback_id,
-            episode_id=signal.episode_id,
-            user_id=signal.user,
-            kind=signal.kind,
-            value=signal.value,
-            text=signal.text,
-            idempotency_key=signal.idempotency_key,
-            body_digest=signal.digest(),
-        )
-        .on_conflict_do_nothing()
-        .returning(Feedback.id)
-    ).scalar()
-    if inserted is None:
-        return _first_receipt(session, signal)
-    event = FeedbackGiven(
-        feedback_id=feedback_id,
-        episode_id=signal.episode_id,
-        user_id=signal.user,
-        kind=signal.kind,
-        value=signal.value,
-        text=signal.text,
-    )
-    outbox.append(session, event, key=signal.episode_id)
-    return Receipt(id=feedback_id, episode_id=signal.episode_id, kind=signal.kind, repeated=False)
+    model_config = _example("rating", value=4)
+    kind: Literal["rating"]
+    value: StrictInt = Field(ge=0, le=5, description="1 worst to 5 best; 0 withdraws it.")
 
 
-def _first_receipt(session: Session, signal: Signal) -> Receipt:
-    first = session.scalars(
-        sa.select(Feedback).where(
-            Feedback.user_id == signal.user, Feedback.idempotency_key == signal.idempotency_key
-        )
-    ).one()
-    if first.body_digest != signal.digest():
-        raise ConflictError(
-            "This idempotency_key was used for a different signal; use a new key for a new signal.",
-            code="idempotency_key_reused",
-            param="idempotency_key",
-        )
-    return Receipt(id=first.id, episode_id=first.episode_id, kind=first.kind, repeated=True)
+class Reasons(BaseSignal):
+    """Why, as stable keys."""
+
+    model_config = _example("reasons", reasons=["too_long", "incorrect"])
+    kind: Literal["reasons"]
+    reasons: list[Reason] = Field(max_length=13, description="All that apply; an empty list withdraws them.")
+
+    @field_validator("reasons")
+    @classmethod
+    def _each_once(cls, reasons: list[Reason]) -> list[Reason]:
+        return sorted(set(reasons))
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """The signal of one rater on one episode and kind that stands."""
+class Comment(BaseSignal):
+    """Why, in words."""
 
-    feedback_id: str
-    seq: int
-    episode_id: str
-    user_id: str
-    kind: str
-    value: int | None
-    text: str | None
+    model_config = _example("comment", text="The date is wrong.")
+    kind: Literal["comment"]
+    value: StrictInt | None = Field(None, ge=0, le=0, description="0 withdraws it.")
+    text: CleanText | None = Field(None, min_length=1, max_length=MAX_COMMENT_CHARS)
 
-
-def fold(signals: Iterable[Standing]) -> list[Standing]:
-    """Return the signals that stand, in the order in which they were given.
-
-    The latest signal of one rater on one episode and kind stands; a withdrawn thumb stands for nothing.
-    The result does not depend on the order or the repetition of the input.
-    """
-    latest: dict[tuple[str, str, str], Standing] = {}
-    for signal in signals:
-        key = (signal.episode_id, signal.user_id, signal.kind)
-        if key not in latest or latest[key].seq < signal.seq:
-            latest[key] = signal
-    return sorted((s for s in latest.values() if s.value != 0), key=lambda s: s.seq)
+    @model_validator(mode="after")
+    def _text_or_withdrawal(self) -> Comment:
+        return _text_unless_withdrawn(self, "comment")
 
 
-def standing_of(rows: Iterable[Feedback]) -> list[Standing]:
-    """Fold feedback rows."""
-    return fold(Standing(r.id, r.seq, r.episode_id, r.user_id, r.kind, r.value, r.text) for r in rows)
+class Correction(BaseSignal):
+    """The answer as it should have been."""
+
+    model_config = _example("correction", text="Paris.")
+    kind: Literal["correction"]
+    value: StrictInt | None = Field(None, ge=0, le=0, description="0 withdraws it.")
+    text: CleanText | None = Field(None, min_length=1, max_length=MAX_CORRECTION_CHARS)
+
+    @model_validator(mode="after")
+    def _text_or_withdrawal(self) -> Correction:
+        return _text_unless_withdrawn(self, "correction")
+
+
+class Preference(BaseSignal):
+    """This answer over that one; both to the same message."""
+
+    model_config = _example("preference", over="ep_2a…")
+    kind: Literal["preference"]
+    over: Id = Field(description="The episode that this one is better than.")
+    value: StrictInt = Field(1, ge=0, le=1, description="0 withdraws it.")
+
+    @model_validator(mode="after")
+    def _two_answers(self) -> Preference:
+        if self.over == self.episode_id:
+            raise ValueError("A preference is between two answers; `over` names this one.")
+        return self
+
+    @property
+    def slot(self) -> str:
+        return "|".join(sorted((self.episode_id, self.over)))
+
+
+class Implicit(BaseSignal):
+    """What somebody did rather than said."""
+
+    model_config = _example("implicit", name="copied")
+    kind: Literal["implicit"]
+    name: ImplicitAct = Field(description="What was done.")
+
+    @property
+    def slot(self) -> str:
+        return f"{self.episode_id}|{self.name}"
+
+
+class Verifier(BaseSignal):
+    """A program checked the answer. `user` is the program's name."""
+
+    model_config = _example("verifier", user="unit-tests", value=1)
+    kind: Literal["verifier"]
+    value: StrictInt = Field(ge=-1, le=1, description="1 passed, -1 failed; 0 withdraws it.")
+    score: float | None = Field(None, ge=0, le=1, description="Share of checks passed.")
+    text: CleanText | None = Field(None, max_length=MAX_COMMENT_CHARS, description="What it found.")
+
+
+class Judge(BaseSignal):
+    """A model judged the answer. `user` is the judge's name."""
+
+    model_config = _example("judge", user="judge-1", score=0.8)
+    kind: Literal["judge"]
+    score: float = Field(ge=0, le=1, description="0 worst to 1 best.")
+    text: CleanText | None = Field(None, max_length=MAX_COMMENT_CHARS, description="Its rationale.")
+
+
+_Worded = TypeVar("_Worded", Comment, Correction)
+
+
+def _text_unless_withdrawn(signal: _Worded, kind: str) -> _Worded:
+    withdrawn = signal.value == 0
+    if withdrawn == (signal.text is not None) or (not withdrawn and not (signal.text or "").strip()):
+        raise ValueError(f"A {kind} has a `text` (or, to withdraw it, a `value` of 0 and no text).")
+    return signal
+
+
+Signal = Annotated[
+    Thumb | Rating | Reasons | Comment | Correction | Preference | Implicit | Verifier | Judge,
+    Field(discriminator="kind"),
+]
+KINDS = frozenset(
+    {"thumb", "rating", "reasons", "comment", "correction", "preference", "implicit", "verifier", "judge"}
+)
+read_signal: TypeAdapter[
+    Thumb | Rating | Reasons | Comment | Correction | Preference | Implicit | Verifier | Judge
+] = TypeAdapter(Signal)

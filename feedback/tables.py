@@ -1,4 +1,4 @@
-"""Tables of what happened: episodes, and what people said of them."""
+"""Tables of what happened: users, episodes, what people said of them, and what became of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from infra.db import Base
 from infra.tables import Timestamp
 
 
+class User(Base):
+    """Somebody who talks to the assistant. A forgotten user leaves a tombstone, under a name that says nothing."""
+
+    __tablename__ = "users"
+
+    user_id: Mapped[str] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(sa.ForeignKey("subject_keys.key_id"))
+    learn: Mapped[bool | None]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    forgotten_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
 class Episode(Base):
-    """One answer, with all that is needed to learn from it."""
+    """One answer, with all that is needed to learn from it. Partitioned by month through its id."""
 
     __tablename__ = "episodes"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now(), index=True)
-    user_id: Mapped[str] = mapped_column(index=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.user_id"))
     release: Mapped[str]
     adapter_digest: Mapped[str | None]
     canary_id: Mapped[int | None] = mapped_column(index=True)
@@ -41,11 +53,13 @@ class Episode(Base):
     __table_args__ = (
         sa.CheckConstraint("status IN ('complete', 'interrupted', 'failed')", name="status"),
         sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
+        sa.Index("ix_episodes_user_id_id", "user_id", "id"),
+        {"postgresql_partition_by": "RANGE (id)"},
     )
 
 
 class Feedback(Base):
-    """One signal; append-only. The latest of one rater on one episode and kind stands."""
+    """One signal; append-only. The latest of one rater in one slot stands (:mod:`feedback.fold`)."""
 
     __tablename__ = "feedback"
 
@@ -54,15 +68,102 @@ class Feedback(Base):
     episode_id: Mapped[str] = mapped_column(sa.ForeignKey("episodes.id"), index=True)
     user_id: Mapped[str]
     kind: Mapped[str]
+    slot: Mapped[str]
     value: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    score: Mapped[float | None]
+    name: Mapped[str | None]
+    reasons: Mapped[list[str] | None] = mapped_column(ARRAY(sa.String))
+    over: Mapped[str | None]
     text: Mapped[str | None]
+    given_at: Mapped[datetime | None] = mapped_column(Timestamp)
     idempotency_key: Mapped[str]
     body_digest: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
 
     __table_args__ = (
         sa.UniqueConstraint("user_id", "idempotency_key"),
-        sa.CheckConstraint("kind IN ('thumb', 'correction')", name="kind"),
-        sa.CheckConstraint("kind <> 'thumb' OR value IN (-1, 0, 1)", name="thumb_value"),
-        sa.CheckConstraint("kind <> 'correction' OR text IS NOT NULL", name="correction_text"),
+        sa.Index("ix_feedback_slot", "slot", "user_id", "kind", "seq"),
+        sa.Index("ix_feedback_user_id_id", "user_id", "id"),
+        sa.CheckConstraint(
+            "kind IN ('thumb', 'rating', 'reasons', 'comment', 'correction', 'preference', 'implicit', "
+            "'verifier', 'judge')",
+            name="kind",
+        ),
+        sa.CheckConstraint("kind NOT IN ('thumb', 'verifier') OR value IN (-1, 0, 1)", name="thumb_value"),
+        sa.CheckConstraint("kind <> 'rating' OR value BETWEEN 0 AND 5", name="rating_value"),
+        sa.CheckConstraint("score BETWEEN 0 AND 1", name="score"),
     )
+
+
+class Import(Base):
+    """How far the import of a file came; a second start goes on from there."""
+
+    __tablename__ = "imports"
+
+    file_digest: Mapped[str] = mapped_column(primary_key=True)
+    next_line: Mapped[int] = mapped_column(sa.BigInteger)
+    num_accepted: Mapped[int] = mapped_column(sa.BigInteger)
+    num_rejected: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class ReceiptRow(Base):
+    """Projection of the log: what the reward model did with a signal."""
+
+    __tablename__ = "receipts"
+
+    feedback_id: Mapped[str] = mapped_column(primary_key=True)
+    episode_id: Mapped[str]
+    status: Mapped[str]
+    reason: Mapped[str | None]
+    update_seq: Mapped[int | None] = mapped_column(sa.BigInteger)
+    p_before: Mapped[float | None]
+    p_after: Mapped[float | None]
+
+    __table_args__ = (sa.CheckConstraint("status IN ('accepted', 'learned', 'set_aside')", name="status"),)
+
+
+class ReceiptUse(Base):
+    """Projection of the log: a run whose dataset holds a signal."""
+
+    __tablename__ = "receipt_uses"
+
+    feedback_id: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    role: Mapped[str]
+    dataset_digest: Mapped[str]
+    reward_snapshot_id: Mapped[int]
+
+
+class ReceiptRun(Base):
+    """Projection of the log: how a run ended."""
+
+    __tablename__ = "receipt_runs"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    release: Mapped[str | None]
+    adapter_digest: Mapped[str | None]
+    reason: Mapped[str]
+
+
+class ReceiptFate(Base):
+    """Projection of the log: what became of a release, after which version of the head."""
+
+    __tablename__ = "receipt_fates"
+
+    release: Mapped[str] = mapped_column(primary_key=True)
+    fate: Mapped[str]
+    reason: Mapped[str]
+    head_version: Mapped[int]
+
+
+class Erasure(Base):
+    """A person was forgotten: what was found where, reported by each room as it erased its part."""
+
+    __tablename__ = "erasures"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tombstone: Mapped[str] = mapped_column(unique=True)
+    policy: Mapped[str]
+    parts: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    requested_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())

@@ -39,18 +39,14 @@ def lost_events(session: Session, acknowledged: Acknowledged) -> int:
     return (
         _missing(session, acknowledged.episodes, sa.select(Episode.id))
         + _missing(session, acknowledged.feedback, sa.select(Feedback.id))
-        + _missing(session, acknowledged.episodes, _applied(EpisodeRecorded.topic, "episode_id"))
-        + _missing(session, acknowledged.feedback, _applied(FeedbackGiven.topic, "feedback_id"))
+        + _missing(session, [*acknowledged.episodes, *acknowledged.feedback], _applied())
     )
 
 
-def _applied(topic: str, field: str) -> sa.Select[tuple[str]]:
-    return (
-        sa.select(OutboxRow.event["data"][field].astext)
-        .join(ConsumedEvent, ConsumedEvent.event_id == OutboxRow.event_id)
-        .where(OutboxRow.topic == topic, ConsumedEvent.consumer == CONSUMER, ~ConsumedEvent.dead_letter)
-    )
+def _applied() -> sa.Select[str]:
+    """Return the events that were applied; those of episodes and signals bear their ids."""
+    return sa.select(ConsumedEvent.event_id).where(ConsumedEvent.consumer == CONSUMER, ~ConsumedEvent.dead_letter)
 
 
-def _missing(session: Session, ids: Sequence[str], present: sa.Select[tuple[str]]) -> int:
+def _missing(session: Session, ids: Sequence[str], present: sa.Select[str]) -> int:
     return len(set(ids) - set(session.scalars(present)))

@@ -122,6 +122,8 @@ def _print(result: Result) -> None:
         if night.set_aside:
             aside = ", ".join(f"{reason} {n}" for reason, n in night.set_aside.items())
             report.output.print(f"night {number} set aside: {aside}")
+    if result.receipt is not None:
+        report.output.print(f"The receipt of one vote ({result.receipt['id']}): {result.receipt['summary']}")
     report.output.print(
         f"{result.episodes} episodes, {result.feedback} signals, {result.lost_events} lost, "
         f"{result.wall_s:.0f} s in all"

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sqlalchemy as sa
+
 from deploy import head
 from deploy.gates import wilson_interval
 from deploy.tables import Canary
 from deploy.votes import weigh
+from feedback.tables import Feedback, ReceiptFate, ReceiptRun, ReceiptUse
 from flows import accounting
 from flows.follow import run_night
 from flows.population import Judgement, Population, Rater
@@ -32,6 +35,7 @@ HELD_OUT_PART = 0.25
 NUM_USERS = 1000
 CANARY_SHARE = 0.5
 DRAIN_TIMEOUT_S = 180.0
+RECEIPT_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Result:
     episodes: int = 0
     feedback: int = 0
     lost_events: int = 0
+    receipt: dict[str, Any] | None = None
     wall_s: float = 0.0
 
     @property
@@ -157,6 +162,7 @@ class Demo:
                     )
                 )
             await self._drain()
+            result.receipt = await self._follow_a_thumb(population)
             result.episodes = len(population.acknowledged.episodes)
             result.feedback = len(population.acknowledged.feedback)
             with self.sessions() as session:
@@ -237,6 +243,24 @@ class Demo:
             return "hold", reason
         except ConflictError:  # the watcher decided in this moment
             return self._decision(canary_id) or ("hold", "closed by somebody else")
+
+    async def _follow_a_thumb(self, population: Population) -> dict[str, Any] | None:
+        """Return the receipt of a vote that trained what was promoted, as the one who cast it would ask for it."""
+        query = (
+            sa.select(Feedback.id, Feedback.user_id)
+            .join(ReceiptUse, ReceiptUse.feedback_id == Feedback.id)
+            .join(ReceiptRun, ReceiptRun.run_id == ReceiptUse.run_id)
+            .join(ReceiptFate, ReceiptFate.release == ReceiptRun.release)
+            .where(Feedback.kind == "thumb", ReceiptUse.role == "train", ReceiptFate.fate == "promoted")
+            .limit(1)
+        )
+        for _ in range(RECEIPT_TRIES):
+            with self.sessions() as session:
+                found = session.execute(query).one_or_none()
+            if found is not None:
+                return await population.receipt(found.id, found.user_id)
+            await asyncio.sleep(0.5)
+        return None
 
     def _visits(self, count: int) -> list[tuple[str, str]]:
         visits = []

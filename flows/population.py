@@ -198,6 +198,12 @@ class Population:
                 await asyncio.sleep(2.0)
         raise AssertionError
 
+    async def receipt(self, feedback_id: str, user: str) -> dict[str, Any]:
+        """Return what became of a user's signal."""
+        response = await self._http.get(f"/v1/feedback/{feedback_id}/receipt", headers={"X-Everloop-User": user})
+        response.raise_for_status()
+        return dict(response.json())
+
     async def _give(self, judgement: Judgement, signal: dict[str, Any]) -> None:
         body = {
             "episode_id": judgement.episode_id,

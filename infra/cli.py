@@ -20,7 +20,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("flows.cli", "train", "Start a night run now and follow it."),
     "promote": ("deploy.cli", "promote", "Make a release the champion, with a reason."),
     "rollback": ("deploy.cli", "rollback", "Go back to an earlier champion, with a reason."),
-    "bench": ("agent.cli", "bench", "Measure; each bench prints what it compared with."),
+    "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
+    "users": ("feedback.cli", "users_app", "Consent and erasure."),
+    "log": ("infra.log.cli", "app", "State of the log, replay, dead letters."),
+    "bench": ("flows.bench.cli", "app", "Measure; each bench prints what it compared with."),
 }
 
 
@@ -35,6 +38,9 @@ class LazyGroup(TyperGroup):
             return None
         module, attribute, help_line = COMMANDS[cmd_name]
         function = getattr(importlib.import_module(module), attribute)
+        if isinstance(function, typer.Typer):
+            function.info.help = help_line
+            return typer.main.get_group(function)
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(name=cmd_name, help=help_line)(function)
         return typer.main.get_command(app)

@@ -40,7 +40,12 @@ def connect(database_url: str, *, pool_size: int = 5) -> Sessions:
         Connections kept open; as many again may be opened under load.
     """
     engine = sa.create_engine(
-        database_url, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True, pool_timeout=10
+        database_url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        pool_timeout=10,
+        hide_parameters=True,  # an error message goes into a log, and parameters hold what people said
     )
     return sessionmaker(engine, expire_on_commit=False)
 
@@ -59,17 +64,28 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
 
 
 @contextmanager
-def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
-    """Try to hold the lock `name` for the length of the block; yield whether it is held.
+def locked_connection(sessions: Sessions, name: str) -> Iterator[sa.Connection | None]:
+    """Try to hold the lock `name` for the length of the block; yield the connection that holds it, or None.
 
-    The lock lives on a connection of its own, so it ends with the process, however the process ends.
+    The lock ends with the process, however the process ends. Work that must not go on without the lock is done on
+    this connection: when it is cut, the lock is free, and the work cannot commit.
     """
     engine: sa.Engine = sessions.kw["bind"]
     key = sa.func.hashtextextended(f"everloop.{name}", 0)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with engine.connect() as connection:
         held = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
+        connection.commit()
         try:
-            yield held
+            yield connection if held else None
         finally:
             if held and not connection.invalidated:
-                connection.scalar(sa.select(sa.func.pg_advisory_unlock(key)))
+                connection.rollback()
+                connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
+                connection.commit()
+
+
+@contextmanager
+def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
+    """Try to hold the lock `name` for the length of the block; yield whether it is held."""
+    with locked_connection(sessions, name) as connection:
+        yield connection is not None

@@ -1,22 +1,31 @@
 """The events of the loop, defined in this one place.
 
 Values on Kafka are CloudEvents 1.0 in structured JSON. ``dataschema`` names a versioned JSON Schema in
-``infra/schemas/``; unknown fields pass, an unknown major version goes to the dead-letter topic.
+``infra/schemas/``; unknown fields pass, an unknown major version goes to the dead-letter topic. What a person said,
+and who they are, travels in ``data.sealed`` (:mod:`infra.sealing`). `python -m infra.events` writes the schemas and
+``docs/events.md`` anew.
 """
 
 from __future__ import annotations
 
+import builtins
+import functools
 import json
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from infra.errors import InvalidRequestError
+from infra.ids import new_id
+from infra.sealing import SubjectKey, seal, unseal
 
 SOURCE = "urn:everloop"
+
+
+class ErasedEventError(Exception):
+    """What the event said is gone: the key that sealed it was destroyed."""
 
 
 class Event(BaseModel):
@@ -27,71 +36,159 @@ class Event(BaseModel):
     topic: ClassVar[str]
     type: ClassVar[str]
     major: ClassVar[int] = 1
+    personal: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def schema_name(cls) -> str:
         """Return the name of the JSON Schema, e.g. ``episode.recorded.v1``."""
         return f"{cls.type}.v{cls.major}"
 
-    def to_cloudevent(self, event_id: str | None = None) -> dict[str, Any]:
-        """Wrap the event in its CloudEvents 1.0 envelope."""
-        return {
+    def to_cloudevent(self, event_id: str | None = None, subject: SubjectKey | None = None) -> dict[str, Any]:
+        """Wrap the event in its CloudEvents 1.0 envelope.
+
+        Parameters
+        ----------
+        event_id
+            The event's identity, by which a second delivery is known; a new one, if unset.
+        subject
+            The key of the person whom it is about; events with personal fields need one.
+        """
+        envelope: dict[str, Any] = {
             "specversion": "1.0",
-            "id": event_id or f"ev_{uuid.uuid4().hex}",
+            "id": event_id or new_id("ev"),
             "source": SOURCE,
             "type": f"dev.everloop.{self.type}",
             "time": datetime.now(UTC).isoformat(),
             "datacontenttype": "application/json",
             "dataschema": f"{SOURCE}:schema:{self.schema_name()}",
-            "data": self.model_dump(mode="json"),
         }
+        data = self.model_dump(mode="json")
+        if self.personal:
+            assert subject is not None, f"{self.type} needs the key of its subject"
+            envelope["subject"] = subject.key_id
+            data["sealed"] = seal(subject, {name: data.pop(name) for name in self.personal})
+        envelope["data"] = data
+        return envelope
 
     @classmethod
-    def from_cloudevent(cls, envelope: dict[str, Any]) -> Self:
+    def from_cloudevent(cls, envelope: dict[str, Any], key: bytes | None = None) -> Self:
         """Read the event back, refusing what this version cannot understand.
+
+        Parameters
+        ----------
+        key
+            What opens the sealed part.
 
         Raises
         ------
         InvalidRequestError
             Code ``unknown_schema`` where the type or its major version is not this one.
+        ErasedEventError
+            Where the sealed part has no key any more.
         """
         schema = f"{SOURCE}:schema:{cls.schema_name()}"
         if envelope.get("dataschema") != schema:
             raise InvalidRequestError(
                 f"Expected {schema}, got {envelope.get('dataschema')!r}.", code="unknown_schema"
             )
-        return cls.model_validate(envelope.get("data"))
+        data = envelope.get("data")
+        if cls.personal and isinstance(data, dict) and "sealed" in data:
+            if key is None:
+                raise ErasedEventError
+            data = {**data, **unseal(key, str(data["sealed"]))}
+        return cls.model_validate(data)
+
+    @classmethod
+    @functools.cache
+    def public_model(cls) -> builtins.type[BaseModel]:
+        """Return the model of what everybody may read of the event: its fields without the personal ones."""
+        fields: dict[str, Any] = {
+            name: (field.annotation, field) for name, field in cls.model_fields.items() if name not in cls.personal
+        }
+        model: builtins.type[BaseModel] = create_model(
+            f"Public{cls.__name__}", __config__=cls.model_config, **fields
+        )
+        return model
+
+    @classmethod
+    def wire_schema(cls) -> dict[str, Any]:
+        """Return the JSON Schema of ``data`` as it travels: the personal fields stand within ``sealed``."""
+        schema = cls.model_json_schema()
+        if not cls.personal:
+            return schema
+        properties, required = schema["properties"], schema.get("required", [])
+        inner = {
+            "type": "object",
+            "properties": {name: properties.pop(name) for name in sorted(cls.personal)},
+            "required": sorted(cls.personal.intersection(required)),
+        }
+        properties["sealed"] = {
+            "type": "string",
+            "description": "Compact JWE (dir, A256GCM) under the key that the envelope's `subject` names.",
+            "contentMediaType": "application/jose",
+            "contentSchema": inner,
+        }
+        schema["required"] = [name for name in required if name not in cls.personal] + ["sealed"]
+        return schema
 
 
 class EpisodeRecorded(Event):
-    """One answer was given, cut off or failed, with what was said."""
+    """One answer was given, cut off or failed, with what was said. Its id is the episode's."""
 
     topic = "everloop.episodes"
     type = "episode.recorded"
+    personal = frozenset({"user_id", "messages", "answer"})
 
-    episode_id: str
-    user_id: str
-    release: str
-    arm: str
-    propensity: float
-    status: Literal["complete", "interrupted", "failed"]
-    learn: bool
-    messages: list[dict[str, Any]]
-    answer: str
+    episode_id: str = Field(description="Also the `id` of the API's response.")
+    user_id: str = Field(description="Who asked.")
+    release: str = Field(description="The release that answered.")
+    arm: str = Field(description="champion, challenger or pinned; imported for outside data.")
+    propensity: float = Field(description="Probability with which the user was given this arm.")
+    status: Literal["complete", "interrupted", "failed"] = Field(description="How the answer ended.")
+    learn: bool = Field(description="Whether it may be learned from.")
+    messages: list[dict[str, Any]] = Field(description="What the model saw.")
+    answer: str = Field(description="What it answered.")
 
 
 class FeedbackGiven(Event):
-    """A person said something about an answer."""
+    """Somebody said something about an answer. Its id is the signal's."""
 
     topic = "everloop.feedback"
     type = "feedback.given"
+    personal = frozenset({"user_id", "text"})
 
-    feedback_id: str
-    episode_id: str
-    user_id: str
-    kind: Literal["thumb", "correction"]
-    value: int | None = None
-    text: str | None = None
+    feedback_id: str = Field(description="The signal's id; its receipt is found under it.")
+    seq: int = Field(0, description="Order of acceptance: of two signals in one slot the higher stands.")
+    episode_id: str = Field(description="The answer that it is about.")
+    user_id: str = Field(description="Who says it: a user, or the name of a verifier or judge.")
+    kind: Literal[
+        "thumb",
+        "rating",
+        "reasons",
+        "comment",
+        "correction",
+        "preference",
+        "implicit",
+        "verifier",
+        "judge",
+    ] = Field(description="What sort of signal it is.")
+    slot: str = Field("", description="Signals of one rater in one slot supersede each other.")
+    value: int | None = Field(None, description="Thumb or verifier: -1 or 1; rating: 1 to 5; 0 withdraws any kind.")
+    score: float | None = Field(None, description="A judge's or verifier's score, 0 to 1.")
+    name: str | None = Field(None, description="Which implicit act it was.")
+    reasons: list[str] | None = Field(None, description="Stable keys of the reasons.")
+    over: str | None = Field(None, description="The episode that this one is preferred to.")
+    text: str | None = Field(None, description="Comment, corrected answer, or a judge's rationale.")
+
+
+class UserForgotten(Event):
+    """A person asked to be forgotten; each room erases its part and reports what it found."""
+
+    topic = "everloop.users"
+    type = "user.forgotten"
+
+    erasure_id: str = Field(description="The report under which each room notes its part.")
+    tombstone: str = Field(description="The name that stands where the person's stood.")
 
 
 class RewardUpdated(Event):
@@ -100,12 +197,50 @@ class RewardUpdated(Event):
     topic = "everloop.rewards"
     type = "reward.updated"
 
-    episode_id: str
-    feedback_id: str | None
-    mean: float
-    sd: float
-    p_good: float
-    update_seq: int
+    episode_id: str = Field(description="The answer that was scored.")
+    feedback_id: str | None = Field(description="The signal that moved it.")
+    mean: float = Field(description="Mean of the logit.")
+    sd: float = Field(description="Standard deviation of the logit.")
+    p_good: float = Field(description="Probability that the answer is good, after the signal.")
+    p_before: float | None = Field(None, description="The same before the signal.")
+    update_seq: int = Field(description="The update of the posterior that this was.")
+
+
+class SignalSetAside(Event):
+    """The reward model did not use a signal, and why."""
+
+    topic = "everloop.rewards"
+    type = "signal.set_aside"
+
+    feedback_id: str = Field(description="The signal.")
+    episode_id: str = Field(description="The answer that it is about.")
+    reason: str = Field(description="Stable key of the reason.")
+
+
+class TrainingUsed(Event):
+    """A run's dataset holds these signals (long lists come in several events)."""
+
+    topic = "everloop.deployments"
+    type = "training.used"
+
+    run_id: str = Field(description="The run.")
+    dataset_digest: str = Field(description="SHA-256 of the dataset snapshot.")
+    reward_snapshot_id: int = Field(description="The reward snapshot that the run pinned.")
+    role: Literal["train", "gates"] = Field(description="Whether it trained, or was kept to judge.")
+    feedback_ids: list[str] = Field(description="The signals.")
+
+
+class RunEnded(Event):
+    """A training run ended, with or without an adapter."""
+
+    topic = "everloop.deployments"
+    type = "run.ended"
+
+    run_id: str = Field(description="The run.")
+    status: str = Field(description="canary, held, skipped or failed.")
+    release: str | None = Field(description="The release that came out.")
+    adapter_digest: str | None = Field(description="The adapter behind it.")
+    reason: str = Field(description="Why it ended so.")
 
 
 class DeploymentChanged(Event):
@@ -114,15 +249,26 @@ class DeploymentChanged(Event):
     topic = "everloop.deployments"
     type = "deployment.changed"
 
-    action: str
-    head_version: int
-    champion: str
-    challenger: str | None
-    reason: str
+    action: str = Field(description="What was done.")
+    head_version: int = Field(description="The head's version afterwards.")
+    champion: str = Field(description="Who is served to most users now.")
+    challenger: str | None = Field(description="Who meets some users now.")
+    release: str | None = Field(None, description="The release that the act was about.")
+    reason: str = Field(description="Why.")
 
 
-EVENTS: tuple[type[Event], ...] = (EpisodeRecorded, FeedbackGiven, RewardUpdated, DeploymentChanged)
-TOPICS: tuple[str, ...] = tuple(event.topic for event in EVENTS)
+EVENTS: tuple[type[Event], ...] = (
+    EpisodeRecorded,
+    FeedbackGiven,
+    RewardUpdated,
+    SignalSetAside,
+    TrainingUsed,
+    RunEnded,
+    DeploymentChanged,
+    UserForgotten,
+)
+BY_SCHEMA: dict[str, type[Event]] = {f"{SOURCE}:schema:{event.schema_name()}": event for event in EVENTS}
+TOPICS: tuple[str, ...] = tuple(dict.fromkeys(event.topic for event in EVENTS))
 
 
 def dead_letter_topic(topic: str) -> str:
@@ -133,9 +279,52 @@ def dead_letter_topic(topic: str) -> str:
 def write_schemas(directory: Path) -> None:
     """Write the JSON Schema of every event into `directory`."""
     for event in EVENTS:
-        text = json.dumps(event.model_json_schema(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(event.wire_schema(), indent=2, sort_keys=True) + "\n"
         (directory / f"{event.schema_name()}.json").write_text(text)
 
 
+def document(schemas: Path) -> str:
+    """Return ``docs/events.md``, made from the schemas in the repository."""
+    lines = [
+        "# Events",
+        "",
+        "Made from `infra/schemas/` by `python -m infra.events`; a test keeps it so. Each value on Kafka is a "
+        "CloudEvents 1.0",
+        "envelope in JSON, and its `data` fits the schema that `dataschema` names. Fields marked *sealed* travel "
+        "encrypted in",
+        "`sealed` (a compact JWE under the key named by `subject`), so that destroying a person's key erases them "
+        "everywhere.",
+    ]
+    for topic in TOPICS:
+        lines += ["", f"## `{topic}`"]
+        for event in (event for event in EVENTS if event.topic == topic):
+            schema = json.loads((schemas / f"{event.schema_name()}.json").read_text())
+            lines += ["", f"### `{event.schema_name()}`", "", schema["description"], ""]
+            lines += ["| field | type | | what it is |", "|---|---|---|---|", *_rows(schema)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(schema: dict[str, Any], marks: tuple[str, ...] = ()) -> list[str]:
+    rows = []
+    for name, field in schema["properties"].items():
+        mark = ", ".join([*marks, *(["required"] if name in schema.get("required", []) else [])])
+        rows.append(f"| `{name}` | {_type_name(field)} | {mark} | {field.get('description', '')} |")
+        if "contentSchema" in field:
+            rows += _rows(field["contentSchema"], ("sealed",))
+    return rows
+
+
+def _type_name(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "anyOf" in field:
+        return " or ".join(_type_name(option) for option in field["anyOf"])
+    if field.get("type") == "array":
+        return f"list of {_type_name(field['items'])}"
+    return str(field.get("type", "any"))
+
+
 if __name__ == "__main__":
-    write_schemas(Path(__file__).parent / "schemas")
+    here = Path(__file__).parent
+    write_schemas(here / "schemas")
+    (here.parent / "docs" / "events.md").write_text(document(here / "schemas"))

@@ -10,24 +10,26 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from infra.events import TOPICS, dead_letter_topic
 
-__all__ = ["KafkaError", "TopicPartition", "assigned_consumer", "ensure_topics", "producer"]
+__all__ = ["KafkaError", "TopicPartition", "consumer", "ensure_topics", "partitions", "producer"]
 
 REQUEST_TIMEOUT_MS = 10_000
+MAX_EVENT_BYTES = 8 * 1024**2
 
 
-def ensure_topics(bootstrap: str, num_partitions: int) -> None:
-    """Create the loop's topics and their dead-letter topics where they are missing."""
+def ensure_topics(bootstrap: str, num_partitions: int) -> dict[str, str | None]:
+    """Create the loop's topics and their dead-letter topics where they are missing; return the id of each.
+
+    A topic that was deleted and made anew has another id (brokers before Kafka 2.8 give none).
+    """
+    names = [name for topic in TOPICS for name in (topic, dead_letter_topic(topic))]
     admin = KafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
-        existing = set(admin.list_topics())
-        for topic in TOPICS:
-            for name in (topic, dead_letter_topic(topic)):
-                if name in existing:
-                    continue
-                try:
-                    admin.create_topics([NewTopic(name, num_partitions, 1)])
-                except TopicAlreadyExistsError:
-                    pass
+        for name in set(names).difference(admin.list_topics()):
+            try:
+                admin.create_topics([NewTopic(name, num_partitions, 1)])
+            except TopicAlreadyExistsError:
+                pass
+        return {topic["name"]: topic["topic_id"] for topic in admin.describe_topics(names)}
     finally:
         admin.close()
 
@@ -39,27 +41,26 @@ def producer(bootstrap: str) -> KafkaProducer:
         acks="all",
         enable_idempotence=True,
         linger_ms=2,
+        batch_size=128 * 1024,
+        max_request_size=MAX_EVENT_BYTES,
         max_block_ms=REQUEST_TIMEOUT_MS,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
         delivery_timeout_ms=2 * REQUEST_TIMEOUT_MS,
     )
 
 
-def assigned_consumer(bootstrap: str, topics: Iterable[str]) -> KafkaConsumer:
-    """Return a consumer of every partition of `topics`, without a group.
-
-    Positions are kept in the database beside their effect, so a group would only add its join delay.
-    """
-    consumer = KafkaConsumer(
+def consumer(bootstrap: str) -> KafkaConsumer:
+    """Return a consumer without a group: positions are kept in the database beside their effect."""
+    return KafkaConsumer(
         bootstrap_servers=bootstrap,
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        fetch_max_wait_ms=200,
+        fetch_max_wait_ms=100,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
     )
-    partitions = [
-        TopicPartition(topic, p) for topic in topics for p in sorted(consumer.partitions_for_topic(topic) or ())
-    ]
-    consumer.assign(partitions)
-    return consumer
+
+
+def partitions(client: KafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
+    """Return the partitions of `topics` that exist now."""
+    return [TopicPartition(topic, p) for topic in topics for p in sorted(client.partitions_for_topic(topic) or ())]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import (
@@ -47,6 +48,17 @@ class Settings(BaseSettings):
     max_answer_tokens: int = Field(256, description="Answer length where the request sets none.")
     max_request_bytes: int = Field(262_144, description="Largest request body; more is refused with 413.")
     engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
+
+    learn_by_default: bool = Field(True, description="Whether users are learned from who said nothing about it.")
+    erasure_policy: Literal["retrain-required", "quarantine"] = Field(
+        "retrain-required", description="What becomes of adapters that learned from a user who is forgotten."
+    )
+    log_retention_days: float = Field(30.0, gt=0, description="Events that all consumers applied stay this long.")
+    log_max_bytes: int = Field(2 * 1024**3, ge=0, description="Size of the log beyond which older events go.")
+    phone_region: str | None = Field(
+        None, description="Country (ISO code) whose national phone numbers are redacted."
+    )
+    redact_names: bool = Field(False, description="Redact people's names before training (extra `names`).")
 
     encoder_layer: int = Field(22, ge=1, description="Hidden layer whose mean is the reward feature.")
     reward_snapshot_every: int = Field(64, ge=1, description="Updates between two reward snapshots.")

@@ -1,17 +1,21 @@
-"""``GET /v1/episodes/{id}``: an answer, what was said of it, and how good it is believed to be."""
+"""``GET /v1/episodes``: an answer, what was said of it, and how good it is believed to be."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
 
 from feedback import episodes
-from feedback.signals import standing_of
-from feedback.tables import Feedback
+from feedback.api import Before, Limit
+from feedback.fold import fold, histories
+from feedback.identity import CurrentUser
+from feedback.tables import Episode, Feedback
 from infra.db import transaction
 from infra.text import CleanText
 from reward.tables import RewardScore
@@ -32,9 +36,13 @@ class ScoreView(BaseModel):
 class SignalView(BaseModel):
     """A signal that stands."""
 
-    id: str
+    id: str = Field(validation_alias="feedback_id")
     kind: str
     value: int | None
+    score: float | None
+    name: str | None
+    reasons: tuple[str, ...] | None
+    over: str | None
     text: str | None
 
 
@@ -54,14 +62,40 @@ class EpisodeView(BaseModel):
     score: ScoreView | None
 
 
+class EpisodePage(BaseModel):
+    """Episodes, the newest first; ``next_before`` is null on the last page."""
+
+    data: list[EpisodeView]
+    next_before: str | None
+
+
 @router.get("/episodes/{episode_id}")
-def get_episode(episode_id: CleanText, request: Request) -> EpisodeView:
-    """Return an episode with its standing signals and its score (null until the worker has seen it)."""
+def get_episode(episode_id: CleanText, user: CurrentUser, request: Request) -> EpisodeView:
+    """Return an episode of yours with its standing signals and its score (null until the worker has seen it)."""
     with transaction(request.app.state.sessions) as session:
-        episode = episodes.get(session, episode_id)
-        rows = session.scalars(sa.select(Feedback).where(Feedback.episode_id == episode_id)).all()
-        score = session.get(RewardScore, episode_id)
-        return EpisodeView(
+        return _views(session, [episodes.get(session, episode_id, user)])[0]
+
+
+@router.get("/episodes")
+def list_episodes(user: CurrentUser, request: Request, before: Before = None, limit: Limit = 20) -> EpisodePage:
+    """List your episodes, the newest first."""
+    with transaction(request.app.state.sessions) as session:
+        found = _views(session, episodes.page(session, user, before, limit))
+    return EpisodePage(data=found, next_before=found[-1].id if len(found) == limit else None)
+
+
+def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:
+    ids = [episode.id for episode in found]
+    scores = {
+        s.episode_id: s for s in session.scalars(sa.select(RewardScore).where(RewardScore.episode_id.in_(ids)))
+    }
+    signals: dict[str, list[SignalView]] = {episode_id: [] for episode_id in ids}
+    slots = session.scalars(sa.select(Feedback.slot).where(Feedback.episode_id.in_(ids)))
+    for s in fold(signal for history in histories(session, slots).values() for signal in history):
+        if s.episode_id in signals:
+            signals[s.episode_id].append(SignalView.model_validate(s, from_attributes=True))
+    return [
+        EpisodeView(
             id=episode.id,
             created_at=episode.created_at,
             release=episode.release,
@@ -71,8 +105,10 @@ def get_episode(episode_id: CleanText, request: Request) -> EpisodeView:
             answer=episode.answer,
             latency_ms=episode.latency_ms,
             num_completion_tokens=len(episode.token_ids),
-            feedback=[
-                SignalView(id=s.feedback_id, kind=s.kind, value=s.value, text=s.text) for s in standing_of(rows)
-            ],
-            score=score and ScoreView.model_validate(score, from_attributes=True),
+            feedback=signals[episode.id],
+            score=ScoreView.model_validate(scores[episode.id], from_attributes=True)
+            if episode.id in scores
+            else None,
         )
+        for episode in found
+    ]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -106,32 +110,95 @@ def pin_snapshot(session: Session, encoder: str, dim: int) -> tuple[int, Bayesia
     return save_snapshot(session, posterior, encoder), posterior.head
 
 
-def cached_features(session: Session, encoder: str, digest: str) -> NDArray[np.float64] | None:
-    """Return the cached features of an answer, shape ``(dim,)``, or None."""
-    row = session.get(Features, (encoder, digest))
-    return None if row is None else np.frombuffer(row.phi, np.float32).astype(np.float64)
+def answer_digest(messages: Sequence[Mapping[str, Any]], answer: str) -> str:
+    """Return the cache key of an answer in its context."""
+    return hashlib.sha256(json.dumps([list(messages), answer], sort_keys=True).encode()).hexdigest()
 
 
-def cache_features(session: Session, encoder: str, digest: str, phi: NDArray[np.float32]) -> None:
-    """Keep the features of an answer."""
+def cached_features(session: Session, encoder: str, digests: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the cached features of answers, shape ``(dim,)`` each, of those that are cached."""
+    rows = session.execute(
+        sa.select(Features.answer_digest, Features.phi).where(
+            Features.encoder == encoder, Features.answer_digest.in_(set(digests))
+        )
+    )
+    return {digest: np.frombuffer(phi, np.float32).astype(np.float64) for digest, phi in rows}
+
+
+def cache_features(session: Session, encoder: str, features: Mapping[str, tuple[NDArray[np.float32], str]]) -> None:
+    """Keep the features of answers: by digest, the vector and the episode that it was computed for."""
+    if features:
+        rows = [
+            {"encoder": encoder, "answer_digest": digest, "phi": phi.tobytes(), "episode_id": episode_id}
+            for digest, (phi, episode_id) in features.items()
+        ]
+        session.execute(insert(Features).on_conflict_do_nothing(), rows)
+
+
+def save_scores(session: Session, scores: Mapping[str, tuple[Score, int]], encoder: str) -> None:
+    """Write the newest score of each episode, and the update after which it was computed."""
+    if not scores:
+        return
+    statement = insert(RewardScore)
+    names = ("mean", "sd", "p_good", "update_seq", "encoder")
+    values = {name: statement.excluded[name] for name in names}
     session.execute(
-        insert(Features)
-        .values(encoder=encoder, answer_digest=digest, phi=phi.astype(np.float32).tobytes())
-        .on_conflict_do_nothing()
+        statement.on_conflict_do_update(
+            index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()}
+        ),
+        [
+            {
+                "episode_id": episode_id,
+                "mean": score.mean,
+                "sd": score.sd,
+                "p_good": score.p_good,
+                "update_seq": update_seq,
+                "encoder": encoder,
+            }
+            for episode_id, (score, update_seq) in scores.items()
+        ],
     )
 
 
-def save_score(session: Session, episode_id: str, score: Score, posterior: Posterior, encoder: str) -> None:
-    """Write the newest score of an episode."""
-    values = {
-        "mean": score.mean,
-        "sd": score.sd,
-        "p_good": score.p_good,
-        "update_seq": posterior.update_seq,
-        "encoder": encoder,
+def standing_updates(session: Session, encoder: str, feedback_ids: Iterable[str]) -> dict[str, RewardUpdate]:
+    """Return the updates of these signals that were added and not removed, by signal."""
+    rows = session.scalars(
+        sa.select(RewardUpdate).where(
+            RewardUpdate.feedback_id.in_(set(feedback_ids)), RewardUpdate.encoder == encoder
+        )
+    ).all()
+    removed = {row.feedback_id for row in rows if row.action == "remove"}
+    return {row.feedback_id: row for row in rows if row.action == "add" and row.feedback_id not in removed}
+
+
+def last_update_seq(session: Session) -> int:
+    """Return the number of the newest update, of any encoder."""
+    return session.scalar(sa.select(sa.func.max(RewardUpdate.seq))) or 0
+
+
+def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[str]) -> dict[str, Any]:
+    """Erase features, scores and the vectors of updates; the caller has taken their effect out and snapshotted.
+
+    Returns
+    -------
+    dict
+        What was erased, and the snapshots that still hold the effect (numbers only).
+    """
+    first = session.scalar(
+        sa.select(sa.func.min(RewardUpdate.seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
+    )
+    last = session.scalar(
+        sa.select(sa.func.max(RewardUpdate.seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
+    )
+    touched = sa.select(RewardSnapshot.id).where(RewardSnapshot.update_seq.between(first, (last or 0) - 1))
+    emptied = session.execute(
+        sa.update(RewardUpdate).where(RewardUpdate.feedback_id.in_(feedback_ids)).values(z=b"")
+    )
+    features = session.execute(sa.delete(Features).where(Features.episode_id.in_(episode_ids)))
+    scores = session.execute(sa.delete(RewardScore).where(RewardScore.episode_id.in_(episode_ids)))
+    return {
+        "vectors_emptied": emptied.rowcount,  # type: ignore[attr-defined]
+        "features_deleted": features.rowcount,  # type: ignore[attr-defined]
+        "scores_deleted": scores.rowcount,  # type: ignore[attr-defined]
+        "older_snapshots": list(session.scalars(touched.order_by(RewardSnapshot.id))),
     }
-    session.execute(
-        insert(RewardScore)
-        .values(episode_id=episode_id, **values)
-        .on_conflict_do_update(index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()})
-    )

@@ -19,14 +19,18 @@ class Features(Base):
     encoder: Mapped[str] = mapped_column(primary_key=True)
     answer_digest: Mapped[str] = mapped_column(primary_key=True)
     phi: Mapped[bytes]
+    episode_id: Mapped[str | None] = mapped_column(index=True)
 
 
 class RewardUpdate(Base):
-    """One step of the posterior: a site added, or taken out again. The history is the recovery log."""
+    """One step of the posterior: a site added, or taken out again. The history is the recovery log.
+
+    ``z`` is emptied when the person is forgotten; a snapshot taken then stands for all before it.
+    """
 
     __tablename__ = "reward_updates"
 
-    seq: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(), primary_key=True)
+    seq: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
     feedback_id: Mapped[str] = mapped_column(index=True)
     action: Mapped[str]
     encoder: Mapped[str]

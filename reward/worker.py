@@ -1,39 +1,46 @@
 """The reward worker: learns from each signal as it comes off Kafka.
 
 An episode is featurised and scored when it is recorded; a signal moves the posterior and the score of its
-episode. The update, the score, the event about it and the consumer's position commit together.
+episode. The updates, the scores, the events about them and the consumer's position commit together.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-import torch
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
-from feedback import episodes
-from feedback.tables import Episode, Feedback
-from infra import outbox
-from infra.consumer import Consumer
+from feedback import erasure
+from feedback.fold import Standing, histories
+from feedback.tables import Episode
 from infra.db import Sessions, connect
-from infra.events import EpisodeRecorded, FeedbackGiven, RewardUpdated
+from infra.events import EpisodeRecorded, FeedbackGiven, RewardUpdated, SignalSetAside, UserForgotten
+from infra.log import outbox
+from infra.log.consumer import Consumer, Delivery
+from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
 from reward import store
-from reward.encoder import Encoder, answer_digest
-from reward.online import Site
+from reward.encoder import Encoder
+from reward.observations import LEARNED_KINDS, observation, reason_against
+from reward.online import Score, Site
 from reward.store import Posterior
 from reward.tables import RewardUpdate
 
 log = logging.getLogger("everloop.reward")
 
 CONSUMER = "reward"
-# A correction says how the answer should have been, not how bad this one was: less than a vote each way.
-CORRECTION_WEIGHT = 0.5
+# Features of a new answer cost 0.1 s and more: a large batch would keep the signals behind it waiting.
+BATCH_EVENTS = 64
+
+Features = Mapping[str, NDArray[np.float64]]
 
 
 class RewardWorker:
@@ -50,6 +57,7 @@ class RewardWorker:
         self.encoder = encoder
         self.snapshot_every = settings.reward_snapshot_every
         self._posterior: Posterior | None = None
+        self._last_seq = 0
         self._since_snapshot = 0
 
     def forget(self) -> None:
@@ -61,83 +69,62 @@ class RewardWorker:
         """Return the posterior, recovered from the database where memory has none."""
         if self._posterior is None:
             self._posterior = store.load_posterior(session, self.encoder.name, self.encoder.dim)
+            self._last_seq = store.last_update_seq(session)
         return self._posterior
 
-    def on_episode(self, session: Session, event: EpisodeRecorded, event_id: str) -> None:
-        """Featurise and score a new answer."""
-        if event.learn and event.answer:
-            episode = episodes.get(session, event.episode_id)
-            self._score(session, episode)
+    def on_episodes(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Featurise and score new answers."""
+        learnable = [d.event.episode_id for d in deliveries if d.event.learn and d.event.answer]
+        answers = session.scalars(sa.select(Episode).where(Episode.id.in_(learnable), Episode.answer != "")).all()
+        if not answers:
+            return
+        phi = self._features(session, [(answer, answer.answer) for answer in answers])
+        posterior = self.posterior(session)
+        scores = posterior.head.predict_many(np.stack([phi[_digest(a, a.answer)] for a in answers]))
+        store.save_scores(
+            session,
+            {a.id: (s, posterior.update_seq) for a, s in zip(answers, scores, strict=True)},
+            self.encoder.name,
+        )
 
-    def on_feedback(self, session: Session, event: FeedbackGiven, event_id: str) -> None:
-        """Learn from a signal: take out the one that it supersedes, add its own, score again."""
-        episode = episodes.get(session, event.episode_id)
-        if not episode.learn or not episode.answer:
-            return
-        superseded = self._superseded(session, event)
-        for update in superseded:
-            self._remove(session, update)
-        p_before = self._score(session, episode)
-        if not self._is_newest(session, event):
-            return
-        for z, target, weight in self._observations(session, episode, event):
+    def on_feedback(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Learn from signals: take out those that they supersede, add their own, score again."""
+        Signals(self, session, [delivery.event for delivery in deliveries]).learn()
+        self._snapshot_if_due(session)
+
+    def on_forgotten(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Take out what forgotten users taught, and erase what was kept of their answers."""
+        for event in (delivery.event for delivery in deliveries):
+            episode_ids, signal_ids = erasure.concerned(session, event.tombstone)
             posterior = self.posterior(session)
-            site = posterior.head.learn_one(z, target, weight)
-            self._note(session, "add", event.feedback_id, site, p_before)
-        self._score(session, episode, feedback_id=event.feedback_id)
-        if self._since_snapshot >= self.snapshot_every:
-            store.save_snapshot(session, self.posterior(session), self.encoder.name)
+            updates = store.standing_updates(session, self.encoder.name, signal_ids)
+            for update in sorted(updates.values(), key=lambda update: update.seq):
+                self.remove(session, update)
+            # What recovery would replay must not need the vectors that are emptied now.
+            store.save_snapshot(session, posterior, self.encoder.name)
             self._since_snapshot = 0
+            found = store.erase(session, episode_ids, signal_ids)
+            erasure.report(session, event.erasure_id, "reward", {"sites_removed": len(updates), **found})
 
-    def _observations(
-        self, session: Session, episode: Episode, event: FeedbackGiven
-    ) -> list[tuple[NDArray[np.float64], float, float]]:
-        phi = self._features(session, episode, episode.answer)
-        if event.kind == "thumb":
-            return [] if event.value == 0 else [(phi, 1.0 if event.value == 1 else 0.0, 1.0)]
-        corrected = self._features(session, episode, event.text or "")
-        return [(corrected - phi, 1.0, CORRECTION_WEIGHT)]
+    def add(
+        self, session: Session, feedback_id: str, z: NDArray[np.float64], target: float, weight: float
+    ) -> tuple[Score, Score]:
+        """Learn one observation; return the score of ``z`` before and after."""
+        site, before, after = self.posterior(session).head.learn_scored(z, target, weight)
+        self._note(session, "add", feedback_id, site, before.p_good)
+        return before, after
 
-    def _superseded(self, session: Session, event: FeedbackGiven) -> list[RewardUpdate]:
-        """Return the standing updates of older signals by the same rater on this episode and kind."""
-        removed = sa.select(RewardUpdate.feedback_id).where(RewardUpdate.action == "remove")
-        this_seq = sa.select(Feedback.seq).where(Feedback.id == event.feedback_id).scalar_subquery()
-        return list(
-            session.scalars(
-                sa.select(RewardUpdate)
-                .join(Feedback, Feedback.id == RewardUpdate.feedback_id)
-                .where(
-                    Feedback.episode_id == event.episode_id,
-                    Feedback.user_id == event.user_id,
-                    Feedback.kind == event.kind,
-                    Feedback.seq < this_seq,
-                    RewardUpdate.action == "add",
-                    RewardUpdate.encoder == self.encoder.name,
-                    RewardUpdate.feedback_id.not_in(removed),
-                )
-            )
-        )
-
-    def _is_newest(self, session: Session, event: FeedbackGiven) -> bool:
-        newest = session.scalar(
-            sa.select(Feedback.id)
-            .where(
-                Feedback.episode_id == event.episode_id,
-                Feedback.user_id == event.user_id,
-                Feedback.kind == event.kind,
-            )
-            .order_by(Feedback.seq.desc())
-            .limit(1)
-        )
-        return newest == event.feedback_id
-
-    def _remove(self, session: Session, update: RewardUpdate) -> None:
+    def remove(self, session: Session, update: RewardUpdate) -> None:
+        """Take an earlier update out again."""
         site = store.site_of(update)
         self.posterior(session).head.unlearn_one(site)
         self._note(session, "remove", update.feedback_id, site, None)
 
     def _note(self, session: Session, action: str, feedback_id: str, site: Site, p_before: float | None) -> None:
+        posterior = self.posterior(session)
+        self._last_seq += 1  # one worker at a time: nobody else counts
         update = RewardUpdate(
+            seq=self._last_seq,
             feedback_id=feedback_id,
             action=action,
             encoder=self.encoder.name,
@@ -147,50 +134,140 @@ class RewardWorker:
             p_before=p_before,
         )
         session.add(update)
-        session.flush()
-        posterior = self.posterior(session)
-        posterior.update_seq = update.seq
+        posterior.update_seq = self._last_seq
         posterior.num_signals += 1 if action == "add" else -1
         self._since_snapshot += 1
 
-    def _score(self, session: Session, episode: Episode, feedback_id: str | None = None) -> float:
-        posterior = self.posterior(session)
-        score = posterior.head.predict_one(self._features(session, episode, episode.answer))
-        store.save_score(session, episode.id, score, posterior, self.encoder.name)
-        if feedback_id is not None:
-            event = RewardUpdated(
-                episode_id=episode.id,
-                feedback_id=feedback_id,
-                mean=score.mean,
-                sd=score.sd,
-                p_good=score.p_good,
-                update_seq=posterior.update_seq,
-            )
-            outbox.append(session, event, key=episode.id)
-        return score.p_good
+    def _snapshot_if_due(self, session: Session) -> None:
+        if self._since_snapshot >= self.snapshot_every:
+            store.save_snapshot(session, self.posterior(session), self.encoder.name)
+            self._since_snapshot = 0
 
-    def _features(self, session: Session, episode: Episode, answer: str) -> NDArray[np.float64]:
-        digest = answer_digest(episode.messages, answer)
-        phi = store.cached_features(session, self.encoder.name, digest)
-        if phi is None:
-            fresh = self.encoder.encode([(episode.messages, answer)])[0]
-            store.cache_features(session, self.encoder.name, digest, fresh)
-            phi = fresh.astype(np.float64)
-        return phi
+    def _features(self, session: Session, answers: Sequence[tuple[Episode, str]]) -> Features:
+        """Return features by digest, computing (and caching) those that are missing."""
+        wanted = {_digest(episode, text): (episode, text) for episode, text in answers}
+        cached = store.cached_features(session, self.encoder.name, wanted)
+        missing = [digest for digest in wanted if digest not in cached]
+        if missing:
+            fresh = self.encoder.encode([(wanted[d][0].messages, wanted[d][1]) for d in missing])
+            rows = {d: (phi, wanted[d][0].id) for d, phi in zip(missing, fresh, strict=True)}
+            store.cache_features(session, self.encoder.name, rows)
+            cached |= {digest: phi.astype(np.float64) for digest, (phi, _) in rows.items()}
+        return cached
+
+
+class Signals:
+    """A batch of signals on its way into the posterior; what it needs is read once for all of them."""
+
+    def __init__(self, worker: RewardWorker, session: Session, events: Sequence[FeedbackGiven]) -> None:
+        self.worker = worker
+        self.session = session
+        self.events = events
+        named = {e.episode_id for e in events} | {e.over for e in events if e.over}
+        rows = session.scalars(sa.select(Episode).where(Episode.id.in_(named)))
+        self.episodes = {row.id: row for row in rows}
+        self.histories = histories(session, {event.slot for event in events})
+        ids = [signal.feedback_id for history in self.histories.values() for signal in history]
+        self.standing = store.standing_updates(session, worker.encoder.name, ids)
+        learned = [event for event in events if self._refusal(event) is None]
+        self.features = worker._features(session, [pair for event in learned for pair in self._answers(event)])
+        self.scores: dict[str, tuple[Score, int]] = {}
+
+    def learn(self) -> None:
+        """Apply the signals in their order, and report each."""
+        entries = [Entry(self._apply(event), event.episode_id) for event in self.events]
+        self.session.flush()
+        store.save_scores(self.session, self.scores, self.worker.encoder.name)
+        outbox.append_many(self.session, entries)
+
+    def _refusal(self, event: FeedbackGiven) -> str | None:
+        if event.kind not in LEARNED_KINDS:
+            return "kind_not_learned"
+        concerned = [self.episodes.get(event.episode_id), *([self.episodes.get(event.over)] if event.over else [])]
+        return next((reason for episode in concerned if (reason := reason_against(episode))), None)
+
+    def _answers(self, event: FeedbackGiven) -> list[tuple[Episode, str]]:
+        episode = self.episodes[event.episode_id]
+        answers = [(episode, episode.answer)]
+        if event.over:
+            answers.append((self.episodes[event.over], self.episodes[event.over].answer))
+        if event.kind == "correction" and event.text:
+            answers.append((episode, event.text))
+        return answers
+
+    def _apply(self, event: FeedbackGiven) -> RewardUpdated | SignalSetAside:
+        reason = self._refusal(event)
+        history = self.histories.get((event.user_id, event.kind, event.slot), [])
+        this = next((signal for signal in history if signal.feedback_id == event.feedback_id), None)
+        if reason is None and this is None:
+            reason = "signal_unknown"
+        if reason is not None or this is None:
+            return SignalSetAside(
+                feedback_id=event.feedback_id, episode_id=event.episode_id, reason=reason or "signal_unknown"
+            )
+        for older in history:
+            if older.seq < this.seq and (update := self.standing.pop(older.feedback_id, None)) is not None:
+                self.worker.remove(self.session, update)
+        if history[-1].seq != this.seq:
+            return SignalSetAside(
+                feedback_id=event.feedback_id,
+                episode_id=event.episode_id,
+                reason="superseded_before_it_was_learned",
+            )
+        return self._learn_one(event, this)
+
+    def _learn_one(self, event: FeedbackGiven, signal: Standing) -> RewardUpdated:
+        phis = [self.features[_digest(episode, text)] for episode, text in self._answers(event)]
+        if signal.withdrawn:
+            before = score = self._score(phis[0])
+        else:
+            z, target, weight = observation(signal, phis)
+            if z is phis[0]:
+                before, score = self.worker.add(self.session, signal.feedback_id, z, target, weight)
+            else:
+                before = self._score(phis[0])
+                self.worker.add(self.session, signal.feedback_id, z, target, weight)
+                score = self._score(phis[0])
+        update_seq = self.worker.posterior(self.session).update_seq
+        self.scores[event.episode_id] = (score, update_seq)
+        return RewardUpdated(
+            episode_id=event.episode_id,
+            feedback_id=event.feedback_id,
+            mean=score.mean,
+            sd=score.sd,
+            p_good=score.p_good,
+            p_before=before.p_good,
+            update_seq=update_seq,
+        )
+
+    def _score(self, phi: NDArray[np.float64]) -> Score:
+        return self.worker.posterior(self.session).head.predict_one(phi)
+
+
+def _digest(episode: Episode, answer: str) -> str:
+    return store.answer_digest(episode.messages, answer)
 
 
 def main() -> None:
     """Run the reward worker as a process."""
     os.nice(5)  # features may wait; the answer that somebody is reading may not
-    torch.set_num_threads(1)
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
-    worker = RewardWorker(sessions, settings, Encoder(settings.base_model_dir, settings.encoder_layer))
+    encoder = Encoder(settings.base_model_dir, settings.encoder_layer, num_threads=1)
+    threading.Thread(target=encoder.load, daemon=True).start()
+    worker = RewardWorker(sessions, settings, encoder)
+    handlers: dict[type[Any], Any] = {
+        FeedbackGiven: worker.on_feedback,
+        UserForgotten: worker.on_forgotten,
+        EpisodeRecorded: worker.on_episodes,
+    }
     consumer = Consumer(
         CONSUMER,
         sessions,
         settings,
-        {EpisodeRecorded: worker.on_episode, FeedbackGiven: worker.on_feedback},
+        handlers,
+        exclusive=True,
+        batch_events=BATCH_EVENTS,
         on_rollback=worker.forget,
     )
     run_until_stopped("reward", consumer.run)

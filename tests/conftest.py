@@ -81,7 +81,7 @@ def stack(home: Path) -> Iterator[Stack]:
             settings=settings,
             sessions=connect(settings.need("database_url")),
             supervisor=Supervisor(settings),
-            http=httpx.Client(base_url=url, timeout=60, trust_env=False),
+            http=httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"X-Everloop-User": "tester"}),
             openai=client,
         )
     finally:

@@ -18,6 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
 
 from deploy import attest, audit, gates, head, registry
 from deploy.gates import GateResult
@@ -26,6 +27,8 @@ from deploy.tables import Release
 from infra.db import Sessions, advisory_lock
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
+from infra.events import RunEnded, TrainingUsed
+from infra.log import outbox
 from infra.settings import Settings
 from reward import store
 from reward.encoder import Encoder, base_model_digest
@@ -33,6 +36,7 @@ from reward.style import num_words
 from trainer import pairs, snapshot
 from trainer.config import OnlineDPOConfig
 from trainer.pairs import PairSet
+from trainer.redactor import Redactor
 from trainer.rollout import Sample, sample
 from trainer.scoring import PinnedReward
 from trainer.snapshot import Snapshot
@@ -43,6 +47,7 @@ log = logging.getLogger("everloop.night")
 RECIPE = "online-dpo"
 ACTOR = "nightly"
 MIN_PAIRS = 8
+IDS_PER_EVENT = 500
 
 
 class Night:
@@ -103,8 +108,26 @@ class Night:
         """End the run; return what the flow reports."""
         self._close_phase()
         result |= {"seconds": self._seconds, "set_aside": dict(self.set_aside)}
-        self._update(status=status, phase="done", result=result, ended_at=sa.func.now())
+        self._end(status, result, phase="done")
         return {"run_id": self.run_id, "status": status, **result}
+
+    def _end(self, status: str, result: dict[str, Any], **values: Any) -> None:
+        """Write how the run ended, and its event, in one transaction."""
+        with self.sessions.begin() as session:
+            session.execute(
+                sa.update(TrainingRun)
+                .where(TrainingRun.id == self.run_id)
+                .values(status=status, result=result, ended_at=sa.func.now(), **values)
+            )
+            name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
+            event = RunEnded(
+                run_id=self.run_id,
+                status=status,
+                release=name,
+                adapter_digest=registry.get_release(session, name).adapter_digest if name else None,
+                reason=str(result.get("reason", "")),
+            )
+            outbox.append(session, event, key="deployment")
 
     # -- the steps --------------------------------------------------------------------------------
 
@@ -129,7 +152,7 @@ class Night:
                 return self._steps()
             except BaseException as error:
                 message = error.message if isinstance(error, EverloopError) else f"{type(error).__name__}: {error}"
-                self._update(status="failed", result={"reason": message}, ended_at=sa.func.now())
+                self._end("failed", {"reason": message})
                 raise
             finally:
                 shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
@@ -164,7 +187,8 @@ class Night:
                     TrainingRun.status.in_(["canary", "held"])
                 )
             )
-            data = snapshot.take(session, after_seq=seen or 0)
+            data = snapshot.take(session, Redactor.from_settings(self.settings), after_seq=seen or 0)
+            start_from = registry.clean_ancestor(session, current.champion)
         self.set_aside.update(data.set_aside)
         self._update(last_signal_seq=data.last_signal_seq)
         if data.num_new_signals < self.settings.min_new_signals:
@@ -172,20 +196,43 @@ class Night:
                 "skipped",
                 reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
             )
-        data.save(self.run_dir / "dataset.jsonl")
+        data.save(self.run_dir / snapshot.DATASET_FILE)
         encoder = Encoder(self.settings.base_model_dir, self.settings.encoder_layer)
         with self.sessions.begin() as session:
             snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
-        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
-        self._update(dataset_digest=data.digest, reward_snapshot_id=snapshot_id)
+            self._note_inputs(session, data, snapshot_id)
 
+        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
         found = self._make_pairs(data, reward, current.champion)
         if len(found.pairs) < MIN_PAIRS:
             return self.finish("held", reason=f"only {len(found.pairs)} pairs had a clear winner")
-        adapter_dir = self._train(found, current.champion)
-        release = self._register(adapter_dir, data, snapshot_id, current.champion, len(found.pairs))
+        adapter_dir = self._train(found, start_from)
+        with self.sessions() as session:
+            num_forgotten = snapshot.num_forgotten(session, data)
+        if num_forgotten:
+            return self.finish("held", reason=f"{num_forgotten} answers are of users who were forgotten meanwhile")
+        release = self._register(adapter_dir, data, snapshot_id, start_from, len(found.pairs))
         results = self._judge(data, reward, current.champion, release)
         return self._open_canary(release, current.champion, results)
+
+    def _note_inputs(self, session: Session, data: Snapshot, snapshot_id: int) -> None:
+        """Write what the run is made from, down to each signal, for lineage and receipts."""
+        session.execute(
+            sa.update(TrainingRun)
+            .where(TrainingRun.id == self.run_id)
+            .values(dataset_digest=data.digest, reward_snapshot_id=snapshot_id)
+        )
+        for role, examples in (("train", data.train), ("gates", data.gate)):
+            ids = [feedback_id for example in examples for feedback_id in example.feedback_ids]
+            for start in range(0, len(ids), IDS_PER_EVENT):
+                event = TrainingUsed(
+                    run_id=self.run_id,
+                    dataset_digest=data.digest,
+                    reward_snapshot_id=snapshot_id,
+                    role=role,
+                    feedback_ids=ids[start : start + IDS_PER_EVENT],
+                )
+                outbox.append(session, event, key="deployment")
 
     def _make_pairs(self, data: Snapshot, reward: PinnedReward, champion: str) -> PairSet:
         # One example per prompt, the newest; a seeded choice where there are more than fit.

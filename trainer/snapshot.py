@@ -15,10 +15,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from feedback.signals import standing_of
+from feedback.fold import Standing, standing_of
 from feedback.tables import Episode, Feedback
+from feedback.users import TOMBSTONE
 from reward.style import num_words
+from trainer.redactor import Redactor
 
+DATASET_FILE = "dataset.jsonl"
+TRAINED_KINDS = frozenset({"thumb", "correction"})
 GATE_PART = 5  # one prompt in five is kept for gates
 
 
@@ -56,7 +60,7 @@ class Snapshot:
             for split, examples in (("train", self.train), ("gate", self.gate))
             for example in examples
         ]
-        return "\n".join(lines) + "\n"
+        return "".join(f"{line}\n" for line in lines)
 
     @property
     def digest(self) -> str:
@@ -93,11 +97,13 @@ def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % GATE_PART == 0
 
 
-def take(session: Session, after_seq: int = 0) -> Snapshot:
+def take(session: Session, redactor: Redactor, after_seq: int = 0) -> Snapshot:
     """Freeze what may be learned from now: consenting, whole answers with signals that stand.
 
     Parameters
     ----------
+    redactor
+        Takes personal data out of every text.
     after_seq
         Signals above this number count as new.
     """
@@ -107,22 +113,24 @@ def take(session: Session, after_seq: int = 0) -> Snapshot:
         .order_by(Episode.created_at, Episode.id, Feedback.seq)
     ).all()
     episodes = {episode.id: episode for _, episode in rows}
-    by_episode: dict[str, list[Feedback]] = {}
-    for signal, _ in rows:
-        by_episode.setdefault(signal.episode_id, []).append(signal)
-    set_aside: Counter[str] = Counter()
+    standing = standing_of(signal for signal, _ in rows)
+    set_aside = Counter({"superseded_or_withdrawn": len(rows) - len(standing)})
+    by_episode: dict[str, list[Standing]] = {episode_id: [] for episode_id in episodes}
+    for signal in standing:
+        by_episode[signal.episode_id].append(signal)
     snapshot = Snapshot()
     for episode_id, signals in by_episode.items():
-        episode = episodes[episode_id]
-        reason = _reason_against(episode)
+        reason = _reason_against(episodes[episode_id])
         if reason:
             set_aside[reason] += len(signals)
             continue
-        example = _example(episode, signals)
-        set_aside["superseded_or_withdrawn"] += len(signals) - len(example.feedback_ids)
-        if not example.feedback_ids:
+        used = [signal for signal in signals if signal.kind in TRAINED_KINDS]
+        set_aside["kind_not_trained"] += len(signals) - len(used)
+        if not used:
             continue
-        if is_gate_prompt(episode.messages):
+        example = _example(episodes[episode_id], used, redactor)
+        set_aside.update({f"redacted_{what}": n for what, n in redactor.pop_counts().items()})
+        if is_gate_prompt(example.messages):
             set_aside["prompt_kept_for_gates"] += len(example.feedback_ids)
             snapshot.gate.append(example)
         else:
@@ -141,13 +149,19 @@ def _reason_against(episode: Episode) -> str | None:
     return None if episode.answer.strip() else "answer_empty"
 
 
-def _example(episode: Episode, signals: list[Feedback]) -> Example:
-    standing = standing_of(signals)
+def _example(episode: Episode, signals: list[Standing], redactor: Redactor) -> Example:
     return Example(
         episode_id=episode.id,
-        messages=episode.messages,
-        answer=episode.answer,
-        thumbs=[s.value for s in standing if s.kind == "thumb" and s.value is not None],
-        corrections=[s.text for s in standing if s.kind == "correction" and s.text],
-        feedback_ids=[s.feedback_id for s in standing],
+        messages=redactor.messages(episode.messages),
+        answer=redactor.text(episode.answer),
+        thumbs=[s.value for s in signals if s.kind == "thumb" and s.value is not None],
+        corrections=[redactor.text(s.text) for s in signals if s.kind == "correction" and s.text],
+        feedback_ids=[s.feedback_id for s in signals],
     )
+
+
+def num_forgotten(session: Session, data: Snapshot) -> int:
+    """Count the examples whose user was forgotten since the snapshot was taken."""
+    ids = [example.episode_id for example in [*data.train, *data.gate]]
+    query = sa.select(sa.func.count()).where(Episode.id.in_(ids), Episode.user_id.startswith(TOMBSTONE))
+    return session.scalar(query) or 0

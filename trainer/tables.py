@@ -31,6 +31,7 @@ class TrainingRun(Base):
     canary_id: Mapped[int | None]
     last_signal_seq: Mapped[int | None] = mapped_column(sa.BigInteger)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    retrain_required: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
 

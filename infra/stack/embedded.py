@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import httpx
@@ -29,8 +29,13 @@ MIN_FREE_BYTES = 2 * 1024**3
 Say = Callable[[str], None]
 
 
-def up(settings: Settings, say: Say) -> Settings:
+def up(settings: Settings, say: Say, only: Collection[str] | None = None) -> Settings:
     """Start everything that the settings do not place elsewhere; return the settings with all addresses.
+
+    Parameters
+    ----------
+    only
+        Names of the parts to start, for benches that need no more; all, if unset.
 
     Raises
     ------
@@ -59,7 +64,7 @@ def up(settings: Settings, say: Say) -> Settings:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         try:
-            return _start_parts(settings, supervisor, say)
+            return _start_parts(settings, supervisor, say, only)
         except BaseException:
             supervisor.shutdown()
             settings.stack_file.unlink(missing_ok=True)
@@ -75,12 +80,12 @@ def down(settings: Settings) -> bool:
     return was_running
 
 
-def _start_parts(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
+def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Collection[str] | None) -> Settings:
     settings.stack_file.unlink(missing_ok=True)
     settings, embedded = _with_addresses(settings)
     if "database_url" in embedded:
         _init_postgres(settings)
-    parts = embedded_parts(settings, embedded)
+    parts = [part for part in embedded_parts(settings, embedded) if only is None or part.name in only]
     names = {part.name for part in parts}
     _write_stack_file(settings, embedded)
     supervisor.launch(write_config(settings, parts))
@@ -96,13 +101,14 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say) -> Settin
     _wait("PostgreSQL", supervisor, "postgres", lambda: _database_answers(settings), timeout_s=30)
     say("database: migrating")
     _migrate(settings)
-    supervisor.start("relay", "reconciler", "api")
-    say("engine: loading the model")
-    _wait("The engine", supervisor, "engine", lambda: _answers(f"{settings.engine_url}/health"), timeout_s=240)
+    supervisor.start(*names & {"relay", "ledger", "reconciler", "api"})
+    if "engine" in names or "engine_url" not in embedded:
+        say("engine: loading the model")
+        _wait("The engine", supervisor, "engine", lambda: _answers(f"{settings.engine_url}/health"), timeout_s=240)
     # Loaded only now: the worker's imports would compete with the engine's start.
-    supervisor.start("reward", "flows")
+    supervisor.start(*names & {"reward", "flows"})
     say("api: waiting")
-    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/v1/models"), timeout_s=60)
+    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/metrics"), timeout_s=60)
     return settings
 
 

@@ -56,9 +56,10 @@ def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
         parts.append(_prefect(settings))
     parts += [
         Part("api", [python, "-m", "agent.app"], priority=600),
-        Part("relay", [python, "-m", "infra.relay"], priority=600),
+        Part("relay", [python, "-m", "infra.log.relay"], priority=600),
+        Part("ledger", [python, "-m", "flows.ledger"], priority=600),
         Part("reconciler", [python, "-m", "deploy.reconciler"], priority=600),
-        Part("reward", [python, "-m", "reward.worker"], KEEP_MEMORY, priority=700),
+        Part("reward", [python, "-m", "reward.worker"], {**KEEP_MEMORY, "OPENBLAS_NUM_THREADS": "1"}, priority=700),
         Part(
             "flows",
             [python, "-m", "flows.worker"],

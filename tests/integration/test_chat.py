@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from feedback.signals import KINDS, read_signal
 from feedback.tables import Episode
 from tests.conftest import wait_until
 
@@ -144,4 +145,9 @@ def test_the_official_client_raises_its_own_errors(stack):
 def test_the_openapi_document_shows_examples(stack):
     document = stack.http.get("/openapi.json").json()
     assert "/v1/feedback" in document["paths"]
-    assert "examples" in json.dumps(document["components"]["schemas"]["Signal"])
+    body = document["paths"]["/v1/feedback"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    kinds = {name: ref.rpartition("/")[2] for name, ref in body["discriminator"]["mapping"].items()}
+    assert set(kinds) == KINDS
+    for kind, name in kinds.items():
+        example = document["components"]["schemas"][name]["examples"][0]
+        assert read_signal.validate_python(example).kind == kind

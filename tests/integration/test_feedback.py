@@ -73,7 +73,7 @@ def test_the_same_signal_many_times_at_once_is_one_row_and_one_event(stack, answ
     assert {reply.status_code for reply in replies} == {202} and len(ids) == 1
     with stack.sessions() as session:
         assert session.query(Feedback).filter_by(idempotency_key=key).count() == 1
-        events = session.query(OutboxRow).filter(OutboxRow.event["data"]["feedback_id"].astext == ids.pop()).all()
+        events = session.query(OutboxRow).filter(OutboxRow.event_id == ids.pop()).all()
     assert [event.topic for event in events].count("everloop.feedback") == 1
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 from sqlalchemy.exc import DatabaseError
 from transformers import AutoModelForCausalLM
 
-from deploy import head, registry
+from deploy import erasure, head, registry
 from deploy.tables import Adapter, AuditEntry, Canary, Release
 from deploy.votes import votes
 from feedback.tables import Episode
@@ -21,6 +21,8 @@ from flows.accounting import backlog
 from flows.rater import as_it_should_be
 from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
+from trainer import snapshot
+from trainer.redactor import Redactor
 from trainer.snapshot import is_gate_prompt
 from trainer.tables import TrainingRun
 
@@ -149,8 +151,8 @@ def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack
         assert episode.arm == arms.setdefault(user, episode.arm)
         assert stack.ask("Say hello.", user=user).model == completion.model
         good = episode.arm == "challenger"
-        for rater in (user, user, f"{user}-friend"):  # only the user's own first thumb counts
-            stack.feedback(completion.id, kind="thumb", value=1 if good else -1, user=rater)
+        for value in (1 if good else -1, 1):  # only the user's first thumb counts
+            assert stack.feedback(completion.id, kind="thumb", value=value, user=user).status_code == 202
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(visit, range(40)))
@@ -199,7 +201,7 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told(stack, release):
         one.commit()
         two.expunge_all()
         with pytest.raises(ConflictError) as lost:
-            head._swap(two, stale, "promoted_by_hand", "two", "second", champion="base")
+            head._swap(two, stale, "promoted_by_hand", "two", "second", release="base", champion="base")
         two.rollback()
     assert lost.value.code == "head_moved"
 
@@ -238,3 +240,60 @@ def test_releases_are_never_renamed_or_reused(stack, night):
         )
         assert again.name == night.release
         assert session.query(Release).filter_by(adapter_digest=adapter.digest).count() == 1
+
+
+def test_forgetting_a_teacher_scrubs_datasets_marks_what_learned_and_the_next_night_starts_clean(stack, night):
+    dataset = stack.settings.runs_dir / night.id / "dataset.jsonl"
+    teacher = "teacher-1"
+    with stack.sessions() as session:
+        theirs = set(session.scalars(sa.select(Episode.id).where(Episode.user_id == teacher)))
+    held = [json.loads(line)["episode_id"] for line in dataset.read_text().splitlines()]
+    assert theirs & set(held), "the run learned from this teacher"
+    everloop = [sys.executable, "-m", "infra.cli"]
+    subprocess.run([*everloop, "promote", night.release, "--reason", "to see it marked"], check=True)
+    done = subprocess.run([*everloop, "users", "forget", teacher, "--json", "-"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["found"]
+    assert night.id in found["trainer"]["runs_marked"] and night.dataset_digest in found["trainer"]["datasets"]
+    assert found["trainer"]["dataset_lines_removed"] == len(theirs & set(held))
+    assert found["deploy"] == {
+        "releases_marked": [night.release],
+        "mark": "retrain-required",
+        "champion": night.release,
+    }
+    left = {json.loads(line)["episode_id"] for line in dataset.read_text().splitlines()}
+    assert left == set(held) - theirs
+    with stack.sessions() as session:
+        assert session.get_one(TrainingRun, night.id).retrain_required
+        assert registry.clean_ancestor(session, night.release) == "base"
+        data = snapshot.take(session, Redactor())
+    assert not theirs & {example.episode_id for example in [*data.train, *data.gate]}
+
+
+def test_under_quarantine_what_learned_from_a_forgotten_teacher_is_served_no_more(stack, night):
+    with stack.sessions.begin() as session:
+        assert head.read(session).champion == night.release
+        result = erasure.mark(session, [night.id], "quarantine")
+        assert result["champion"] == "base"
+    assert stack.ask().model == "base"
+    with stack.sessions() as session, pytest.raises(IntegrityError) as refused:
+        digest = registry.get_release(session, night.release).adapter_digest
+        registry.verified_path(session, digest)
+    assert refused.value.code == "adapter_quarantined"
+
+
+def test_a_receipt_leads_from_a_signal_to_its_run_and_the_release(stack, night):
+    lines = (stack.settings.runs_dir / night.id / "dataset.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    row = next(row for row in rows if row["split"] == "train")
+    with stack.sessions() as session:
+        user = session.get_one(Episode, row["episode_id"]).user_id
+
+    def told():
+        path = f"/v1/feedback/{row['feedback_ids'][0]}/receipt"
+        found = stack.http.get(path, headers={"X-Everloop-User": user}).json()
+        return next((part for part in found["training"] if part["fate"] == "quarantined"), None)
+
+    part = wait_until(told, what="the receipt did not tell")
+    assert part["run_id"] == night.id and part["release"] == night.release and part["role"] == "train"
+    assert part["dataset_digest"] == night.dataset_digest and part["adapter_digest"]

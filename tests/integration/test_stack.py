@@ -33,7 +33,7 @@ def test_status_lists_every_part_and_the_deployment(stack):
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert {part["name"] for part in report["parts"]} == {
-        "postgres", "broker", "engine", "prefect", "api", "relay", "reconciler", "reward", "flows",
+        "postgres", "broker", "engine", "prefect", "api", "relay", "ledger", "reconciler", "reward", "flows",
     }  # fmt: skip
     assert all(part["state"] == "running" for part in report["parts"])
     assert report["deployment"]["champion"]
@@ -73,8 +73,16 @@ def test_the_models_are_what_the_migrations_make(stack):
         importlib.import_module(f"{package}.tables")
     engine = stack.sessions.kw["bind"]
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        options = {"compare_type": True, "include_object": _is_not_of_a_partition}
+        context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, Base.metadata) == []
+
+
+def _is_not_of_a_partition(thing, name, kind, reflected, compare_to):
+    """The months' partitions, and the keys that PostgreSQL keeps to each, are made as time goes on."""
+    if kind == "foreign_key_constraint":
+        name = thing.elements[0].target_fullname
+    return not (kind in ("table", "foreign_key_constraint") and name.startswith("episodes_"))
 
 
 def test_a_taken_port_is_named(tmp_path):

@@ -34,6 +34,7 @@ def test_the_loop_closes_and_loses_nothing_while_its_worker_is_killed(tmp_path, 
     assert demo.returncode == 0 and len(killed) == NUM_KILLS
     result = json.loads(report.read_text())
     assert result["lost_events"] == 0 and result["closed"]
+    assert any(part["fate"] == "promoted" for part in result["receipt"]["training"])
     night = result["nights"][0]
     assert night["decision"] == "promote" and night["seconds"] <= 360
     # +25 points are asked for; three standard errors of a difference of rates with n=90 each are about 16.

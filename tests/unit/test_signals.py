@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from feedback.signals import Signal, Standing, fold
+from feedback.fold import Standing, fold
+from feedback.signals import read_signal
 
 
 def standing(seq, episode, user, value):
-    return Standing(f"fb_{seq}", seq, episode, user, "thumb", value, None)
+    return Standing(f"fb_{seq}", seq, episode, user, "thumb", episode, value)
 
 
 histories = st.lists(
@@ -55,11 +56,11 @@ BASE = {"episode_id": "ep_1", "user": "u", "idempotency_key": "k"}
 )
 def test_a_signal_that_does_not_fit_its_kind_is_refused(extra):
     with pytest.raises(ValidationError):
-        Signal.model_validate({**BASE, **extra})
+        read_signal.validate_python({**BASE, **extra})
 
 
 def test_the_digest_tells_a_retry_from_another_signal():
-    first = Signal.model_validate({**BASE, "kind": "thumb", "value": 1})
-    retry = Signal.model_validate({**BASE, "kind": "thumb", "value": 1, "idempotency_key": "other"})
-    other = Signal.model_validate({**BASE, "kind": "thumb", "value": -1})
+    first = read_signal.validate_python({**BASE, "kind": "thumb", "value": 1})
+    retry = read_signal.validate_python({**BASE, "kind": "thumb", "value": 1, "idempotency_key": "other"})
+    other = read_signal.validate_python({**BASE, "kind": "thumb", "value": -1})
     assert first.digest() == retry.digest() != other.digest()

@@ -1,0 +1,64 @@
+"""This room's part of an erasure: adapters that learned from a forgotten user are marked, or quarantined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from deploy import head, registry
+from deploy.tables import Adapter, Canary, Release
+
+ACTOR = "erasure"
+
+
+def mark(session: Session, run_ids: Sequence[str], policy: str) -> dict[str, Any]:
+    """Mark the adapters that came out of these runs, and all that were trained on from them.
+
+    Under ``retrain-required`` they go on serving until a night has trained without the user's data; under
+    ``quarantine`` none of them is served any more, and the newest clean release takes over.
+
+    Returns
+    -------
+    dict
+        Releases that were marked, and who serves now.
+    """
+    adapters = _with_descendants(session, run_ids)
+    wanted = "quarantined" if policy == "quarantine" else "retrain-required"
+    for adapter in adapters:
+        if adapter.mark != "quarantined":
+            adapter.mark = wanted
+    session.flush()
+    digests = [adapter.digest for adapter in adapters]
+    releases = list(
+        session.scalars(sa.select(Release.name).where(Release.adapter_digest.in_(digests)).order_by(Release.id))
+    )
+    if wanted == "quarantined":
+        _take_out_of_service(session, set(releases))
+    return {"releases_marked": releases, "mark": wanted, "champion": head.read(session).champion}
+
+
+def _with_descendants(session: Session, run_ids: Sequence[str]) -> list[Adapter]:
+    found = {a.digest: a for a in session.scalars(sa.select(Adapter).where(Adapter.run_id.in_(run_ids)))}
+    grown = True
+    while grown:
+        names = session.scalars(sa.select(Release.name).where(Release.adapter_digest.in_(found)))
+        children = session.scalars(
+            sa.select(Adapter).where(Adapter.manifest["started_from"].astext.in_(names.all()))
+        ).all()
+        grown = any(child.digest not in found for child in children)
+        found |= {child.digest: child for child in children}
+    return list(found.values())
+
+
+def _take_out_of_service(session: Session, releases: set[str]) -> None:
+    current = head.read(session)
+    reason = "it learned from a user who was forgotten"
+    if current.champion in releases:
+        target = registry.clean_ancestor(session, current.champion)
+        head.move_champion(session, target, action="quarantined", actor=ACTOR, reason=reason)
+    elif current.canary_id is not None and current.challenger in releases:
+        canary = session.get_one(Canary, current.canary_id)
+        head.close_canary(session, canary.id, decision="quarantined", evidence={}, actor=ACTOR, reason=reason)

@@ -1,0 +1,97 @@
+"""``everloop feedback`` and ``everloop users``."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from infra import report
+from infra.db import Sessions, connect, transaction
+from infra.errors import UnavailableError
+from infra.report import JsonPath
+from infra.settings import load
+
+feedback = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+users_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+UserId = Annotated[str, typer.Argument(metavar="ID", help="The user's name, as in the chat requests.")]
+ERASURE_TIMEOUT_S = 60.0
+
+
+def _sessions() -> Sessions:
+    return connect(load().need("database_url"), pool_size=2)
+
+
+@feedback.command("receipts")
+def rebuild_receipts(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the projection anew from the log.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Rebuild the receipts from the log; the result is the same."""
+    from feedback import receipts
+
+    with transaction(_sessions()) as session:
+        num_events = receipts.rebuild(session)
+    report.write_json(json_path, {"events": num_events})
+    report.say(f"receipts made anew from {num_events} events")
+
+
+@users_app.command("consent")
+def consent(
+    user_id: UserId,
+    learn: Annotated[bool, typer.Option("--learn/--no-learn", help="Whether the assistant may learn from them.")],
+) -> None:
+    """Set whether a user may be learned from, from their next message on."""
+    from feedback import users
+
+    with transaction(_sessions()) as session:
+        users.set_consent(session, user_id, learn)
+    report.say(f"{user_id}: {'may be learned from' if learn else 'is not learned from'}")
+
+
+@users_app.command("forget")
+def forget(
+    user_id: UserId,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every room has reported.")] = True,
+    json_path: JsonPath = None,
+) -> None:
+    """Erase all that a user said, and say what was found where."""
+    from feedback import erasure
+
+    sessions = _sessions()
+    with transaction(sessions) as session:
+        erasure_id = erasure.forget(session, user_id, load().erasure_policy)
+    _print_erasure(sessions, erasure_id, wait, json_path)
+
+
+@users_app.command("erasure")
+def show_erasure(
+    erasure_id: Annotated[str, typer.Argument(help="Id of the erasure.")], json_path: JsonPath = None
+) -> None:
+    """Show the report of an erasure."""
+    _print_erasure(_sessions(), erasure_id, False, json_path)
+
+
+def _print_erasure(sessions: Sessions, erasure_id: str, wait: bool, json_path: str | None) -> None:
+    from feedback import erasure
+
+    deadline_s = time.monotonic() + (ERASURE_TIMEOUT_S if wait else 0)
+    while True:
+        with transaction(sessions) as session:
+            found = erasure.get(session, erasure_id)
+        if found["complete"] or time.monotonic() >= deadline_s:
+            break
+        time.sleep(0.2)
+    report.write_json(json_path, found)
+    if json_path != "-":
+        for room, part in found["found"].items():
+            what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in part.items())
+            report.output.print(f"[bold]{room}[/bold]: {what}")
+    if wait and not found["complete"]:
+        raise UnavailableError(
+            f"Not yet reported by {', '.join(found['pending'])}; are their workers running? The erasure goes on as "
+            f"soon as they do: `everloop users erasure {erasure_id}`.",
+            code="erasure_pending",
+        )

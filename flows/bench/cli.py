@@ -1,0 +1,67 @@
+"""``everloop bench``: measure; each figure stands beside what it is compared with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from infra import report
+from infra.report import JsonPath
+from infra.settings import load
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def serving(
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each variant, interleaved.")] = 5,
+    json_path: JsonPath = None,
+) -> None:
+    """Tokens per second of the running stack: base, adapter, gateway."""
+    from agent import bench
+
+    result = bench.serving(load(), runs)
+    report.write_json(json_path, result)
+    if json_path != "-":
+        table = Table("16 concurrent streams", "tokens/s (median)", "ratio", "runs", box=None)
+        for variant, row in result["variants"].items():
+            ratio = f"{row['ratio']:.2f} of {row['of']}" if row["of"] else ""
+            table.add_row(variant, f"{row['tokens_per_s']:.0f}", ratio, str(row["runs"]))
+        report.output.print(table)
+
+
+@app.command()
+def log(
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of each load.")] = 15.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Signals per second from HTTP to their effect, and the relay beside a plain producer."""
+    from flows.bench.log import measure
+
+    _print(measure(seconds), json_path)
+
+
+@app.command()
+def faults(
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How many parts are killed.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of the kills.")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Kill parts at random under load; exit status 0 only if nothing was lost or counted twice."""
+    from flows.bench.faults import storm
+
+    result = storm(kills, seed)
+    _print(result, json_path)
+    if result["lost"] or result["counted_twice"] or not result["reward_state_equal"]:
+        raise typer.Exit(1)
+
+
+def _print(result: dict[str, Any], json_path: str | None) -> None:
+    report.write_json(json_path, result)
+    if json_path != "-":
+        table = Table("", "", box=None, show_header=False)
+        for name, value in result.items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        report.output.print(table)

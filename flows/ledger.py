@@ -1,0 +1,96 @@
+"""The ledger: keeps receipts, has every room erase what a forgotten user left, and does the log's housekeeping."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+import deploy.erasure
+import feedback.erasure
+import trainer.erasure
+from feedback import partitions, receipts
+from feedback.tables import Erasure
+from infra.db import Sessions, advisory_lock, connect
+from infra.events import UserForgotten
+from infra.log import retention
+from infra.log.consumer import Consumer, Delivery
+from infra.process import run_until_stopped
+from infra.settings import Settings, load
+
+log = logging.getLogger("everloop.ledger")
+
+HOUSEKEEPING_EVERY_S = 60.0
+RECEIPTS_LINGER_S = 0.1  # nobody reads a receipt within the second, and a shared transaction is a cheap one
+
+
+class Ledger:
+    """The consumers of the ledger, and what is done once a minute."""
+
+    def __init__(self, sessions: Sessions, settings: Settings) -> None:
+        self.sessions = sessions
+        self.settings = settings
+        self.consumers = [
+            Consumer(
+                receipts.CONSUMER, sessions, settings, receipts.HANDLERS, public=True, linger_s=RECEIPTS_LINGER_S
+            ),
+            Consumer("erasure", sessions, settings, {UserForgotten: self.on_forgotten}),
+        ]
+
+    def run(self, stop: threading.Event) -> None:
+        """Run everything until told to stop."""
+        threads = [
+            threading.Thread(target=self._whole_process, args=(run, stop), daemon=True)
+            for run in (*(consumer.run for consumer in self.consumers), self.keep_house)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    @staticmethod
+    def _whole_process(run: object, stop: threading.Event) -> None:
+        """A part that dies takes the process with it, which is then started again."""
+        try:
+            run(stop)  # type: ignore[operator]
+        except BaseException:
+            log.exception("a part of the ledger failed")
+            stop.set()
+
+    def on_forgotten(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Have trainer and deploy erase their part."""
+        for event in (delivery.event for delivery in deliveries):
+            episode_ids, _ = feedback.erasure.concerned(session, event.tombstone)
+            in_training = trainer.erasure.erase(session, self.settings.runs_dir, episode_ids)
+            feedback.erasure.report(session, event.erasure_id, "trainer", in_training)
+            policy = session.get_one(Erasure, event.erasure_id).policy
+            in_service = deploy.erasure.mark(session, in_training["runs_marked"], policy)
+            feedback.erasure.report(session, event.erasure_id, "deploy", in_service)
+
+    def keep_house(self, stop: threading.Event) -> None:
+        """Make partitions ahead of time and prune the log, once a minute."""
+        while not stop.is_set():
+            try:
+                with advisory_lock(self.sessions, "housekeeping") as held:
+                    if held:
+                        with self.sessions.begin() as session:
+                            partitions.ensure(session)
+                        retention.prune(self.sessions, self.settings)
+            except (OperationalError, InterfaceError) as error:
+                log.warning("housekeeping: %s; trying again", type(error).__name__)
+            stop.wait(HOUSEKEEPING_EVERY_S)
+
+
+def main() -> None:
+    """Run the ledger as a process."""
+    os.nice(2)  # an answer that somebody is reading goes first
+    settings = load()
+    run_until_stopped("ledger", Ledger(connect(settings.need("database_url")), settings).run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The outbox: an event is written in the transaction of the change that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from infra.events import Event
+from infra.sealing import SubjectKey
+from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event to be written.
+
+    Parameters
+    ----------
+    key
+        Kafka key; events of one key keep their order.
+    event_id
+        By which a second delivery is known; a new one, if unset.
+    subject
+        Seals the personal fields, for events that have some.
+    """
+
+    event: Event
+    key: str
+    event_id: str | None = None
+    subject: SubjectKey | None = None
+
+
+def append(
+    session: Session, event: Event, *, key: str, event_id: str | None = None, subject: SubjectKey | None = None
+) -> None:
+    """Add one event within the caller's transaction; see :class:`Entry`."""
+    append_many(session, [Entry(event, key, event_id, subject)])
+
+
+def append_many(session: Session, entries: Iterable[Entry]) -> None:
+    """Add events within the caller's transaction, in their order."""
+    rows = []
+    for entry in entries:
+        envelope = entry.event.to_cloudevent(entry.event_id, entry.subject)
+        rows.append(
+            {
+                "event_id": envelope["id"],
+                "topic": entry.event.topic,
+                "key": entry.key,
+                "value": orjson.dumps(envelope),
+            }
+        )
+    if rows:
+        # One statement for all of them: a statement per row would cost more than all the rest.
+        columns = [[row[name] for row in rows] for name in ("event_id", "topic", "key", "value")]
+        session.execute(_INSERT, dict(zip(("event_ids", "topics", "keys", "values"), columns, strict=True)))
+
+
+_INSERT = sa.text(
+    "INSERT INTO outbox (event_id, topic, key, value) SELECT * FROM unnest("
+    "CAST(:event_ids AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:values AS bytea[]))"
+)
+
+
+def republish(session: Session, from_seq: int, topics: Sequence[str] = ()) -> int:
+    """Mark published events as waiting again, from `from_seq` on; return how many.
+
+    Consumers that have applied an event skip it.
+    """
+    wanted = sa.update(OutboxRow).where(OutboxRow.seq >= from_seq, OutboxRow.published_at.is_not(None))
+    if topics:
+        wanted = wanted.where(OutboxRow.topic.in_(topics))
+    return int(session.execute(wanted.values(published_at=None)).rowcount)  # type: ignore[attr-defined]
+
+
+def republish_unconsumed(session: Session, topics: Sequence[str]) -> int:
+    """Mark the events of `topics` that some consumer still lacks as waiting again; return how many."""
+    result = session.execute(
+        sa.update(OutboxRow)
+        .where(OutboxRow.topic.in_(topics), OutboxRow.published_at.is_not(None), lacked_by_some())
+        .values(published_at=None)
+    )
+    return int(result.rowcount)  # type: ignore[attr-defined]
+
+
+def lacked_by_some() -> sa.ColumnElement[bool]:
+    """Return the condition that a known consumer of the row's topic has not applied it."""
+    applied = sa.select(ConsumedEvent.event_id).where(
+        ConsumedEvent.consumer == ConsumerRow.name, ConsumedEvent.event_id == OutboxRow.event_id
+    )
+    return (
+        sa.select(ConsumerRow.name)
+        .where(OutboxRow.topic == sa.any_(ConsumerRow.topics), ~applied.exists())
+        .correlate(OutboxRow)
+        .exists()
+    )
