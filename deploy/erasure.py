@@ -25,6 +25,7 @@ def mark(session: Session, run_ids: Sequence[str], policy: str) -> dict[str, Any
     dict
         Releases that were marked, and who serves now.
     """
+    registry.lock_out_erasures(session)
     adapters = _with_descendants(session, run_ids)
     wanted = "quarantined" if policy == "quarantine" else "retrain-required"
     for adapter in adapters:

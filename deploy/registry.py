@@ -131,3 +131,8 @@ def clean_ancestor(session: Session, release: str) -> str:
             return name
         name = str(adapter.manifest.get("started_from", BASE_MODEL_NAME))
     return name
+
+
+def lock_out_erasures(session: Session) -> None:
+    """Let no erasure mark adapters until this transaction has ended, so that none is registered behind its back."""
+    session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended("everloop.erasure", 0))))

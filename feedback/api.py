@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from feedback import erasure, receipts, users
+from feedback.acceptance import Accepted
 from feedback.identity import CurrentUser
-from feedback.intake import Accepted
 from feedback.receipts import Receipt
 from feedback.signals import Signal
 from feedback.tables import User

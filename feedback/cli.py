@@ -30,10 +30,10 @@ def rebuild_receipts(
     json_path: JsonPath = None,
 ) -> None:
     """Rebuild the receipts from the log; the result is the same."""
-    from feedback import receipts
+    from feedback import projection
 
     with transaction(_sessions()) as session:
-        num_events = receipts.rebuild(session)
+        num_events = projection.rebuild(session)
     report.write_json(json_path, {"events": num_events})
     report.say(f"receipts made anew from {num_events} events")
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 import deploy.erasure
 import feedback.erasure
 import trainer.erasure
-from feedback import partitions, receipts
+from feedback import partitions, projection
 from feedback.tables import Erasure
 from infra.db import Sessions, advisory_lock, connect
 from infra.events import UserForgotten
@@ -36,7 +36,12 @@ class Ledger:
         self.settings = settings
         self.consumers = [
             Consumer(
-                receipts.CONSUMER, sessions, settings, receipts.HANDLERS, public=True, linger_s=RECEIPTS_LINGER_S
+                projection.CONSUMER,
+                sessions,
+                settings,
+                projection.HANDLERS,
+                public=True,
+                linger_s=RECEIPTS_LINGER_S,
             ),
             Consumer("erasure", sessions, settings, {UserForgotten: self.on_forgotten}),
         ]

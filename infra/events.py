@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from infra.errors import InvalidRequestError
 from infra.ids import new_id
@@ -179,6 +179,12 @@ class FeedbackGiven(Event):
     reasons: list[str] | None = Field(None, description="Stable keys of the reasons.")
     over: str | None = Field(None, description="The episode that this one is preferred to.")
     text: str | None = Field(None, description="Comment, corrected answer, or a judge's rationale.")
+
+    @model_validator(mode="after")
+    def _slot_of_earlier_events(self) -> Self:
+        """Events of the first version name no slot; all of theirs were the episode's."""
+        self.slot = self.slot or self.episode_id
+        return self
 
 
 class UserForgotten(Event):

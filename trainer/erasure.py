@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from trainer.snapshot import DATASET_FILE
+from trainer.snapshot import DATASET_FILE, forgotten
 from trainer.tables import TrainingRun
 
 ERASED_FILE = "erased_episodes.txt"
@@ -37,6 +37,14 @@ def erase(session: Session, runs_dir: Path, episode_ids: Collection[str]) -> dic
         "dataset_lines_removed": sum(removed.values()),
         "datasets": list(digests),
     }
+
+
+def sweep(session: Session, runs_dir: Path) -> None:
+    """Take forgotten users out of datasets that were written after the erasure had looked at them."""
+    for path in sorted(runs_dir.glob(f"*/{DATASET_FILE}")):
+        ids = [json.loads(line)["episode_id"] for line in path.read_text().splitlines()]
+        if gone := forgotten(session, ids):
+            _without(path, gone)
 
 
 def _without(path: Path, episode_ids: set[str]) -> int:

@@ -10,15 +10,11 @@ import json
 import logging
 import random
 import shutil
-import time
-import uuid
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.orm import Session
 
 from deploy import attest, audit, gates, head, registry
 from deploy.gates import GateResult
@@ -27,15 +23,14 @@ from deploy.tables import Release
 from infra.db import Sessions, advisory_lock
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
-from infra.events import RunEnded, TrainingUsed
-from infra.log import outbox
 from infra.settings import Settings
 from reward import store
 from reward.encoder import Encoder, base_model_digest
 from reward.style import num_words
-from trainer import pairs, snapshot
+from trainer import erasure, pairs, snapshot
 from trainer.config import OnlineDPOConfig
 from trainer.pairs import PairSet
+from trainer.record import RunRecord
 from trainer.redactor import Redactor
 from trainer.rollout import Sample, sample
 from trainer.scoring import PinnedReward
@@ -47,7 +42,6 @@ log = logging.getLogger("everloop.night")
 RECIPE = "online-dpo"
 ACTOR = "nightly"
 MIN_PAIRS = 8
-IDS_PER_EVENT = 500
 
 
 class Night:
@@ -66,70 +60,7 @@ class Night:
         self.settings = settings
         self.config = config
         self.canary_share = canary_share
-        self.run_id = f"run_{uuid.uuid4().hex[:12]}"
-        self.run_dir = settings.runs_dir / self.run_id
-        self.set_aside: Counter[str] = Counter()
-        self._phase_started_s = time.monotonic()
-        self._seconds: dict[str, float] = {}
-
-    # -- progress ---------------------------------------------------------------------------------
-
-    def phase(self, name: str, total: int) -> None:
-        """Begin a phase of `total` steps."""
-        self._close_phase()
-        self._current = name
-        self._update(phase=name, phase_done=0, phase_total=total)
-
-    def progress(self, done: int, total: int | None = None) -> None:
-        """Note that `done` steps of the phase are behind us; a night outlives a database that blinks."""
-        values = {"phase_done": done} | ({"phase_total": total} if total else {})
-        try:
-            self._update(**values)
-        except (OperationalError, InterfaceError):
-            log.warning("progress could not be noted")
-
-    def _close_phase(self) -> None:
-        now = time.monotonic()
-        if hasattr(self, "_current"):
-            self._seconds[self._current] = round(now - self._phase_started_s, 1)
-            self.metric(phase=self._current, seconds=self._seconds[self._current])
-        self._phase_started_s = now
-
-    def metric(self, **values: Any) -> None:
-        """Append a line to the run's ``metrics.jsonl``."""
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def _update(self, **values: Any) -> None:
-        with self.sessions.begin() as session:
-            session.execute(sa.update(TrainingRun).where(TrainingRun.id == self.run_id).values(**values))
-
-    def finish(self, status: str, **result: Any) -> dict[str, Any]:
-        """End the run; return what the flow reports."""
-        self._close_phase()
-        result |= {"seconds": self._seconds, "set_aside": dict(self.set_aside)}
-        self._end(status, result, phase="done")
-        return {"run_id": self.run_id, "status": status, **result}
-
-    def _end(self, status: str, result: dict[str, Any], **values: Any) -> None:
-        """Write how the run ended, and its event, in one transaction."""
-        with self.sessions.begin() as session:
-            session.execute(
-                sa.update(TrainingRun)
-                .where(TrainingRun.id == self.run_id)
-                .values(status=status, result=result, ended_at=sa.func.now(), **values)
-            )
-            name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
-            event = RunEnded(
-                run_id=self.run_id,
-                status=status,
-                release=name,
-                adapter_digest=registry.get_release(session, name).adapter_digest if name else None,
-                reason=str(result.get("reason", "")),
-            )
-            outbox.append(session, event, key="deployment")
-
-    # -- the steps --------------------------------------------------------------------------------
+        self.record = RunRecord(sessions, settings.runs_dir)
 
     def run(self) -> dict[str, Any]:
         """Run the night to its end.
@@ -147,41 +78,31 @@ class Night:
         with advisory_lock(self.sessions, "training") as held:
             if not held:
                 raise ConflictError("Another training run is in progress.", code="run_in_progress")
-            self._create()
+            self.record.create(RECIPE, self.config.model_dump())
             try:
                 return self._steps()
             except BaseException as error:
                 message = error.message if isinstance(error, EverloopError) else f"{type(error).__name__}: {error}"
-                self._end("failed", {"reason": message})
+                self.record.end("failed", {"reason": message})
                 raise
             finally:
-                shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+                shutil.rmtree(self.record.run_dir / "checkpoints", ignore_errors=True)
+                self._sweep()
 
-    def _create(self) -> None:
-        self.run_dir.mkdir(parents=True)
-        with self.sessions.begin() as session:
-            # Runs of a process that died hold no lock any more; they are not running.
-            session.execute(
-                sa.update(TrainingRun)
-                .where(TrainingRun.status == "running")
-                .values(status="failed", result={"reason": "the process died"}, ended_at=sa.func.now())
-            )
-            session.add(
-                TrainingRun(
-                    id=self.run_id,
-                    recipe=RECIPE,
-                    status="running",
-                    phase="snapshot",
-                    config=self.config.model_dump(),
-                )
-            )
+    def _sweep(self) -> None:
+        """Take out of the datasets who was forgotten while one was being written; now, or at the next night."""
+        try:
+            with self.sessions() as session:
+                erasure.sweep(session, self.settings.runs_dir)
+        except (OperationalError, InterfaceError):
+            log.warning("the datasets could not be swept")
 
     def _steps(self) -> dict[str, Any]:
-        self.phase("snapshot", 1)
+        self.record.phase("snapshot", 1)
         with self.sessions.begin() as session:
             current = head.read(session)
             if current.canary_id is not None:
-                return self.finish("skipped", reason=f"canary {current.canary_id} is still open")
+                return self.record.finish("skipped", reason=f"canary {current.canary_id} is still open")
             seen = session.scalar(
                 sa.select(sa.func.max(TrainingRun.last_signal_seq)).where(
                     TrainingRun.status.in_(["canary", "held"])
@@ -189,50 +110,29 @@ class Night:
             )
             data = snapshot.take(session, Redactor.from_settings(self.settings), after_seq=seen or 0)
             start_from = registry.clean_ancestor(session, current.champion)
-        self.set_aside.update(data.set_aside)
-        self._update(last_signal_seq=data.last_signal_seq)
+        self.record.set_aside.update(data.set_aside)
+        self.record.update(last_signal_seq=data.last_signal_seq)
         if data.num_new_signals < self.settings.min_new_signals:
-            return self.finish(
+            return self.record.finish(
                 "skipped",
                 reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
             )
-        data.save(self.run_dir / snapshot.DATASET_FILE)
+        data.save(self.record.run_dir / snapshot.DATASET_FILE)
         encoder = Encoder(self.settings.base_model_dir, self.settings.encoder_layer)
         with self.sessions.begin() as session:
             snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
-            self._note_inputs(session, data, snapshot_id)
+            self.record.note_inputs(session, data, snapshot_id)
 
         reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
         found = self._make_pairs(data, reward, current.champion)
         if len(found.pairs) < MIN_PAIRS:
-            return self.finish("held", reason=f"only {len(found.pairs)} pairs had a clear winner")
+            return self.record.finish("held", reason=f"only {len(found.pairs)} pairs had a clear winner")
         adapter_dir = self._train(found, start_from)
-        with self.sessions() as session:
-            num_forgotten = snapshot.num_forgotten(session, data)
-        if num_forgotten:
-            return self.finish("held", reason=f"{num_forgotten} answers are of users who were forgotten meanwhile")
         release = self._register(adapter_dir, data, snapshot_id, start_from, len(found.pairs))
+        if release is None:
+            return self.record.finish("held", reason="it learned from a user who was forgotten meanwhile")
         results = self._judge(data, reward, current.champion, release)
         return self._open_canary(release, current.champion, results)
-
-    def _note_inputs(self, session: Session, data: Snapshot, snapshot_id: int) -> None:
-        """Write what the run is made from, down to each signal, for lineage and receipts."""
-        session.execute(
-            sa.update(TrainingRun)
-            .where(TrainingRun.id == self.run_id)
-            .values(dataset_digest=data.digest, reward_snapshot_id=snapshot_id)
-        )
-        for role, examples in (("train", data.train), ("gates", data.gate)):
-            ids = [feedback_id for example in examples for feedback_id in example.feedback_ids]
-            for start in range(0, len(ids), IDS_PER_EVENT):
-                event = TrainingUsed(
-                    run_id=self.run_id,
-                    dataset_digest=data.digest,
-                    reward_snapshot_id=snapshot_id,
-                    role=role,
-                    feedback_ids=ids[start : start + IDS_PER_EVENT],
-                )
-                outbox.append(session, event, key="deployment")
 
     def _make_pairs(self, data: Snapshot, reward: PinnedReward, champion: str) -> PairSet:
         # One example per prompt, the newest; a seeded choice where there are more than fit.
@@ -241,11 +141,14 @@ class Night:
         random.Random(self.config.seed).shuffle(examples)
         examples = examples[: self.config.num_prompts]
         prompts = [e.messages for e in examples]
-        self.phase("sample", len(prompts))
+        self.record.phase("sample", len(prompts))
         samples = asyncio.run(self._sample(champion, prompts, self.config.samples_per_prompt, seed=1))
-        self.phase("score", sum(len(group) for group in samples) + len(prompts))
+        self.record.phase("score", sum(len(group) for group in samples) + len(prompts))
         rewards = reward.score(
-            prompts, [[s.text for s in group] for group in samples], [e.answer for e in examples], self.progress
+            prompts,
+            [[s.text for s in group] for group in samples],
+            [e.answer for e in examples],
+            self.record.progress,
         )
         low, high = data.well_rated_words()
         found = pairs.best_against_worst(
@@ -255,13 +158,13 @@ class Night:
         from_samples = found.pairs[: max(self.config.max_pairs - len(corrected.pairs), 0)]
         found.set_aside["pairs_over_budget"] = len(found.pairs) - len(from_samples)
         found.pairs = corrected.pairs + from_samples
-        self.set_aside.update(+(found.set_aside + corrected.set_aside))
-        self.metric(
+        self.record.set_aside.update(+(found.set_aside + corrected.set_aside))
+        self.record.metric(
             phase="pairs",
             from_samples=len(from_samples),
             from_corrections=len(corrected.pairs),
             words_range=[low, high],
-            set_aside=dict(self.set_aside),
+            set_aside=dict(self.record.set_aside),
         )
         return found
 
@@ -278,7 +181,7 @@ class Night:
                 max_tokens=self.config.max_answer_tokens,
                 temperature=self.config.temperature,
                 seed=self.config.seed + seed,
-                on_done=self.progress,
+                on_done=self.record.progress,
             )
 
     def _train(self, found: PairSet, champion: str) -> Path:
@@ -287,44 +190,52 @@ class Night:
         with self.sessions() as session:
             digest = registry.get_release(session, champion).adapter_digest
             start_from = registry.verified_path(session, digest) if digest else None
-        self.phase("train", max(1, round(len(found.pairs) * self.config.epochs / self.config.batch_pairs)))
+        self.record.phase("train", max(1, round(len(found.pairs) * self.config.epochs / self.config.batch_pairs)))
         return online_dpo.train(
-            self.settings.base_model_dir, start_from, found.pairs, self.config, self.run_dir, self.progress
+            self.settings.base_model_dir,
+            start_from,
+            found.pairs,
+            self.config,
+            self.record.run_dir,
+            self.record.progress,
         )
 
     def _register(
         self, adapter_dir: Path, data: Snapshot, snapshot_id: int, champion: str, num_pairs: int
-    ) -> Release:
+    ) -> Release | None:
         manifest = {
             "base_digest": base_model_digest(self.settings.base_model_dir),
             "recipe": RECIPE,
-            "run_id": self.run_id,
+            "run_id": self.record.run_id,
             "config": self.config.model_dump(),
             "dataset_digest": data.digest,
             "reward_snapshot_id": snapshot_id,
             "started_from": champion,
             "num_pairs": num_pairs,
             "num_signals": data.num_signals,
-            "set_aside": dict(self.set_aside),
+            "set_aside": dict(self.record.set_aside),
         }
         with self.sessions.begin() as session:
+            registry.lock_out_erasures(session)
+            if snapshot.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
+                return None
             release = registry.register(
-                session, adapter_dir, self.settings.adapters_dir, run_id=self.run_id, manifest=manifest
+                session, adapter_dir, self.settings.adapters_dir, run_id=self.record.run_id, manifest=manifest
             )
             audit.write(
                 session,
                 actor=ACTOR,
                 action="registered",
                 subject=release.name,
-                reason=f"trained by {self.run_id}",
+                reason=f"trained by {self.record.run_id}",
             )
-        self._update(release=release.name)
+        self.record.update(release=release.name)
         return release
 
     def _judge(self, data: Snapshot, reward: PinnedReward, champion: str, release: Release) -> list[GateResult]:
         examples = list({json.dumps(e.messages): e for e in data.gate}.values())[-self.config.num_gate_prompts :]
         prompts = [e.messages for e in examples]
-        self.phase("gates", 2 * len(prompts))
+        self.record.phase("gates", 2 * len(prompts))
         probe = asyncio.run(self._attest(release, champion))
         new = asyncio.run(self._sample(release.name, prompts, 1, seed=2))
         old = asyncio.run(self._sample(champion, prompts, 1, seed=3))
@@ -343,7 +254,7 @@ class Night:
             gates.length_gate([num_words(g[0].text) for g in new], low, max(high, _median_words(old))),
         ]
         for result in results:
-            self.metric(phase="gates", **result.as_dict())
+            self.record.metric(phase="gates", **result.as_dict())
         return results
 
     async def _attest(self, release: Release, champion: str) -> attest.ProbeResult:
@@ -361,7 +272,9 @@ class Night:
         verdict = gates.overall(results)
         if verdict != "pass":
             failing = ", ".join(r.gate for r in results if r.verdict != "pass")
-            return self.finish("held", release=release.name, gates=judged, reason=f"gates {verdict}: {failing}")
+            return self.record.finish(
+                "held", release=release.name, gates=judged, reason=f"gates {verdict}: {failing}"
+            )
         with self.sessions.begin() as session:
             if head.read(session).champion != champion:
                 raise ConflictError("The champion changed during the run.", code="head_moved")
@@ -372,11 +285,11 @@ class Night:
                 alpha=self.settings.canary_alpha,
                 gates=judged,
                 actor=ACTOR,
-                reason=f"{self.run_id} passed its gates",
+                reason=f"{self.record.run_id} passed its gates",
             )
             canary_id = canary.id
-        self._update(canary_id=canary_id)
-        return self.finish("canary", release=release.name, gates=judged, canary_id=canary_id)
+        self.record.update(canary_id=canary_id)
+        return self.record.finish("canary", release=release.name, gates=judged, canary_id=canary_id)
 
 
 def _median_words(groups: list[list[Sample]]) -> float:

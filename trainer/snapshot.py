@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,7 @@ def _example(episode: Episode, signals: list[Standing], redactor: Redactor) -> E
     )
 
 
-def num_forgotten(session: Session, data: Snapshot) -> int:
-    """Count the examples whose user was forgotten since the snapshot was taken."""
-    ids = [example.episode_id for example in [*data.train, *data.gate]]
-    query = sa.select(sa.func.count()).where(Episode.id.in_(ids), Episode.user_id.startswith(TOMBSTONE))
-    return session.scalar(query) or 0
+def forgotten(session: Session, episode_ids: Collection[str]) -> set[str]:
+    """Return which of the episodes are of users who were forgotten since."""
+    query = sa.select(Episode.id).where(Episode.id.in_(episode_ids), Episode.user_id.startswith(TOMBSTONE))
+    return set(session.scalars(query))

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from feedback.receipts import CONSUMER as RECEIPTS
+from feedback.projection import CONSUMER as RECEIPTS
 from flows.accounting import CONSUMER as REWARD
 from flows.bench import load
 from flows.bench.load import Sent

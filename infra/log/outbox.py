@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
@@ -43,26 +44,31 @@ def append(
 
 def append_many(session: Session, entries: Iterable[Entry]) -> None:
     """Add events within the caller's transaction, in their order."""
-    rows = []
+    written = columns(entries)
+    if written["event_ids"]:
+        # One statement for all of them: a statement per row would cost more than all the rest.
+        session.execute(_INSERT, written)
+
+
+def columns(entries: Iterable[Entry]) -> dict[str, list[Any]]:
+    """Return the columns of events as parameters of a statement that selects from :data:`UNNEST`."""
+    written: dict[str, list[Any]] = {"event_ids": [], "topics": [], "keys": [], "values": []}
     for entry in entries:
         envelope = entry.event.to_cloudevent(entry.event_id, entry.subject)
-        rows.append(
-            {
-                "event_id": envelope["id"],
-                "topic": entry.event.topic,
-                "key": entry.key,
-                "value": orjson.dumps(envelope),
-            }
-        )
-    if rows:
-        # One statement for all of them: a statement per row would cost more than all the rest.
-        columns = [[row[name] for row in rows] for name in ("event_id", "topic", "key", "value")]
-        session.execute(_INSERT, dict(zip(("event_ids", "topics", "keys", "values"), columns, strict=True)))
+        written["event_ids"].append(envelope["id"])
+        written["topics"].append(entry.event.topic)
+        written["keys"].append(entry.key)
+        written["values"].append(orjson.dumps(envelope))
+    return written
 
 
+UNNEST = (
+    "unnest(CAST(:event_ids AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:values AS bytea[])) "
+    "WITH ORDINALITY AS event(event_id, topic, key, value, place)"
+)
 _INSERT = sa.text(
-    "INSERT INTO outbox (event_id, topic, key, value) SELECT * FROM unnest("
-    "CAST(:event_ids AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:values AS bytea[]))"
+    "INSERT INTO outbox (event_id, topic, key, value) "
+    f"SELECT event_id, topic, key, value FROM {UNNEST} ORDER BY place"
 )
 
 
