@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from feedback.tables import Feedback
@@ -83,7 +84,7 @@ def standing_ids() -> sa.Select[str]:
     """
     latest = (
         sa.select(Feedback.id, Feedback.value, Feedback.reasons)
-        .distinct(Feedback.user_id, Feedback.kind, Feedback.slot)
+        .ext(distinct_on(Feedback.user_id, Feedback.kind, Feedback.slot))
         .order_by(Feedback.user_id, Feedback.kind, Feedback.slot, Feedback.seq.desc())
         .subquery()
     )

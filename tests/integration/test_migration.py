@@ -41,8 +41,8 @@ FIRST = """
     INSERT INTO episodes (id, user_id, release, arm, propensity, messages, answer, status, sampling, token_ids,
                           logprobs, num_prompt_tokens, latency_ms, learn)
     SELECT 'ep_' || md5(n::text), 'user-' || n % 3, 'base', 'champion', 1.0,
-           '[{"role": "user", "content": "Why?"}]', 'Because.', 'complete', '{}', '{1,2}', '{-0.5,-0.1}', 3, 12.5, true
-    FROM generate_series(1, 30) AS n;
+           '[{"role": "user", "content": "Why?"}]', 'Because.', 'complete', '{}', '{1,2}', '{-0.5,-0.1}', 3, 12.5,
+           true FROM generate_series(1, 30) AS n;
     INSERT INTO feedback (id, episode_id, user_id, kind, value, text, idempotency_key, body_digest)
     SELECT 'fb_' || md5(n::text), 'ep_' || md5(n::text), 'user-' || n % 3, 'thumb', 1, NULL, 'k' || n, ''
     FROM generate_series(1, 30) AS n;
