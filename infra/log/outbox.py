@@ -95,8 +95,11 @@ def republish_unconsumed(session: Session, topics: Sequence[str]) -> int:
 
 def lacked_by_some() -> sa.ColumnElement[bool]:
     """Return the condition that a known consumer of the row's topic has not applied it."""
-    applied = sa.select(ConsumedEvent.event_id).where(
-        ConsumedEvent.consumer == ConsumerRow.name, ConsumedEvent.event_id == OutboxRow.event_id
+    # Correlated by name: two levels down, SQLAlchemy would take the row for any row of the outbox.
+    applied = (
+        sa.select(ConsumedEvent.event_id)
+        .where(ConsumedEvent.consumer == ConsumerRow.name, ConsumedEvent.event_id == OutboxRow.event_id)
+        .correlate(ConsumerRow, OutboxRow)
     )
     return (
         sa.select(ConsumerRow.name)
