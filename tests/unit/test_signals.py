@@ -9,12 +9,21 @@ from feedback.fold import Standing, fold
 from feedback.signals import read_signal
 
 
-def standing(seq, episode, user, value):
-    return Standing(f"fb_{seq}", seq, episode, user, "thumb", episode, value)
+def standing(seq, user, kind, slot, value):
+    reasons = ("incorrect",) * abs(value) if kind == "reasons" else None
+    return Standing(
+        f"fb_{seq}", seq, slot, user, kind, slot, None if reasons is not None else value, reasons=reasons
+    )
 
 
 histories = st.lists(
-    st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.sampled_from([-1, 0, 1])), max_size=20
+    st.tuples(
+        st.sampled_from("xy"),
+        st.sampled_from(["thumb", "reasons", "preference"]),
+        st.sampled_from("ab"),
+        st.sampled_from([-1, 0, 1]),
+    ),
+    max_size=20,
 ).map(lambda rows: [standing(i, *row) for i, row in enumerate(rows)])
 
 
@@ -25,15 +34,21 @@ def test_the_fold_ignores_order_and_repetition(history, random):
     assert fold(shuffled) == fold(history)
 
 
+@given(histories, st.integers(0, 20))
+def test_folding_a_part_first_changes_nothing_but_what_was_withdrawn(history, cut):
+    """What stands of the whole is what stands of the later part, and of the earlier what nothing later replaced."""
+    later_keys = {signal.key for signal in history[cut:]}
+    expected = [s for s in fold(history[:cut]) if s.key not in later_keys] + fold(history[cut:])
+    assert fold(history) == expected
+
+
 @given(histories)
 def test_the_latest_signal_stands_and_a_withdrawn_one_does_not(history):
-    for signal in fold(history):
-        later = [
-            s
-            for s in history
-            if (s.episode_id, s.user_id) == (signal.episode_id, signal.user_id) and s.seq > signal.seq
-        ]
-        assert not later and signal.value != 0
+    stands = fold(history)
+    assert len({signal.key for signal in stands}) == len(stands)
+    for signal in history:
+        newest = max((s for s in history if s.key == signal.key), key=lambda s: s.seq)
+        assert (signal in stands) == (signal == newest and not signal.withdrawn)
 
 
 BASE = {"episode_id": "ep_1", "user": "u", "idempotency_key": "k"}
