@@ -33,8 +33,24 @@ class Sent:
 class Client:
     """One connection that is kept open."""
 
-    def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+
+    def exchange(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Send a JSON body and return the status and the answer.
+
+        Raises
+        ------
+        OSError, http.client.HTTPException
+            Where there is no answer; the next request opens the connection anew.
+        """
+        try:
+            self._connection.request("POST", path, body, {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            return response.status, json.loads(response.read())
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            raise
 
     def post(self, path: str, body: bytes) -> dict[str, Any]:
         """Send a JSON body and return the answer.
@@ -44,11 +60,9 @@ class Client:
         EverloopError
             Where it is not 202.
         """
-        self._connection.request("POST", path, body, {"Content-Type": "application/json"})
-        response = self._connection.getresponse()
-        answer: dict[str, Any] = json.loads(response.read())
-        if response.status != 202:
-            raise EverloopError(f"{response.status}: {answer}", code="bench_refused")
+        status, answer = self.exchange(path, body)
+        if status != 202:
+            raise EverloopError(f"{status}: {answer}", code="bench_refused")
         return answer
 
 

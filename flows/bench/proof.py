@@ -1,0 +1,164 @@
+"""The proof after a storm: what clients were promised, held against what the database says became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from feedback.fold import Standing, as_standing, fold
+from feedback.receipts import CONSUMER as RECEIPTS
+from feedback.tables import Episode, Feedback, ReceiptRow
+from flows.accounting import CONSUMER as REWARD
+from infra.events import RewardUpdated
+from infra.tables import ConsumedEvent, DeadLetter, OutboxRow
+from reward import store
+from reward.observations import LEARNED_KINDS, observation
+from reward.online import BayesianHead, Site
+from reward.tables import RewardUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a storm left behind.
+
+    Attributes
+    ----------
+    lost
+        Acknowledged signals that are not there, or that a consumer did not apply.
+    counted_twice
+        Signals with more than one row, update or report, or whose receipt tells of another update.
+    same_bits
+        The recovered posterior is, bit for bit, the one learned anew without a fault in between.
+    same_signals
+        The signals in the posterior are those that the fold of all feedback says.
+    """
+
+    lost: list[str]
+    counted_twice: list[str]
+    dead_letters: int
+    num_updates: int
+    num_standing: int
+    same_bits: bool
+    same_signals: bool
+
+
+def account(session: Session, accepted: Mapping[str, str], encoder: str, dim: int) -> Account:
+    """Check everything.
+
+    Parameters
+    ----------
+    accepted
+        The clients' own list: the id that was acknowledged, by idempotency key.
+    dim
+        Number of features.
+    """
+    rows = session.scalars(sa.select(Feedback)).all()
+    updates = session.scalars(sa.select(RewardUpdate).order_by(RewardUpdate.seq)).all()
+    signals = {row.id: as_standing(row) for row in rows}
+    standing = Counter(update.feedback_id for update in updates if update.action == "add")
+    standing.subtract(update.feedback_id for update in updates if update.action == "remove")
+    learned_kinds = [signal for signal in signals.values() if signal.kind in LEARNED_KINDS]
+    expected = {signal.feedback_id for signal in fold(learned_kinds)}
+    recovered = store.load_posterior(session, encoder, dim)
+    return Account(
+        lost=_lost(session, accepted, rows),
+        counted_twice=_counted_twice(session, accepted, rows, updates, signals),
+        dead_letters=session.scalar(sa.select(sa.func.count()).select_from(DeadLetter)) or 0,
+        num_updates=len(updates),
+        num_standing=len(expected),
+        same_bits=recovered.head.digest() == _undisturbed(session, updates, signals, encoder, dim).digest(),
+        same_signals={signal for signal, count in standing.items() if count} == expected
+        and recovered.num_signals == len(expected),
+    )
+
+
+def _lost(session: Session, accepted: Mapping[str, str], rows: Sequence[Feedback]) -> list[str]:
+    present = {row.idempotency_key: row.id for row in rows}
+    there = {key for key, feedback_id in accepted.items() if present.get(key) == feedback_id}
+    for consumer in (REWARD, RECEIPTS):
+        applied = set(
+            session.scalars(
+                sa.select(ConsumedEvent.event_id).where(
+                    ConsumedEvent.consumer == consumer, ~ConsumedEvent.dead_letter
+                )
+            )
+        )
+        there = {key for key in there if accepted[key] in applied}
+    # Until the reward model's report came back, a receipt says `accepted`.
+    told = set(session.scalars(sa.select(ReceiptRow.feedback_id).where(ReceiptRow.status != "accepted")))
+    return sorted(key for key, feedback_id in accepted.items() if key not in there or feedback_id not in told)
+
+
+def _counted_twice(
+    session: Session,
+    accepted: Mapping[str, str],
+    rows: Sequence[Feedback],
+    updates: Sequence[RewardUpdate],
+    signals: Mapping[str, Standing],
+) -> list[str]:
+    keys = Counter((row.user_id, row.idempotency_key) for row in rows)
+    acts = Counter((update.feedback_id, update.action) for update in updates)
+    reports = Counter(_reported(session))
+    wrong = {key for (_, key), count in keys.items() if count > 1}
+    # A row that nobody was promised: a second one of a promised signal, or one made up.
+    wrong |= {row.idempotency_key for row in rows if row.id not in set(accepted.values())}
+    wrong |= {feedback_id for (feedback_id, _), count in acts.items() if count > 1}
+    wrong |= {feedback_id for feedback_id, count in reports.items() if count > 1}
+    added = {update.feedback_id: update.seq for update in updates if update.action == "add"}
+    for receipt in session.scalars(sa.select(ReceiptRow)):
+        seq = added.get(receipt.feedback_id)
+        signal = signals.get(receipt.feedback_id)
+        if seq is not None:
+            consistent = receipt.status == "learned" and receipt.update_seq == seq
+        else:
+            consistent = receipt.status == "set_aside" or (signal is not None and signal.withdrawn)
+        if not consistent:
+            wrong.add(receipt.feedback_id)
+    return sorted(wrong)
+
+
+def _reported(session: Session) -> list[str]:
+    """Return the signals that the reward model reported on, once for each report."""
+    values = session.scalars(sa.select(OutboxRow.value).where(OutboxRow.topic == RewardUpdated.topic))
+    return [orjson.loads(value)["data"]["feedback_id"] for value in values]
+
+
+def _undisturbed(
+    session: Session,
+    updates: Sequence[RewardUpdate],
+    signals: Mapping[str, Standing],
+    encoder: str,
+    dim: int,
+) -> BayesianHead:
+    """Learn the same signals in the same order from nothing; only the order is taken from the history."""
+    answers = {row.id: row for row in session.scalars(sa.select(Episode))}
+    digests = {
+        feedback_id: _digests(signals[feedback_id], answers)
+        for feedback_id in {update.feedback_id for update in updates if update.action == "add"}
+    }
+    wanted = {digest for some in digests.values() for digest in some}
+    features: dict[str, Any] = store.cached_features(session, encoder, wanted)
+    head, sites = BayesianHead.prior(dim), dict[str, Site]()
+    for update in updates:
+        if update.action == "add":
+            phis = [features[digest] for digest in digests[update.feedback_id]]
+            sites[update.feedback_id] = head.learn_one(*observation(signals[update.feedback_id], phis))
+        else:
+            head.unlearn_one(sites[update.feedback_id])
+    return head
+
+
+def _digests(signal: Standing, answers: Mapping[str, Episode]) -> list[str]:
+    episode = answers[signal.episode_id]
+    texts = [(episode, episode.answer)]
+    if signal.over:
+        texts.append((answers[signal.over], answers[signal.over].answer))
+    if signal.kind == "correction":
+        texts.append((episode, signal.text or ""))
+    return [store.answer_digest(answer.messages, text) for answer, text in texts]
