@@ -229,8 +229,8 @@ def _account(sessions: Sessions, settings: Settings, raters: Raters) -> Account:
     with sessions() as session:
         found = account(session, accepted, encoder.name, encoder.dim)
     for name in ("lost", "counted_twice"):
-        if keys := getattr(found, name):
-            report.say(f"{name}: {', '.join(keys[:20])}")
+        for signal_name, what in list(getattr(found, name).items())[:20]:
+            report.say(f"{name}: {signal_name}: {what}")
     return found
 
 

@@ -22,6 +22,8 @@ from reward.observations import LEARNED_KINDS, observation
 from reward.online import BayesianHead, Site
 from reward.tables import RewardUpdate
 
+Faults = dict[str, str]
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -30,17 +32,17 @@ class Account:
     Attributes
     ----------
     lost
-        Acknowledged signals that are not there, or that a consumer did not apply.
+        Acknowledged signals that are not there, or that a consumer did not apply: why, by idempotency key.
     counted_twice
-        Signals with more than one row, update or report, or whose receipt tells of another update.
+        Signals with more than one row, update or report, or whose receipt tells of another update: what was found.
     same_bits
         The recovered posterior is, bit for bit, the one learned anew without a fault in between.
     same_signals
         The signals in the posterior are those that the fold of all feedback says.
     """
 
-    lost: list[str]
-    counted_twice: list[str]
+    lost: Faults
+    counted_twice: Faults
     dead_letters: int
     num_updates: int
     num_standing: int
@@ -78,9 +80,14 @@ def account(session: Session, accepted: Mapping[str, str], encoder: str, dim: in
     )
 
 
-def _lost(session: Session, accepted: Mapping[str, str], rows: Sequence[Feedback]) -> list[str]:
+def _lost(session: Session, accepted: Mapping[str, str], rows: Sequence[Feedback]) -> Faults:
     present = {row.idempotency_key: row.id for row in rows}
-    there = {key for key, feedback_id in accepted.items() if present.get(key) == feedback_id}
+    lost: Faults = {}
+    for key, feedback_id in accepted.items():
+        if key not in present:
+            lost[key] = "not in the database"
+        elif present[key] != feedback_id:
+            lost[key] = "acknowledged under another id"
     for consumer in (REWARD, RECEIPTS):
         applied = set(
             session.scalars(
@@ -89,10 +96,15 @@ def _lost(session: Session, accepted: Mapping[str, str], rows: Sequence[Feedback
                 )
             )
         )
-        there = {key for key in there if accepted[key] in applied}
+        for key, feedback_id in accepted.items():
+            if feedback_id not in applied:
+                lost.setdefault(key, f"not applied by {consumer}")
     # Until the reward model's report came back, a receipt says `accepted`.
     told = set(session.scalars(sa.select(ReceiptRow.feedback_id).where(ReceiptRow.status != "accepted")))
-    return sorted(key for key, feedback_id in accepted.items() if key not in there or feedback_id not in told)
+    for key, feedback_id in accepted.items():
+        if feedback_id not in told:
+            lost.setdefault(key, "its receipt does not say what became of it")
+    return lost
 
 
 def _counted_twice(
@@ -101,15 +113,16 @@ def _counted_twice(
     rows: Sequence[Feedback],
     updates: Sequence[RewardUpdate],
     signals: Mapping[str, Standing],
-) -> list[str]:
-    keys = Counter((row.user_id, row.idempotency_key) for row in rows)
-    acts = Counter((update.feedback_id, update.action) for update in updates)
-    reports = Counter(_reported(session))
-    wrong = {key for (_, key), count in keys.items() if count > 1}
-    # A row that nobody was promised: a second one of a promised signal, or one made up.
-    wrong |= {row.idempotency_key for row in rows if row.id not in set(accepted.values())}
-    wrong |= {feedback_id for (feedback_id, _), count in acts.items() if count > 1}
-    wrong |= {feedback_id for feedback_id, count in reports.items() if count > 1}
+) -> Faults:
+    promised = set(accepted.values())
+    # A row that nobody was promised is a second one of a promised signal, or made up.
+    twice: Faults = {row.id: "a row that was not acknowledged" for row in rows if row.id not in promised}
+    for what, counts in (
+        ("rows", Counter((row.user_id, row.idempotency_key) for row in rows)),
+        ("updates", Counter((update.feedback_id, update.action) for update in updates)),
+        ("reports", Counter((feedback_id, "") for feedback_id in _reported(session))),
+    ):
+        twice |= {" ".join(name): f"{count} {what}" for name, count in counts.items() if count > 1}
     added = {update.feedback_id: update.seq for update in updates if update.action == "add"}
     for receipt in session.scalars(sa.select(ReceiptRow)):
         seq = added.get(receipt.feedback_id)
@@ -119,8 +132,8 @@ def _counted_twice(
         else:
             consistent = receipt.status == "set_aside" or (signal is not None and signal.withdrawn)
         if not consistent:
-            wrong.add(receipt.feedback_id)
-    return sorted(wrong)
+            twice.setdefault(receipt.feedback_id, f"receipt: {receipt.status}, {receipt.update_seq}; update {seq}")
+    return twice
 
 
 def _reported(session: Session) -> list[str]:
