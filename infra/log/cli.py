@@ -71,10 +71,12 @@ def list_dead(
 ) -> None:
     """List dead letters, the newest first."""
     import sqlalchemy as sa
+    from sqlalchemy.orm import defer
 
     from infra.tables import DeadLetter
 
-    query = sa.select(DeadLetter).order_by(DeadLetter.id.desc()).limit(1000)
+    # Without what was on Kafka: a thousand large values would not fit into memory.
+    query = sa.select(DeadLetter).options(defer(DeadLetter.value)).order_by(DeadLetter.id.desc()).limit(1000)
     with transaction(_sessions()) as session:
         letters = session.scalars(query if every else query.where(DeadLetter.state == "open")).all()
     rows = [

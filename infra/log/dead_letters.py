@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from infra import kafka
 from infra.errors import ConflictError, EverloopError, NotFoundError
 from infra.events import dead_letter_topic
 from infra.ids import new_id
@@ -18,12 +19,22 @@ from infra.log.reading import UnreadableEventError
 from infra.tables import ConsumedEvent, DeadLetter, OutboxRow
 
 STACK_FRAMES = 12
+# Brokers take 1 MB by default, headers included. A copy that one refuses would hold up the relay for good.
+MAX_COPY_BYTES = 512 * 1024
+MAX_KEY_CHARS = 1000
 
 
 def add(session: Session, consumer: str, record: Any, error: Exception, tries: int) -> None:
-    """Give a record up within the caller's transaction: a row here, a copy on the dead-letter topic."""
+    """Give a record up within the caller's transaction: a row here, a copy on the dead-letter topic.
+
+    The copy of a large record has no value, and its size in the header ``left_out_bytes``; the row has it all.
+    """
     event_id = _event_id(record.value)
     reason = describe(error)
+    value = record.value or b""
+    headers = {"reason": reason, "consumer": consumer, "place": f"{record.partition}/{record.offset}"}
+    if len(value) > MAX_COPY_BYTES:
+        headers["left_out_bytes"] = str(len(value))
     session.add(
         DeadLetter(
             consumer=consumer,
@@ -32,7 +43,7 @@ def add(session: Session, consumer: str, record: Any, error: Exception, tries: i
             offset=record.offset,
             event_id=event_id,
             key=record.key,
-            value=record.value or b"",
+            value=value,
             reason=reason,
             # Frames only: the message of an exception may quote what a person said.
             stack="".join(traceback.format_tb(error.__traceback__)[-STACK_FRAMES:]),
@@ -43,9 +54,9 @@ def add(session: Session, consumer: str, record: Any, error: Exception, tries: i
         OutboxRow(
             event_id=new_id("dl"),
             topic=dead_letter_topic(record.topic),
-            key=(record.key or b"").decode(errors="replace").replace("\x00", ""),
-            value=record.value or b"",
-            headers={"reason": reason, "consumer": consumer, "place": f"{record.partition}/{record.offset}"},
+            key=_key(record.key),
+            value=b"" if "left_out_bytes" in headers else value,
+            headers=headers,
         )
     )
     if event_id is not None:
@@ -64,6 +75,11 @@ def describe(error: Exception) -> str:
     if isinstance(error, EverloopError):
         return f"{type(error).__name__} [{error.code}]"
     return type(error).__name__
+
+
+def _key(key: bytes | None) -> str:
+    """Return a key that PostgreSQL can hold, whatever somebody wrote."""
+    return (key or b"").decode(errors="replace").replace("\x00", "")[:MAX_KEY_CHARS]
 
 
 def _event_id(value: bytes | None) -> str | None:
@@ -97,9 +113,14 @@ def retry(session: Session, letter_id: int) -> None:
     ------
     ConflictError
         Code ``dead_letter_closed`` where it was retried or dropped before, ``dead_letter_unreadable`` where no
-        try can help.
+        try can help, ``dead_letter_too_large`` where the relay could not send it.
     """
     letter = _open(session, letter_id)
+    if len(letter.value) > kafka.MAX_EVENT_BYTES - MAX_COPY_BYTES:
+        raise ConflictError(
+            f"Dead letter {letter_id} has {len(letter.value)} bytes, more than the relay sends; drop it.",
+            code="dead_letter_too_large",
+        )
     if letter.event_id is None:
         raise ConflictError(
             f"Dead letter {letter_id} is no event ({letter.reason}); drop it.",
@@ -113,7 +134,7 @@ def retry(session: Session, letter_id: int) -> None:
     row = insert(OutboxRow).values(
         event_id=letter.event_id,
         topic=letter.topic,
-        key=(letter.key or b"").decode(errors="replace"),
+        key=_key(letter.key),
         value=letter.value,
     )
     session.execute(row.on_conflict_do_update(index_elements=["event_id"], set_={"published_at": None}))

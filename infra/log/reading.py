@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from sqlalchemy.orm import Session
 
 from infra import sealing
 from infra.errors import EverloopError
-from infra.events import BY_SCHEMA, ErasedEventError, Event
+from infra.events import BY_SCHEMA, SOURCE, ErasedEventError, Event
 
 MAX_EVENT_ID_CHARS = 200
+_SCHEMA_NAME = re.compile(SOURCE + r":schema:[a-z_.]{1,60}\.v[0-9]{1,4}")
 
 
 class UnreadableEventError(Exception):
@@ -44,9 +46,11 @@ def parse(value: bytes | None) -> Envelope:
     except orjson.JSONDecodeError as error:
         raise UnreadableEventError(f"not JSON: {error.msg}") from None
     event_id = event_id_of(content)
-    event_class = BY_SCHEMA.get(str(content.get("dataschema")))
+    schema = str(content.get("dataschema"))
+    event_class = BY_SCHEMA.get(schema)
     if event_class is None:
-        raise UnreadableEventError(f"unknown schema {str(content.get('dataschema'))[:120]!r}")
+        # Quoted only where it looks like a name: anybody may have written it, with anything in it.
+        raise UnreadableEventError(f"unknown schema {schema if _SCHEMA_NAME.fullmatch(schema) else ''}".rstrip())
     return Envelope(event_id, event_class, content)
 
 
