@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from feedback.receipts import CONSUMER as RECEIPTS
+from feedback.projection import CONSUMER as RECEIPTS
 from flows.accounting import CONSUMER as REWARD
 from flows.bench.proof import Account, account
 from flows.bench.raters import Raters, write_pairs

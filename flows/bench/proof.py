@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from feedback.fold import Standing, as_standing, fold
-from feedback.receipts import CONSUMER as RECEIPTS
+from feedback.projection import CONSUMER as RECEIPTS
 from feedback.tables import Episode, Feedback, ReceiptRow
 from flows.accounting import CONSUMER as REWARD
 from infra.events import RewardUpdated
