@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from feedback.exporting import Format, Selection
 from infra import report
 from infra.db import Sessions, connect, transaction
-from infra.errors import UnavailableError
+from infra.errors import InvalidRequestError, UnavailableError
 from infra.report import JsonPath
 from infra.settings import load
 
@@ -36,6 +40,66 @@ def rebuild_receipts(
         num_events = projection.rebuild(session)
     report.write_json(json_path, {"events": num_events})
     report.say(f"receipts made anew from {num_events} events")
+
+
+@feedback.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="JSON lines, plain or gzip; docs/import-export.md describes them.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 if any line was rejected.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Import outside answers and signals, each line once; a second start goes on where the first was ended."""
+    from feedback.importing import import_file
+
+    summary = import_file(_sessions(), file, load())
+    report.write_json(json_path, asdict(summary))
+    report.say(
+        f"{summary.accepted} lines imported, {summary.already_imported} imported before, "
+        f"{summary.rejected} rejected, in {summary.elapsed_s:.1f} s"
+    )
+    if summary.rejected:
+        text = (
+            f"{summary.rejected} lines were rejected; {summary.rejected_file} says why. Mend them in a file of "
+            "their own, and import that."
+        )
+        if strict:
+            raise InvalidRequestError(text, code="lines_rejected")
+        report.say(f"[bold]warning[/bold] {text}")
+
+
+@feedback.command("export")
+def export(
+    path: Annotated[Path, typer.Argument(help="The file to write; .gz compresses lines.")],
+    format_: Annotated[Format, typer.Option("--format", help="jsonl can be imported again.")] = "jsonl",
+    all_signals: Annotated[
+        bool, typer.Option("--all-signals", help="Superseded and withdrawn signals, too.")
+    ] = False,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="ISO", help="Answers from this time on (UTC, if no zone).")
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", metavar="ID", help="Only answers given to them.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Export the answers that may be learned from, with the signals that stand."""
+    from feedback.exporting import export_file
+
+    selection = Selection(all_signals, _moment(since), user)
+    result = export_file(_sessions(), path, format_, selection, force=force)
+    report.write_json(json_path, asdict(result))
+    report.say(f"{result.rows} rows, {result.num_bytes} bytes in {result.file}, in {result.elapsed_s:.1f} s")
+
+
+def _moment(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{text!r} is no time; write it as 2026-01-31 or 2026-01-31T12:00:00Z.", code="invalid_time"
+        ) from error
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 @users_app.command("consent")

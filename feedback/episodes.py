@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from infra.errors import NotFoundError
 from infra.events import EpisodeRecorded
 from infra.ids import new_id
 from infra.log import outbox
+from infra.log.outbox import Entry
 from infra.sealing import SubjectKey
 
 MAX_PAGE = 100
@@ -74,23 +75,44 @@ def record(session: Session, recording: Recording, key: SubjectKey, created_at: 
     now = users.key_of(session, recording.user_id)
     if now is None or now.key_id != key.key_id:
         return False
-    values = {name: getattr(recording, name) for name in Recording.__slots__ if name != "episode_id"}
-    if created_at is not None:
-        values["created_at"] = created_at
-    session.add(Episode(id=recording.episode_id, **values))
-    event = EpisodeRecorded(
-        episode_id=recording.episode_id,
-        user_id=recording.user_id,
-        release=recording.release,
-        arm=recording.arm,
-        propensity=recording.propensity,
-        status=recording.status,
-        learn=recording.learn,
-        messages=recording.messages,
-        answer=recording.answer,
-    )
-    outbox.append(session, event, key=recording.episode_id, event_id=recording.episode_id, subject=key)
+    record_many(session, [(recording, created_at)], {recording.user_id: key})
     return True
+
+
+def record_many(
+    session: Session, recordings: Iterable[tuple[Recording, datetime | None]], keys: Mapping[str, SubjectKey]
+) -> None:
+    """Write episodes and their events within the caller's transaction, in a few statements.
+
+    Parameters
+    ----------
+    recordings
+        Each with the time at which it was made; now, where that is None.
+    keys
+        The key of each user, from :func:`feedback.users.keys_of` within the same transaction.
+    """
+    rows, entries = [], []
+    for recording, created_at in recordings:
+        row = {name: getattr(recording, name) for name in Recording.__slots__ if name != "episode_id"}
+        row["id"] = recording.episode_id
+        if created_at is not None:
+            row["created_at"] = created_at
+        rows.append(row)
+        event = EpisodeRecorded(
+            episode_id=recording.episode_id,
+            user_id=recording.user_id,
+            release=recording.release,
+            arm=recording.arm,
+            propensity=recording.propensity,
+            status=recording.status,
+            learn=recording.learn,
+            messages=recording.messages,
+            answer=recording.answer,
+        )
+        entries.append(Entry(event, recording.episode_id, recording.episode_id, keys[recording.user_id]))
+    if rows:
+        session.execute(sa.insert(Episode), rows)
+        outbox.append_many(session, entries)
 
 
 def get(session: Session, episode_id: str, user_id: str | None = None) -> Episode:
