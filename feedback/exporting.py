@@ -17,9 +17,9 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased
 
+from feedback.acceptance import COLUMNS
 from feedback.export_files import appearing, write_lines, write_parquet
 from feedback.fold import standing_ids
-from feedback.intake import COLUMNS
 from feedback.interchange import MAX_SIGNALS
 from feedback.signals import MACHINE_KINDS
 from feedback.tables import Episode, Feedback

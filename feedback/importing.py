@@ -18,9 +18,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback import episodes, partitions, users
+from feedback.acceptance import Accepted, accept_many
 from feedback.episodes import Recording
 from feedback.import_files import Rejects, Source
-from feedback.intake import Accepted, accept_many
 from feedback.interchange import Line, LineReader
 from feedback.tables import Episode, Import, User
 from infra.db import Sessions, advisory_lock, transaction

@@ -14,11 +14,11 @@ import pytest
 import sqlalchemy as sa
 
 from feedback import episodes, erasure, exporting, fold, importing, users
+from feedback.acceptance import accept
 from feedback.episodes import Recording
 from feedback.exporting import Selection, export_file
 from feedback.import_files import Source
 from feedback.importing import import_file
-from feedback.intake import accept
 from feedback.signals import read_signal
 from feedback.tables import Episode, Feedback, Import, User
 from infra.db import advisory_lock, connect
