@@ -59,11 +59,13 @@ class RewardWorker:
         self._posterior: Posterior | None = None
         self._last_seq = 0
         self._since_snapshot = 0
+        self._unwritten: list[dict[str, Any]] = []
 
     def forget(self) -> None:
         """Drop the state in memory; the next event recovers it from the database."""
         self._posterior = None
         self._since_snapshot = 0
+        self._unwritten = []
 
     def posterior(self, session: Session) -> Posterior:
         """Return the posterior, recovered from the database where memory has none."""
@@ -90,6 +92,7 @@ class RewardWorker:
     def on_feedback(self, session: Session, deliveries: Sequence[Delivery]) -> None:
         """Learn from signals: take out those that they supersede, add their own, score again."""
         Signals(self, session, [delivery.event for delivery in deliveries]).learn()
+        self._write_updates(session)
         self._snapshot_if_due(session)
 
     def on_forgotten(self, session: Session, deliveries: Sequence[Delivery]) -> None:
@@ -100,6 +103,7 @@ class RewardWorker:
             updates = store.standing_updates(session, self.encoder.name, signal_ids)
             for update in sorted(updates.values(), key=lambda update: update.seq):
                 self.remove(session, update)
+            self._write_updates(session)
             # What recovery would replay must not need the vectors that are emptied now.
             store.save_snapshot(session, posterior, self.encoder.name)
             self._since_snapshot = 0
@@ -123,20 +127,26 @@ class RewardWorker:
     def _note(self, session: Session, action: str, feedback_id: str, site: Site, p_before: float | None) -> None:
         posterior = self.posterior(session)
         self._last_seq += 1  # one worker at a time: nobody else counts
-        update = RewardUpdate(
-            seq=self._last_seq,
-            feedback_id=feedback_id,
-            action=action,
-            encoder=self.encoder.name,
-            z=site.z.tobytes(),
-            precision=site.precision,
-            target=site.target,
-            p_before=p_before,
+        self._unwritten.append(
+            {
+                "seq": self._last_seq,
+                "feedback_id": feedback_id,
+                "action": action,
+                "encoder": self.encoder.name,
+                "z": site.z.tobytes(),
+                "precision": site.precision,
+                "target": site.target,
+                "p_before": p_before,
+            }
         )
-        session.add(update)
         posterior.update_seq = self._last_seq
         posterior.num_signals += 1 if action == "add" else -1
         self._since_snapshot += 1
+
+    def _write_updates(self, session: Session) -> None:
+        if self._unwritten:
+            session.execute(sa.insert(RewardUpdate), self._unwritten)
+            self._unwritten = []
 
     def _snapshot_if_due(self, session: Session) -> None:
         if self._since_snapshot >= self.snapshot_every:
@@ -176,7 +186,6 @@ class Signals:
     def learn(self) -> None:
         """Apply the signals in their order, and report each."""
         entries = [Entry(self._apply(event), event.episode_id) for event in self.events]
-        self.session.flush()
         store.save_scores(self.session, self.scores, self.worker.encoder.name)
         outbox.append_many(self.session, entries)
 
@@ -250,7 +259,7 @@ def _digest(episode: Episode, answer: str) -> str:
 
 def main() -> None:
     """Run the reward worker as a process."""
-    os.nice(5)  # features may wait; the answer that somebody is reading may not
+    os.nice(10)  # features may wait; the answer that somebody is reading may not
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
     encoder = Encoder(settings.base_model_dir, settings.encoder_layer, num_threads=1)

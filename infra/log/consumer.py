@@ -80,7 +80,7 @@ class Consumer:
     batch_events
         How many events one transaction takes at most.
     linger_s
-        How long it waits after a transaction, so that what comes in that time shares the next one.
+        How long it waits after a small transaction, so that what comes in that time shares the next one.
     on_rollback
         Called when a handler's transaction was rolled back, to drop what it changed in memory.
     """
@@ -156,7 +156,8 @@ class Consumer:
                 polled = client.poll(timeout_ms=100, max_records=self.batch_events)
                 if polled:
                     self._apply({p: records for p, records in polled.items() if p in self._positions}, stop)
-                    stop.wait(self.linger_s)
+                    if sum(map(len, polled.values())) < self.batch_events // 2:
+                        stop.wait(self.linger_s)
         finally:
             self._positions = {}
             client.close()
