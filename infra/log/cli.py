@@ -64,6 +64,16 @@ def replay(
     report.say(f"{count} events go out again")
 
 
+@app.command()
+def retire(consumer: Annotated[str, typer.Argument(help="Name of the consumer, from `log status`.")]) -> None:
+    """Forget a consumer that will not come back; the log then keeps nothing for it."""
+    from infra.log import retention
+
+    with transaction(_sessions()) as session:
+        retention.retire(session, consumer)
+    report.say(f"{consumer} is retired")
+
+
 @dead.command("list")
 def list_dead(
     every: Annotated[bool, typer.Option("--all", help="Those retried or dropped before, too.")] = False,

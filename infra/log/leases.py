@@ -25,6 +25,15 @@ _RELEASE = sa.text("SELECT pg_advisory_unlock(hashtext(:name), hashtext(:unit))"
 _RELEASE_ALL = sa.text("SELECT pg_advisory_unlock_all()")
 
 
+def num_members(connection: sa.Connection, consumer: str) -> int:
+    """Return how many processes of a consumer are running."""
+    return int(connection.scalar(_MEMBERS, {"name": _lock_name(consumer)}) or 0)
+
+
+def _lock_name(consumer: str) -> str:
+    return f"everloop.consumer.{consumer}"
+
+
 class Leases:
     """One member's part of the units of a consumer.
 
@@ -42,7 +51,8 @@ class Leases:
     """
 
     def __init__(self, engine: sa.Engine, name: str) -> None:
-        self.name = f"everloop.consumer.{name}"
+        self.consumer = name
+        self.name = _lock_name(name)
         self.connection = engine.connect()
         self.held: set[str] = set()
 
@@ -64,7 +74,7 @@ class Leases:
 
     def balance(self, units: Sequence[str]) -> set[str]:
         """Take free units up to a fair share, let go of what is over it, and return what is held."""
-        members = max(int(self.connection.scalar(_MEMBERS, {"name": self.name}) or 1), 1)
+        members = max(num_members(self.connection, self.consumer), 1)
         fair_share = -(-len(units) // members)
         for unit in sorted(self.held)[fair_share:]:
             self.connection.execute(_RELEASE, {"name": self.name, "unit": unit})

@@ -9,9 +9,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from infra.db import Sessions
+from infra.errors import ConflictError, NotFoundError
+from infra.log import leases
 from infra.log.outbox import lacked_by_some
 from infra.settings import Settings
-from infra.tables import ConsumedEvent, OutboxRow
+from infra.tables import ConsumedEvent, ConsumerPosition, ConsumerRow, OutboxRow
 
 log = logging.getLogger("everloop.retention")
 
@@ -70,3 +72,24 @@ def _size_boundary(session: Session, max_bytes: int) -> int | None:
     sizes = sa.select(OutboxRow.seq, running.label("size_bytes")).subquery()
     boundary: int | None = session.scalar(sa.select(sa.func.max(sizes.c.seq)).where(sizes.c.size_bytes > max_bytes))
     return boundary
+
+
+def retire(session: Session, consumer: str) -> None:
+    """Forget a consumer that will not come back, so that the log keeps nothing for it.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``consumer_not_found``.
+    ConflictError
+        Code ``consumer_running``.
+    """
+    row = session.get(ConsumerRow, consumer)
+    if row is None:
+        names = ", ".join(session.scalars(sa.select(ConsumerRow.name).order_by(ConsumerRow.name)))
+        raise NotFoundError(f"There is no consumer {consumer!r}; there are {names}.", code="consumer_not_found")
+    if leases.num_members(session.connection(), consumer):
+        raise ConflictError(f"{consumer} is running; stop its processes first.", code="consumer_running")
+    session.delete(row)
+    session.execute(sa.delete(ConsumerPosition).where(ConsumerPosition.consumer == consumer))
+    session.execute(sa.delete(ConsumedEvent).where(ConsumedEvent.consumer == consumer))

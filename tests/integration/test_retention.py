@@ -1,5 +1,7 @@
 """The log forgets by age and size, and never what a consumer still needs."""
 
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -10,6 +12,7 @@ from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
 
 ANCIENT = "2001-01-01T00:00:00Z"
 TOPIC = "everloop.test-retention"
+EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
 @pytest.fixture
@@ -69,3 +72,13 @@ def test_a_replay_for_one_topic_leaves_the_others_alone(stack, ancient):
         session.rollback()
         assert outbox.republish_unconsumed(session, [TOPIC]) == 1, "only what the slow one lacks"
         session.rollback()
+
+
+def test_a_retired_consumer_holds_nothing_back_and_a_running_one_is_not_retired(stack, ancient):
+    settings = stack.settings.model_copy(update={"log_retention_days": 3650.0})
+    done = subprocess.run([*EVERLOOP, "log", "retire", "test-slow"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert retention.prune(stack.sessions, settings) == 3
+    for name, code in (("reward", "consumer_running"), ("nobody", "consumer_not_found")):
+        done = subprocess.run([*EVERLOOP, "log", "retire", name], capture_output=True, text=True)
+        assert done.returncode == 1 and f"[{code}]" in done.stderr
