@@ -2,17 +2,15 @@
 
 Values on Kafka are CloudEvents 1.0 in structured JSON. ``dataschema`` names a versioned JSON Schema in
 ``infra/schemas/``; unknown fields pass, an unknown major version goes to the dead-letter topic. What a person said,
-and who they are, travels in ``data.sealed`` (:mod:`infra.sealing`). `python -m infra.events` writes the schemas and
-``docs/events.md`` anew.
+and who they are, travels in ``data.sealed`` (:mod:`infra.sealing`). `python -m infra.event_docs` writes the schemas
+and ``docs/events.md`` anew.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
-import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -280,57 +278,3 @@ TOPICS: tuple[str, ...] = tuple(dict.fromkeys(event.topic for event in EVENTS))
 def dead_letter_topic(topic: str) -> str:
     """Return where events of `topic` go that nobody can handle."""
     return f"{topic}.dlq"
-
-
-def write_schemas(directory: Path) -> None:
-    """Write the JSON Schema of every event into `directory`."""
-    for event in EVENTS:
-        text = json.dumps(event.wire_schema(), indent=2, sort_keys=True) + "\n"
-        (directory / f"{event.schema_name()}.json").write_text(text)
-
-
-def document(schemas: Path) -> str:
-    """Return ``docs/events.md``, made from the schemas in the repository."""
-    lines = [
-        "# Events",
-        "",
-        "Made from `infra/schemas/` by `python -m infra.events`; a test keeps it so. Each value on Kafka is a "
-        "CloudEvents 1.0",
-        "envelope in JSON, and its `data` fits the schema that `dataschema` names. Fields marked *sealed* travel "
-        "encrypted in",
-        "`sealed` (a compact JWE under the key named by `subject`), so that destroying a person's key erases them "
-        "everywhere.",
-    ]
-    for topic in TOPICS:
-        lines += ["", f"## `{topic}`"]
-        for event in (event for event in EVENTS if event.topic == topic):
-            schema = json.loads((schemas / f"{event.schema_name()}.json").read_text())
-            lines += ["", f"### `{event.schema_name()}`", "", schema["description"], ""]
-            lines += ["| field | type | | what it is |", "|---|---|---|---|", *_rows(schema)]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(schema: dict[str, Any], marks: tuple[str, ...] = ()) -> list[str]:
-    rows = []
-    for name, field in schema["properties"].items():
-        mark = ", ".join([*marks, *(["required"] if name in schema.get("required", []) else [])])
-        rows.append(f"| `{name}` | {_type_name(field)} | {mark} | {field.get('description', '')} |")
-        if "contentSchema" in field:
-            rows += _rows(field["contentSchema"], ("sealed",))
-    return rows
-
-
-def _type_name(field: dict[str, Any]) -> str:
-    if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
-    if "anyOf" in field:
-        return " or ".join(_type_name(option) for option in field["anyOf"])
-    if field.get("type") == "array":
-        return f"list of {_type_name(field['items'])}"
-    return str(field.get("type", "any"))
-
-
-if __name__ == "__main__":
-    here = Path(__file__).parent
-    write_schemas(here / "schemas")
-    (here.parent / "docs" / "events.md").write_text(document(here / "schemas"))

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from infra.errors import IntegrityError, InvalidRequestError
-from infra.events import EVENTS, ErasedEventError, FeedbackGiven, document
+from infra.event_docs import document
+from infra.events import EVENTS, ErasedEventError, FeedbackGiven
 from infra.sealing import SubjectKey
 
 SCHEMAS = Path(__file__).parents[2] / "infra" / "schemas"
@@ -47,7 +48,7 @@ def test_every_altered_byte_of_a_sealed_part_is_noticed():
 
 def test_the_page_on_events_is_made_from_the_schemas():
     page = Path(__file__).parents[2] / "docs" / "events.md"
-    assert page.read_text() == document(SCHEMAS), "run `python -m infra.events` after changing an event"
+    assert page.read_text() == document(SCHEMAS), "run `python -m infra.event_docs` after changing an event"
 
 
 def test_unknown_fields_pass_and_unknown_versions_do_not():
@@ -64,7 +65,7 @@ def test_unknown_fields_pass_and_unknown_versions_do_not():
 def test_the_schema_in_the_repository_is_that_of_the_event(event):
     path = SCHEMAS / f"{event.schema_name()}.json"
     assert json.loads(path.read_text()) == event.wire_schema(), (
-        "run `python -m infra.events` after changing an event"
+        "run `python -m infra.event_docs` after changing an event"
     )
 
 
