@@ -13,13 +13,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import audit
-from deploy.registry import get_release
+from deploy.registry import get_release, is_quarantined
 from deploy.tables import AuditEntry, Canary, Head, Release
-from infra.errors import ConflictError, InvalidRequestError
+from infra.errors import ConflictError, InvalidRequestError, NotFoundError
 from infra.events import DeploymentChanged
 from infra.log import outbox
 
 HEAD_ID = 1
+CANARY_ACTIONS = {"promote": "promoted", "rollback": "canary_rolled_back", "quarantined": "quarantined"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,10 @@ def assign(session: Session, user_id: str) -> Assignment:
 
 def pinned(session: Session, name: str) -> Assignment:
     """Return an assignment to a release that the request names."""
-    return _assignment(session, get_release(session, name).name, "pinned", 1.0, None)
+    release = get_release(session, name)
+    if is_quarantined(session, release.name):
+        raise NotFoundError(f"Release {name!r} is quarantined.", code="release_not_found", param="release")
+    return _assignment(session, release.name, "pinned", 1.0, None)
 
 
 def _assignment(session: Session, release: str, arm: str, propensity: float, canary_id: int | None) -> Assignment:
@@ -120,7 +124,7 @@ def close_canary(
     canary.decision, canary.reason, canary.evidence = decision, reason, evidence
     canary.closed_at = sa.func.now()
     champion = canary.challenger if decision == "promote" else canary.champion
-    action = {"promote": "promoted", "rollback": "canary_rolled_back"}.get(decision, "canary_ended")
+    action = CANARY_ACTIONS.get(decision, "canary_ended")
     _swap(session, head, action, actor, reason, release=canary.challenger, champion=champion)
 
 

@@ -75,8 +75,9 @@ class Reconciler:
             ours = unwanted.intersection(
                 session.scalars(sa.select(Release.name).where(Release.adapter_digest.is_not(None)))
             )
+            at_once = [name for name in ours if registry.is_quarantined(session, name)]
         self._idle_rounds = {name: self._idle_rounds.get(name, 0) + 1 for name in ours}
-        return [name for name, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS]
+        return at_once + [n for n, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS and n not in at_once]
 
 
 async def load_release(sessions: Sessions, engine: EngineClient, name: str) -> None:

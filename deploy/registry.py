@@ -136,3 +136,13 @@ def clean_ancestor(session: Session, release: str) -> str:
 def lock_out_erasures(session: Session) -> None:
     """Let no erasure mark adapters until this transaction has ended, so that none is registered behind its back."""
     session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended("everloop.erasure", 0))))
+
+
+def is_quarantined(session: Session, release: str) -> bool:
+    """Tell whether a release must not be served any more."""
+    mark = session.scalar(
+        sa.select(Adapter.mark)
+        .join(Release, Release.adapter_digest == Adapter.digest)
+        .where(Release.name == release)
+    )
+    return mark == "quarantined"

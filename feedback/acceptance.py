@@ -177,12 +177,14 @@ COLUMN_TYPES = {
 }
 EVENT_FIELDS = ("seq", "episode_id", "user_id", "kind", "slot", *COLUMNS)
 _NAMES = ", ".join(COLUMN_TYPES)
+# In the order of the key: two that write the same signals wait for each other rather than deadlock.
 # Arrays of arrays cannot be told apart by unnest, so reasons travel as one text each.
 _SELECTED = _NAMES.replace("reasons", "string_to_array(reasons, ',')")
 _WRITE = sa.text(
     f"WITH fresh AS (INSERT INTO feedback ({_NAMES}) SELECT {_SELECTED} FROM unnest("
     + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in COLUMN_TYPES.items())
-    + f") AS row({_NAMES}) ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id) "
+    + f") AS row({_NAMES}) ORDER BY user_id, idempotency_key "
+    "ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id) "
     f"INSERT INTO outbox (event_id, topic, key, value) SELECT event.event_id, topic, key, event.value "
     f"FROM {outbox.UNNEST} JOIN fresh ON fresh.id = event.event_id ORDER BY event.place RETURNING event_id"
 )

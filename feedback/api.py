@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from feedback import erasure, receipts, users
 from feedback.acceptance import Accepted
-from feedback.identity import CurrentUser
+from feedback.identity import CurrentUser, NamedUser
 from feedback.receipts import Receipt
 from feedback.signals import Signal
 from feedback.tables import User
@@ -128,7 +128,7 @@ def me(user: CurrentUser, request: Request) -> Me:
 
 
 @router.put("/me/consent")
-def consent(wish: Consent, user: CurrentUser, request: Request) -> Me:
+def consent(wish: Consent, user: NamedUser, request: Request) -> Me:
     """Say whether the assistant may learn from you, from your next message on."""
     with transaction(request.app.state.sessions) as session:
         users.set_consent(session, user, wish.learn)
@@ -142,7 +142,7 @@ def _me(session: Any, user: str, request: Request) -> Me:
 
 
 @router.delete("/me", status_code=202)
-def forget_me(user: CurrentUser, request: Request) -> ErasureReport:
+def forget_me(user: NamedUser, request: Request) -> ErasureReport:
     """Erase all that you said and all that was learned from it, as far as it can be told apart."""
     with transaction(request.app.state.sessions) as session:
         erasure_id = erasure.forget(session, user, request.app.state.settings.erasure_policy)

@@ -53,10 +53,7 @@ class Recording:
 
 def begin(session: Session, user_id: str, learn_by_default: bool) -> tuple[SubjectKey, bool]:
     """Meet a user at the start of a turn: return their key, and whether they may be learned from."""
-    users.ensure(session, [user_id])
-    key = users.key_of(session, user_id)
-    assert key is not None, "ensure has just made it"
-    return key, users.may_learn(session, user_id, learn_by_default)
+    return users.meet(session, user_id), users.may_learn(session, user_id, learn_by_default)
 
 
 def record(session: Session, recording: Recording, key: SubjectKey, created_at: datetime | None = None) -> bool:

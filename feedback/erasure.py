@@ -83,7 +83,6 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
             token_ids=[],
             logprobs=[],
             sampling=sa.literal({}, JSONB),
-            learn=False,
         ),
     )
     return {"episodes": num_episodes, "signals": num_signals, "keys_destroyed": 1}

@@ -17,12 +17,13 @@ MAX_CHARS = 128
 _text: TypeAdapter[str] = TypeAdapter(CleanText)
 
 
-def current_user(
-    x_everloop_user: Annotated[
-        str | None,
-        Header(description="Who asks: the `user` of the chat requests, percent-encoded; `anonymous` if unset."),
-    ] = None,
-) -> str:
+UserHeader = Annotated[
+    str | None,
+    Header(description="Who asks: the `user` of the chat requests, percent-encoded; `anonymous` if unset."),
+]
+
+
+def current_user(x_everloop_user: UserHeader = None) -> str:
     """Return the name of the user who asks.
 
     Raises
@@ -30,8 +31,27 @@ def current_user(
     InvalidRequestError
         Code ``invalid_user`` for a name that no user can have, ``user_reserved`` for that of a tombstone.
     """
+    return ANONYMOUS if x_everloop_user is None else _name(x_everloop_user)
+
+
+def named_user(x_everloop_user: UserHeader = None) -> str:
+    """Return the name of the user who asks for what concerns all that they ever said; they must give it.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``user_required`` where no name is given: ``anonymous`` is many people.
+    """
     if x_everloop_user is None:
-        return ANONYMOUS
+        raise InvalidRequestError(
+            "Say who you are in the header X-Everloop-User; what everybody said without a name belongs to nobody.",
+            code="user_required",
+            param="X-Everloop-User",
+        )
+    return _name(x_everloop_user)
+
+
+def _name(x_everloop_user: str) -> str:
     try:
         name = _text.validate_python(unquote(x_everloop_user, errors="strict"))
     except (ValidationError, UnicodeDecodeError):
@@ -47,3 +67,4 @@ def current_user(
 
 
 CurrentUser = Annotated[str, Depends(current_user)]
+NamedUser = Annotated[str, Depends(named_user)]

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from infra.ids import first_id
 
 MONTHS_AHEAD = 3
+LOCK_TIMEOUT_MS = 2000
 
 
 def ensure(session: Session, now: datetime | None = None) -> list[str]:
@@ -37,7 +38,10 @@ def ensure_month(session: Session, at: datetime) -> str | None:
     in_default = sa.text("SELECT 1 FROM episodes_default WHERE id >= :low AND id < :high LIMIT 1")
     if session.scalar(in_default, {"low": low, "high": high}):
         return None
+    # It waits for whoever reads the table, and everybody else would wait behind it: better to try again later.
+    session.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_MS}ms'"))
     session.execute(sa.text(f"CREATE TABLE {name} PARTITION OF episodes FOR VALUES FROM ('{low}') TO ('{high}')"))
+    session.execute(sa.text("SET LOCAL lock_timeout = DEFAULT"))
     return name
 
 

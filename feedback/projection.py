@@ -25,6 +25,7 @@ from infra.events import (
 )
 from infra.log import reading
 from infra.log.consumer import Delivery, Handler
+from infra.log.reading import UnreadableEventError
 from infra.tables import OutboxRow
 
 CONSUMER = "receipts"
@@ -55,7 +56,8 @@ def on_given(session: Session, deliveries: Sequence[Delivery]) -> None:
 
 _NOTE_GIVEN = sa.text(
     "INSERT INTO receipts (feedback_id, episode_id, status) SELECT *, 'accepted' FROM unnest("
-    "CAST(:feedback_ids AS text[]), CAST(:episode_ids AS text[])) ON CONFLICT DO NOTHING"
+    "CAST(:feedback_ids AS text[]), CAST(:episode_ids AS text[])) AS row(feedback_id) ORDER BY feedback_id "
+    "ON CONFLICT DO NOTHING"
 )
 
 
@@ -105,10 +107,12 @@ _TYPES = {
     "p_before": "float8",
     "p_after": "float8",
 }
+_COLUMNS = ", ".join(_TYPES)
+# In the order of the key: two that write the same rows wait for each other rather than deadlock.
 _MERGE = sa.text(
-    f"INSERT INTO receipts ({', '.join(_TYPES)}) "
-    f"SELECT * FROM unnest({', '.join(f'CAST(:{name} AS {kind}[])' for name, kind in _TYPES.items())}) "
-    f"ON CONFLICT (feedback_id) DO UPDATE SET "
+    f"INSERT INTO receipts ({_COLUMNS}) SELECT {_COLUMNS} "
+    f"FROM unnest({', '.join(f'CAST(:{name} AS {kind}[])' for name, kind in _TYPES.items())}) AS row({_COLUMNS}) "
+    f"ORDER BY feedback_id ON CONFLICT (feedback_id) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _TYPES if name != "feedback_id")
 )
 
@@ -184,9 +188,13 @@ def rebuild(session: Session) -> int:
     session.execute(sa.delete(ReceiptRow).where(~pruned))
     num_events = 0
     for rows in _batches(session, topics):
-        envelopes = [reading.parse(row.value) for row in rows]
-        for envelope, event in reading.open_all(session, envelopes, HANDLERS, public=True):
-            HANDLERS[envelope.event_class](session, [Delivery(event, envelope.event_id)])
+        for row in rows:
+            try:
+                opened = list(reading.open_all(session, [reading.parse(row.value)], HANDLERS, public=True))
+            except UnreadableEventError:
+                continue  # what the consumer gave up adds nothing here either
+            for envelope, event in opened:
+                HANDLERS[envelope.event_class](session, [Delivery(event, envelope.event_id)])
         num_events += len(rows)
     return num_events
 

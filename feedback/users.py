@@ -10,11 +10,12 @@ from sqlalchemy.orm import Session
 
 from feedback.tables import User
 from infra import sealing
-from infra.errors import InvalidRequestError, NotFoundError
+from infra.errors import InvalidRequestError, UnavailableError
 from infra.sealing import SubjectKey
 from infra.tables import SubjectKeyRow
 
 TOMBSTONE = "forgotten_"
+MEET_TRIES = 3
 
 
 def refuse_tombstone(user_id: str) -> None:
@@ -69,18 +70,20 @@ def keys_of(session: Session, user_ids: Iterable[str]) -> dict[str, SubjectKey]:
     return {user_id: SubjectKey(key_id, key) for user_id, key_id, key in rows if key is not None}
 
 
-def get(session: Session, user_id: str) -> User:
-    """Return a user.
+def meet(session: Session, user_id: str) -> SubjectKey:
+    """Return the key of a user, who exists from now on and is not forgotten before this transaction ends.
 
     Raises
     ------
-    NotFoundError
-        Code ``user_not_found``.
+    UnavailableError
+        Code ``user_in_flux`` where the user is being forgotten again and again just now.
     """
-    user = session.get(User, user_id)
-    if user is None or user.forgotten_at is not None:
-        raise NotFoundError(f"There is no user {user_id!r}.", code="user_not_found", param="user")
-    return user
+    for _ in range(MEET_TRIES):
+        ensure(session, [user_id])
+        # Who was being forgotten when `ensure` looked is gone when the lock is had: they begin anew.
+        if (key := key_of(session, user_id)) is not None:
+            return key
+    raise UnavailableError("This user is being forgotten just now; try again in a moment.", code="user_in_flux")
 
 
 def may_learn(session: Session, user_id: str, default: bool) -> bool:
@@ -91,5 +94,5 @@ def may_learn(session: Session, user_id: str, default: bool) -> bool:
 
 def set_consent(session: Session, user_id: str, learn: bool) -> None:
     """Note what a user said about being learned from; it holds from their next message on."""
-    ensure(session, [user_id])
+    meet(session, user_id)
     session.execute(sa.update(User).where(User.user_id == user_id).values(learn=learn))

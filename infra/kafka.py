@@ -16,17 +16,20 @@ REQUEST_TIMEOUT_MS = 10_000
 MAX_EVENT_BYTES = 8 * 1024**2
 
 
-def ensure_topics(bootstrap: str, num_partitions: int) -> dict[str, str | None]:
+def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) -> dict[str, str | None]:
     """Create the loop's topics and their dead-letter topics where they are missing; return the id of each.
+
+    Kafka keeps events as long as the outbox does: what it dropped sooner would have to be sent again.
 
     A topic that was deleted and made anew has another id (brokers before Kafka 2.8 give none).
     """
+    configs = {"retention.ms": str(int(retention_days * 86_400_000))}
     names = [name for topic in TOPICS for name in (topic, dead_letter_topic(topic))]
     admin = KafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
         for name in set(names).difference(admin.list_topics()):
             try:
-                admin.create_topics([NewTopic(name, num_partitions, 1)])
+                admin.create_topics([NewTopic(name, num_partitions, 1, topic_configs=configs)])
             except TopicAlreadyExistsError:
                 pass
         return {topic["name"]: topic["topic_id"] for topic in admin.describe_topics(names)}

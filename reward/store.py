@@ -18,6 +18,8 @@ from infra.errors import IntegrityError
 from reward.online import BayesianHead, Score, Site
 from reward.tables import Features, RewardScore, RewardSnapshot, RewardUpdate
 
+LOAD_TRIES = 5
+
 
 @dataclass(slots=True)
 class Posterior:
@@ -30,6 +32,17 @@ class Posterior:
 
 def load_posterior(session: Session, encoder: str, dim: int) -> Posterior:
     """Recover the posterior: the newest snapshot and the updates since, in their order."""
+    for _ in range(LOAD_TRIES):
+        found = _load(session, encoder, dim)
+        if found is not None:
+            return found
+    raise IntegrityError(
+        f"Updates of {encoder} were erased and no snapshot stands for them.", code="reward_updates_erased"
+    )
+
+
+def _load(session: Session, encoder: str, dim: int) -> Posterior | None:
+    """Recover the posterior; None where an erasure emptied updates after the snapshot had been read."""
     snapshot = session.scalars(
         sa.select(RewardSnapshot)
         .where(RewardSnapshot.encoder == encoder)
@@ -43,6 +56,8 @@ def load_posterior(session: Session, encoder: str, dim: int) -> Posterior:
         .order_by(RewardUpdate.seq)
     )
     for update in updates:
+        if not update.z:
+            return None
         replay(posterior, update)
     return posterior
 
@@ -174,6 +189,29 @@ def standing_updates(session: Session, encoder: str, feedback_ids: Iterable[str]
 def last_update_seq(session: Session) -> int:
     """Return the number of the newest update, of any encoder."""
     return session.scalar(sa.select(sa.func.max(RewardUpdate.seq))) or 0
+
+
+def take_out(session: Session, encoder: str, updates: Sequence[RewardUpdate], last_seq: int) -> int:
+    """Take updates out of the posterior of an encoder that no worker holds; snapshot it; return the last seq."""
+    dim = max(len(site_of(update).z) for update in updates)
+    posterior = load_posterior(session, encoder, dim)
+    for update in updates:
+        posterior.head.unlearn_one(site_of(update))
+        posterior.num_signals -= 1
+        last_seq += 1
+        names = ("feedback_id", "encoder", "z", "precision", "target")
+        values = {name: getattr(update, name) for name in names}
+        session.add(RewardUpdate(seq=last_seq, action="remove", p_before=None, **values))
+    session.flush()
+    posterior.update_seq = last_seq
+    save_snapshot(session, posterior, encoder)
+    return last_seq
+
+
+def encoders_of(session: Session, feedback_ids: Sequence[str]) -> list[str]:
+    """Return the encoders under which these signals were learned."""
+    query = sa.select(RewardUpdate.encoder).where(RewardUpdate.feedback_id.in_(feedback_ids)).distinct()
+    return sorted(session.scalars(query))
 
 
 def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[str]) -> dict[str, Any]:

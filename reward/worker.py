@@ -104,11 +104,21 @@ class RewardWorker:
             for update in sorted(updates.values(), key=lambda update: update.seq):
                 self.remove(session, update)
             self._write_updates(session)
+            self._take_out_of_others(session, signal_ids)
             # What recovery would replay must not need the vectors that are emptied now.
             store.save_snapshot(session, posterior, self.encoder.name)
             self._since_snapshot = 0
             found = store.erase(session, episode_ids, signal_ids)
             erasure.report(session, event.erasure_id, "reward", {"sites_removed": len(updates), **found})
+
+    def _take_out_of_others(self, session: Session, signal_ids: Sequence[str]) -> None:
+        """Do the same for encoders that were used before and may be again."""
+        for encoder in store.encoders_of(session, signal_ids):
+            if encoder != self.encoder.name:
+                updates = store.standing_updates(session, encoder, signal_ids)
+                if updates:
+                    ordered = sorted(updates.values(), key=lambda update: update.seq)
+                    self._last_seq = store.take_out(session, encoder, ordered, self._last_seq)
 
     def add(
         self, session: Session, feedback_id: str, z: NDArray[np.float64], target: float, weight: float

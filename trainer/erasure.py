@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from trainer.snapshot import DATASET_FILE, forgotten
+from deploy.registry import lock_out_erasures
+from infra.db import Sessions
+from trainer.snapshot import DATASET_FILE, episode_of, forgotten, write_lines
 from trainer.tables import TrainingRun
+
+log = logging.getLogger("everloop.night")
 
 ERASED_FILE = "erased_episodes.txt"
 
@@ -22,6 +27,7 @@ def erase(session: Session, runs_dir: Path, episode_ids: Collection[str]) -> dic
     The datasets themselves are searched, so nothing depends on what was reported of them. The digest of a dataset
     stays that of what was trained on; the file then holds less. Safe to repeat, with the same result.
     """
+    lock_out_erasures(session)  # two at once would write each other's lines back
     wanted = set(episode_ids)
     removed = {
         path.parent.name: count
@@ -39,24 +45,39 @@ def erase(session: Session, runs_dir: Path, episode_ids: Collection[str]) -> dic
     }
 
 
-def sweep(session: Session, runs_dir: Path) -> None:
-    """Take forgotten users out of datasets that were written after the erasure had looked at them."""
-    for path in sorted(runs_dir.glob(f"*/{DATASET_FILE}")):
-        ids = [json.loads(line)["episode_id"] for line in path.read_text().splitlines()]
-        if gone := forgotten(session, ids):
-            _without(path, gone)
+def sweep(sessions: Sessions, runs_dir: Path) -> None:
+    """Take forgotten users out of datasets that were written after the erasure had looked at them.
+
+    With the database away it is left to the next night: the run that it ends must not fail for it.
+    """
+    try:
+        with sessions.begin() as session:
+            lock_out_erasures(session)
+            for path in sorted(runs_dir.glob(f"*/{DATASET_FILE}")):
+                ids = [episode_id for line in _lines(path) if (episode_id := episode_of(line)) is not None]
+                if gone := forgotten(session, ids):
+                    _without(path, gone)
+    except (OperationalError, InterfaceError):
+        log.warning("the datasets could not be swept")
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines: a text may hold other line ends (U+2028), which JSON lets stand.
+    return [line for line in path.read_text().split("\n") if line]
 
 
 def _without(path: Path, episode_ids: set[str]) -> int:
-    """Rewrite a dataset without some episodes, whole or not at all; return how many went, now or before."""
-    lines = path.read_text().splitlines()
-    gone = {episode_id for line in lines if (episode_id := json.loads(line)["episode_id"]) in episode_ids}
+    """Rewrite a dataset without some episodes, whole or not at all; return how many went, now or before.
+
+    A line that says no episode (of a file that was cut short) goes too: nobody could tell whose it is.
+    """
+    lines = _lines(path)
+    gone = episode_ids.intersection(map(episode_of, lines))
     note = path.with_name(ERASED_FILE)
     before = set(note.read_text().split()) if note.exists() else set()
     if gone:
         # The ids first: a crash in between must not make the run look as if it had never held them.
         note.write_text("".join(f"{episode_id}\n" for episode_id in sorted(before | gone)))
-        staging = path.with_suffix(".new")
-        staging.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["episode_id"] not in gone))
-        staging.replace(path)
+        kept = [line for line in lines if episode_of(line) not in (None, *gone)]
+        write_lines(path, "".join(f"{line}\n" for line in kept))
     return len((before | gone) & episode_ids)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from deploy import attest, audit, gates, head, registry
 from deploy.gates import GateResult
@@ -38,7 +37,6 @@ from trainer.snapshot import Snapshot
 from trainer.tables import TrainingRun
 
 log = logging.getLogger("everloop.night")
-
 RECIPE = "online-dpo"
 ACTOR = "nightly"
 MIN_PAIRS = 8
@@ -82,20 +80,19 @@ class Night:
             try:
                 return self._steps()
             except BaseException as error:
-                message = error.message if isinstance(error, EverloopError) else f"{type(error).__name__}: {error}"
+                # The reason is shown to users; what an exception quotes (paths, addresses, data) is for the log.
+                log.exception("%s failed", self.record.run_id)
+                message = error.message if isinstance(error, EverloopError) else type(error).__name__
                 self.record.end("failed", {"reason": message})
                 raise
             finally:
                 shutil.rmtree(self.record.run_dir / "checkpoints", ignore_errors=True)
-                self._sweep()
+                erasure.sweep(self.sessions, self.settings.runs_dir)
 
-    def _sweep(self) -> None:
-        """Take out of the datasets who was forgotten while one was being written; now, or at the next night."""
-        try:
-            with self.sessions() as session:
-                erasure.sweep(session, self.settings.runs_dir)
-        except (OperationalError, InterfaceError):
-            log.warning("the datasets could not be swept")
+    def _held_for_erasure(self) -> dict[str, Any]:
+        # Its signals are left to the next night, as if it had not been.
+        self.record.update(last_signal_seq=None)
+        return self.record.finish("held", reason="it learned from a user who was forgotten meanwhile")
 
     def _steps(self) -> dict[str, Any]:
         self.record.phase("snapshot", 1)
@@ -112,7 +109,8 @@ class Night:
             start_from = registry.clean_ancestor(session, current.champion)
         self.record.set_aside.update(data.set_aside)
         self.record.update(last_signal_seq=data.last_signal_seq)
-        if data.num_new_signals < self.settings.min_new_signals:
+        must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
+        if data.num_new_signals < self.settings.min_new_signals and not must_retrain:
             return self.record.finish(
                 "skipped",
                 reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
@@ -130,7 +128,7 @@ class Night:
         adapter_dir = self._train(found, start_from)
         release = self._register(adapter_dir, data, snapshot_id, start_from, len(found.pairs))
         if release is None:
-            return self.record.finish("held", reason="it learned from a user who was forgotten meanwhile")
+            return self._held_for_erasure()
         results = self._judge(data, reward, current.champion, release)
         return self._open_canary(release, current.champion, results)
 
@@ -201,7 +199,7 @@ class Night:
         )
 
     def _register(
-        self, adapter_dir: Path, data: Snapshot, snapshot_id: int, champion: str, num_pairs: int
+        self, adapter_dir: Path, data: Snapshot, snapshot_id: int, start_from: str, num_pairs: int
     ) -> Release | None:
         manifest = {
             "base_digest": base_model_digest(self.settings.base_model_dir),
@@ -210,7 +208,7 @@ class Night:
             "config": self.config.model_dump(),
             "dataset_digest": data.digest,
             "reward_snapshot_id": snapshot_id,
-            "started_from": champion,
+            "started_from": start_from,
             "num_pairs": num_pairs,
             "num_signals": data.num_signals,
             "set_aside": dict(self.record.set_aside),
@@ -218,6 +216,8 @@ class Night:
         with self.sessions.begin() as session:
             registry.lock_out_erasures(session)
             if snapshot.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
+                return None
+            if registry.clean_ancestor(session, start_from) != start_from:
                 return None
             release = registry.register(
                 session, adapter_dir, self.settings.adapters_dir, run_id=self.record.run_id, manifest=manifest
@@ -276,6 +276,9 @@ class Night:
                 "held", release=release.name, gates=judged, reason=f"gates {verdict}: {failing}"
             )
         with self.sessions.begin() as session:
+            registry.lock_out_erasures(session)
+            if registry.clean_ancestor(session, release.name) != release.name:
+                return self._held_for_erasure()
             if head.read(session).champion != champion:
                 raise ConflictError("The champion changed during the run.", code="head_moved")
             canary = head.open_canary(

@@ -69,8 +69,8 @@ class Snapshot:
         return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the JSON lines."""
-        path.write_text(self.to_jsonl())
+        """Write the JSON lines, whole or not at all."""
+        write_lines(path, self.to_jsonl())
 
     def well_rated_words(self, tail: float = 0.05) -> tuple[int, int]:
         """Return the range of lengths (words) that people rated well or wrote themselves.
@@ -90,6 +90,21 @@ class Snapshot:
             return 0, 1_000_000
         cut = int(len(words) * tail)
         return words[cut], words[-1 - cut]
+
+
+def write_lines(path: Path, text: str) -> None:
+    """Write a dataset's lines so that a crash leaves the old file or the new one."""
+    staging = path.with_suffix(".new")
+    staging.write_text(text)
+    staging.replace(path)
+
+
+def episode_of(line: str) -> str | None:
+    """Return the episode that a line of a dataset is about; None for what is no such line."""
+    try:
+        return str(json.loads(line)["episode_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:

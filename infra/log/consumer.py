@@ -176,8 +176,20 @@ class Consumer:
         if not mine.issuperset(self._positions) or self.exclusive:
             self.on_rollback()
         self._positions = self._committed(mine)
+        self._ask_for_what_was_dropped(client)
         for partition, (_, next_offset) in self._positions.items():
             client.seek(partition, next_offset)
+
+    def _ask_for_what_was_dropped(self, client: KafkaConsumer) -> None:
+        """Have the log send again what Kafka dropped before this consumer came to it."""
+        if not self._positions:
+            return
+        begins = client.beginning_offsets(list(self._positions))
+        dropped = {p.topic for p, (_, next_offset) in self._positions.items() if begins.get(p, 0) > next_offset}
+        if dropped:
+            with self.sessions.begin() as session:
+                count = outbox.republish_unconsumed(session, sorted(dropped))
+            log.warning("%s: Kafka dropped what it lacks of %s; %d events go out again", self.name, dropped, count)
 
     def _committed(self, partitions: set[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
         """Return (epoch, next offset) of each partition; where the broker forgot, from its beginning."""

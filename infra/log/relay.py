@@ -69,6 +69,7 @@ class Relay:
         self.sessions = sessions
         self.bootstrap = settings.need("kafka_bootstrap")
         self.num_partitions = settings.kafka_partitions
+        self.retention_days = settings.log_retention_days
         self._producer: KafkaProducer | None = None
         self._topic_ids: dict[str, str | None] = {}
 
@@ -166,7 +167,7 @@ class Relay:
 
     def check_memory(self, connection: sa.Connection) -> None:
         """Compare the topics' ids with those that were published to; republish where the broker forgot."""
-        self._topic_ids = kafka.ensure_topics(self.bootstrap, self.num_partitions)
+        self._topic_ids = kafka.ensure_topics(self.bootstrap, self.num_partitions, self.retention_days)
         with Session(connection) as session, session.begin():
             lost = []
             for known in session.scalars(sa.select(LogPartition)):

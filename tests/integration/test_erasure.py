@@ -3,11 +3,14 @@
 import subprocess
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
+import trainer.erasure
 from feedback.tables import Erasure, Feedback, User
 from infra import kafka
 from infra.events import TOPICS, dead_letter_topic
@@ -15,6 +18,7 @@ from reward import store
 from reward.online import BayesianHead
 from reward.tables import RewardUpdate
 from tests.conftest import wait_until
+from trainer.snapshot import DATASET_FILE, Example, Snapshot, episode_of
 
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
@@ -151,6 +155,42 @@ def test_what_they_taught_is_taken_out_of_the_reward_model(stack, person):
     np.testing.assert_allclose(recovered.head.covariance, fresh.covariance, atol=1e-6)
 
 
+def test_what_everybody_said_without_a_name_is_nobodys_to_forget(stack):
+    url = stack.settings.need("public_url")
+    for answer in (
+        httpx.delete(f"{url}/v1/me", trust_env=False),
+        httpx.put(f"{url}/v1/me/consent", json={"learn": False}, trust_env=False),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "user_required")
+
+
+def test_a_message_while_its_user_is_forgotten_begins_anew(stack, person):
+    """Chat, signals and forgetting at once: no 5xx, and nothing of before is left afterwards."""
+    user, sentinel, ids, _ = person
+    codes = []
+
+    def talk():
+        body = {"model": "everloop", "messages": [{"role": "user", "content": "Hi"}], "user": user, "max_tokens": 4}
+        codes.append(stack.http.post("/v1/chat/completions", json=body).status_code)
+
+    def rate():
+        codes.append(stack.feedback(ids[0], user=user, kind="comment", text=sentinel).status_code)
+
+    def consent():
+        answer = stack.http.put("/v1/me/consent", json={"learn": False}, headers={"X-Everloop-User": user})
+        codes.append(answer.status_code if not answer.json().get("learn") else 599)
+
+    def forget():
+        codes.append(stack.http.delete("/v1/me", headers={"X-Everloop-User": user}).status_code)
+
+    with ThreadPoolExecutor(12) as pool:
+        for work in [talk, rate, consent, forget, rate, consent, forget, talk, rate, consent, forget, rate] * 3:
+            pool.submit(work)
+    stack.http.delete("/v1/me", headers={"X-Everloop-User": user})
+    assert codes and max(codes) < 500, codes
+    assert tables_with(stack, sentinel) == []
+
+
 def test_forgetting_twice_and_forgetting_nobody_say_so(stack, person):
     user = person[0]
     assert stack.http.delete("/v1/me", headers={"X-Everloop-User": user}).status_code == 202
@@ -179,3 +219,60 @@ def test_the_name_of_a_tombstone_is_nobodys(stack, person):
     for path in ("/v1/episodes", "/v1/me/receipts", "/v1/me"):
         refused = stack.http.get(path, headers={"X-Everloop-User": tombstone})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "user_reserved")
+
+
+def test_datasets_are_cleaned_whatever_line_ends_their_texts_hold_and_however_they_were_cut(stack, tmp_path):
+    data = Snapshot(
+        train=[
+            Example(
+                f"ep_{n}", [{"role": "user", "content": "Why?\u2028How?\u0085"}], f"So {n}.", [1], [], [f"fb_{n}"]
+            )
+            for n in range(3)
+        ]
+    )
+    (tmp_path / "run_1").mkdir()
+    path = tmp_path / "run_1" / DATASET_FILE
+    data.save(path)
+    with path.open("a") as file:
+        file.write('{"episode_id": "ep_3", "answ')  # a process of the first version died here
+    (tmp_path / "run_2").mkdir()
+    (tmp_path / "run_2" / DATASET_FILE).write_text("\n")
+    for _ in range(2):  # the second time finds what the first did
+        with stack.sessions() as session:
+            found = trainer.erasure.erase(session, tmp_path, {"ep_1", "ep_9"})
+            session.rollback()
+        assert found["runs_marked"] == ["run_1"] and found["dataset_lines_removed"] == 1
+    assert [episode_of(line) for line in path.read_text().split("\n")[:-1]] == ["ep_0", "ep_2"]
+    trainer.erasure.sweep(stack.sessions, tmp_path)
+
+
+def test_what_was_learned_under_another_encoder_is_taken_out_there_too(stack, person):
+    user, _, _, signals = person
+    earlier = next(s for s in signals if not was_learned(stack, s))  # as if of the time of the other encoder
+    dim, other = 5, f"another-encoder-{uuid.uuid4().hex}"
+    head = BayesianHead.prior(dim)
+    theirs, someones = (head.learn_one(np.arange(1.0, dim + 1) * sign, 1.0) for sign in (1.0, -0.5))
+    with stack.sessions.begin() as session:
+        last = store.last_update_seq(session)
+        for offset, (feedback_id, site) in enumerate(
+            [(earlier, theirs), (f"fb_of_somebody_{other}", someones)], 10_000
+        ):
+            session.add(
+                RewardUpdate(
+                    seq=last + offset,
+                    feedback_id=feedback_id,
+                    action="add",
+                    encoder=other,
+                    z=site.z.tobytes(),
+                    precision=site.precision,
+                    target=site.target,
+                )
+            )
+    stack.supervisor.stop("reward")  # it must see the numbers that this test has used
+    stack.supervisor.start("reward")
+    complete(stack, stack.http.delete("/v1/me", headers={"X-Everloop-User": user}).json()["erasure_id"])
+    head.unlearn_one(theirs)
+    with stack.sessions() as session:
+        recovered = store.load_posterior(session, other, dim)
+    np.testing.assert_allclose(recovered.head.theta, head.theta, atol=1e-9)
+    assert recovered.num_signals == 1

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import sqlalchemy as sa
 from peft import PeftModel
@@ -276,6 +277,9 @@ def test_under_quarantine_what_learned_from_a_forgotten_teacher_is_served_no_mor
         result = erasure.mark(session, [night.id], "quarantine")
         assert result["champion"] == "base"
     assert stack.ask().model == "base"
+    with pytest.raises(openai.NotFoundError):
+        stack.ask(model=night.release)
+    wait_until(lambda: night.release not in served(stack), timeout_s=15, what="the engine keeps it")
     with stack.sessions() as session, pytest.raises(IntegrityError) as refused:
         digest = registry.get_release(session, night.release).adapter_digest
         registry.verified_path(session, digest)

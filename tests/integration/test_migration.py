@@ -71,6 +71,7 @@ def test_the_first_versions_data_survives_the_upgrade(url):
         # What nobody had applied is still to come, and can be read.
         waiting = session.scalars(sa.select(OutboxRow.value)).all()
         envelopes = [reading.parse(value) for value in waiting]
+        assert all(b"user-" not in value for value in waiting), "what a person is called is sealed"
         opened = [event for _, event in reading.open_all(session, envelopes, [e.event_class for e in envelopes])]
         assert [event.kind for event in opened] == ["thumb", "thumb"]
         assert all(event.slot == event.episode_id for event in opened)

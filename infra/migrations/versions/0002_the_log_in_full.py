@@ -6,9 +6,12 @@ Revises: 0001
 
 from datetime import UTC, datetime
 
+import orjson
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
+
+from infra.sealing import SubjectKey, seal
 
 revision = "0002"
 down_revision = "0001"
@@ -16,6 +19,7 @@ branch_labels = None
 depends_on = None
 
 NOW = sa.text("now()")
+PERSONAL = {"user_id", "messages", "answer", "text"}
 KINDS = (
     "kind IN ('thumb', 'rating', 'reasons', 'comment', 'correction', 'preference', 'implicit', 'verifier', 'judge')"
 )
@@ -27,6 +31,7 @@ def upgrade() -> None:
     _feedback()
     _log()
     _receipts()
+    op.execute("DELETE FROM features")  # a cache that did not say whose answer it was; it fills again
     op.add_column("features", sa.Column("episode_id", sa.String()))
     op.create_index("ix_features_episode_id", "features", ["episode_id"])
     op.execute("ALTER TABLE reward_updates ALTER COLUMN seq DROP IDENTITY")
@@ -62,7 +67,7 @@ def _users() -> None:
     )
     op.execute("""
         WITH known AS MATERIALIZED (SELECT user_id, 'sk_' || replace(gen_random_uuid()::text, '-', '') AS key_id
-                       FROM (SELECT DISTINCT user_id FROM episodes) AS u),
+                       FROM (SELECT user_id FROM episodes UNION SELECT user_id FROM feedback) AS u),
              keys AS (INSERT INTO subject_keys (key_id, key)
                       SELECT key_id, uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) FROM known)
         INSERT INTO users (user_id, key_id) SELECT user_id, key_id FROM known
@@ -125,7 +130,7 @@ def _log() -> None:
     op.execute("DELETE FROM outbox o USING consumed_events c WHERE c.event_id = o.event_id")
     op.add_column("outbox", sa.Column("value", sa.LargeBinary()))
     op.add_column("outbox", sa.Column("headers", postgresql.JSONB()))
-    op.execute("UPDATE outbox SET value = convert_to(event::text, 'UTF8')")
+    _seal_what_is_left()
     op.alter_column("outbox", "value", nullable=False)
     op.drop_column("outbox", "event")
     op.add_column("log_partitions", sa.Column("topic_id", sa.String()))
@@ -155,6 +160,26 @@ def _log() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_dead_letters"),
     )
     op.create_index("ix_dead_letters_open", "dead_letters", ["id"], postgresql_where=sa.text("state = 'open'"))
+
+
+def _seal_what_is_left() -> None:
+    """Seal what the first version wrote in the clear, so that forgetting a user reaches it."""
+    connection = op.get_bind()
+    keys = {
+        user_id: SubjectKey(key_id, key)
+        for user_id, key_id, key in connection.execute(
+            sa.text("SELECT user_id, users.key_id, key FROM users JOIN subject_keys USING (key_id)")
+        )
+    }
+    for seq, event in connection.execute(sa.text("SELECT seq, event FROM outbox")).all():
+        data = event.get("data", {})
+        key = keys.get(data.get("user_id"))
+        if key is not None:
+            event["subject"] = key.key_id
+            data["sealed"] = seal(key, {name: data.pop(name) for name in PERSONAL.intersection(data)})
+        connection.execute(
+            sa.text("UPDATE outbox SET value = :value WHERE seq = :seq"), {"value": orjson.dumps(event), "seq": seq}
+        )
 
 
 def _receipts() -> None:
