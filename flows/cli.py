@@ -34,7 +34,7 @@ def demo(
     rater: Annotated[str, typer.Option("--rater", help="Program that rates, in JSON lines.")] = BUILT_IN_RATER,
     prompts: Annotated[Path, typer.Option("--prompts", help="One prompt per line.")] = BUILT_IN_PROMPTS,
     nights: Annotated[int, typer.Option("--nights", min=1, max=30)] = 1,
-    rated: Annotated[int, typer.Option("--rated", min=20, max=400, help="Rated answers a day.")] = 180,
+    rated: Annotated[int, typer.Option("--rated", min=20, max=400, help="Rated answers a day.")] = 220,
     canary_visits: Annotated[int, typer.Option("--canary-visits", min=20, max=400)] = 300,
     measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out prompts measured.")] = 90,
     seed: Annotated[int, typer.Option("--seed")] = 0,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from feedback import erasure
-from feedback.fold import Standing, histories
+from feedback.fold import Standing, fold, histories
 from feedback.tables import Episode
 from infra.db import Sessions, connect
 from infra.events import EpisodeRecorded, FeedbackGiven, RewardUpdated, SignalSetAside, UserForgotten
@@ -217,27 +217,20 @@ class Signals:
     def _apply(self, event: FeedbackGiven) -> RewardUpdated | SignalSetAside:
         reason = self._refusal(event)
         history = self.histories.get((event.user_id, event.kind, event.slot), [])
-        this = next((signal for signal in history if signal.feedback_id == event.feedback_id), None)
-        if reason is None and this is None:
-            reason = "signal_unknown"
-        if reason is not None or this is None:
-            return SignalSetAside(
-                feedback_id=event.feedback_id, episode_id=event.episode_id, reason=reason or "signal_unknown"
-            )
-        for older in history:
-            if older.seq < this.seq and (update := self.standing.pop(older.feedback_id, None)) is not None:
-                self.worker.remove(self.session, update)
-        if history[-1].seq != this.seq:
-            return SignalSetAside(
-                feedback_id=event.feedback_id,
-                episode_id=event.episode_id,
-                reason="superseded_before_it_was_learned",
-            )
-        return self._learn_one(event, this)
+        if reason is None:
+            stands = {signal.feedback_id: signal for signal in fold(history)}
+            for signal in history:
+                if signal.feedback_id not in stands and (update := self.standing.pop(signal.feedback_id, None)):
+                    self.worker.remove(self.session, update)
+            if history and history[-1].feedback_id == event.feedback_id:
+                return self._learn_one(event, stands.get(event.feedback_id))
+            reason = "superseded_before_it_was_learned"
+        return SignalSetAside(feedback_id=event.feedback_id, episode_id=event.episode_id, reason=reason)
 
-    def _learn_one(self, event: FeedbackGiven, signal: Standing) -> RewardUpdated:
+    def _learn_one(self, event: FeedbackGiven, signal: Standing | None) -> RewardUpdated:
+        """Add the newest signal of its slot, or nothing where it withdrew; report the answer's new score."""
         phis = [self.features[_digest(episode, text)] for episode, text in self._answers(event)]
-        if signal.withdrawn:
+        if signal is None:
             before = score = self._score(phis[0])
         else:
             z, target, weight = observation(signal, phis)
