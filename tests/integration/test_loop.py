@@ -23,6 +23,8 @@ from flows.rater import as_it_should_be
 from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
 from trainer import snapshot
+from trainer.config import OnlineDPOConfig
+from trainer.night import Night
 from trainer.redactor import Redactor
 from trainer.snapshot import is_gate_prompt
 from trainer.tables import TrainingRun
@@ -284,6 +286,18 @@ def test_under_quarantine_what_learned_from_a_forgotten_teacher_is_served_no_mor
         digest = registry.get_release(session, night.release).adapter_digest
         registry.verified_path(session, digest)
     assert refused.value.code == "adapter_quarantined"
+
+
+def test_a_candidate_that_was_marked_while_it_was_judged_meets_nobody(stack, night):
+    judged = Night(stack.sessions, stack.settings, OnlineDPOConfig(), 0.5)
+    judged.record.create("online-dpo", {})
+    with stack.sessions() as session:
+        release = registry.get_release(session, night.release)
+    result = judged._open_canary(release, "base", [])
+    assert result["status"] == "held" and "forgotten" in result["reason"]
+    with stack.sessions() as session:
+        assert head.read(session).canary_id is None
+        assert session.get_one(TrainingRun, judged.record.run_id).last_signal_seq is None
 
 
 def test_a_receipt_leads_from_a_signal_to_its_run_and_the_release(stack, night):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
 from feedback import partitions
 from feedback.tables import Episode, Feedback
@@ -149,6 +150,22 @@ def test_months_are_made_ahead_and_once(stack):
         low, high = (first_id("ep", datetime(y, m, 1, tzinfo=UTC)) for y, m in ((2031, 12), (2032, 1)))
         assert low in bounds and high in bounds and low <= new_id("ep", at) < high
         session.rollback()
+
+
+def test_making_a_month_does_not_wait_long_for_a_reader(stack):
+    """Whoever comes after a waiting CREATE waits behind it: so it must give up soon, and leave others alone."""
+    at = datetime(2033, 5, 5, tzinfo=UTC)
+    with stack.sessions() as reader, stack.sessions() as maker:
+        reader.execute(sa.text("LOCK TABLE episodes IN ACCESS SHARE MODE"))
+        started_s = time.monotonic()
+        with pytest.raises(OperationalError, match="lock timeout"):
+            partitions.ensure_month(maker, at)
+        assert time.monotonic() - started_s < partitions.LOCK_TIMEOUT_MS / 1000 + 5
+        maker.rollback()
+        reader.rollback()
+        assert partitions.ensure_month(maker, at) == "episodes_2033_05"
+        assert maker.scalar(sa.text("SHOW lock_timeout")) == "0"
+        maker.rollback()
 
 
 @pytest.mark.slow
