@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy.tables import Adapter, Release
+from infra.db import lock_until_commit
 from infra.errors import IntegrityError, NotFoundError
 from infra.settings import BASE_MODEL_NAME
 
@@ -135,7 +136,7 @@ def clean_ancestor(session: Session, release: str) -> str:
 
 def lock_out_erasures(session: Session) -> None:
     """Let no erasure mark adapters until this transaction has ended, so that none is registered behind its back."""
-    session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended("everloop.erasure", 0))))
+    lock_until_commit(session, "erasure")
 
 
 def is_quarantined(session: Session, release: str) -> bool:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from feedback import users
-from feedback.tables import Episode, Erasure, Feedback, ReceiptUse, User
+from feedback.tables import Episode, Erasure, Feedback, User
 from infra import sealing
 from infra.errors import NotFoundError
 from infra.events import UserForgotten
@@ -104,12 +104,6 @@ def concerned(session: Session, tombstone: str) -> tuple[list[str], list[str]]:
         )
     )
     return episode_ids, signal_ids
-
-
-def runs_that_used(session: Session, signal_ids: list[str]) -> list[str]:
-    """Return the runs whose datasets hold any of the signals."""
-    rows = sa.select(ReceiptUse.run_id).where(ReceiptUse.feedback_id.in_(signal_ids)).distinct()
-    return sorted(session.scalars(rows))
 
 
 def report(session: Session, erasure_id: str, room: str, found: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from infra.db import lock_until_commit
 from infra.ids import first_id
 
 MONTHS_AHEAD = 3
@@ -32,7 +33,7 @@ def ensure_month(session: Session, at: datetime) -> str | None:
     if session.scalar(sa.select(sa.func.to_regclass(name))) is not None:
         return None
     # Two at once would both find it missing.
-    session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended("everloop.partitions", 0))))
+    lock_until_commit(session, "partitions")
     if session.scalar(sa.select(sa.func.to_regclass(name))) is not None:
         return None
     in_default = sa.text("SELECT 1 FROM episodes_default WHERE id >= :low AND id < :high LIMIT 1")

@@ -71,7 +71,7 @@ def locked_connection(sessions: Sessions, name: str) -> Iterator[sa.Connection |
     this connection: when it is cut, the lock is free, and the work cannot commit.
     """
     engine: sa.Engine = sessions.kw["bind"]
-    key = sa.func.hashtextextended(f"everloop.{name}", 0)
+    key = _lock_key(name)
     with engine.connect() as connection:
         held = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
         connection.commit()
@@ -89,3 +89,12 @@ def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
     """Try to hold the lock `name` for the length of the block; yield whether it is held."""
     with locked_connection(sessions, name) as connection:
         yield connection is not None
+
+
+def lock_until_commit(session: Session, name: str) -> None:
+    """Wait for the lock `name` and hold it until this transaction ends."""
+    session.execute(sa.select(sa.func.pg_advisory_xact_lock(_lock_key(name))))
+
+
+def _lock_key(name: str) -> sa.ColumnElement[int]:
+    return sa.func.hashtextextended(f"everloop.{name}", 0)

@@ -222,12 +222,10 @@ def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[s
     dict
         What was erased, and the snapshots that still hold the effect (numbers only).
     """
-    first = session.scalar(
-        sa.select(sa.func.min(RewardUpdate.seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
-    )
-    last = session.scalar(
-        sa.select(sa.func.max(RewardUpdate.seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
-    )
+    seq = RewardUpdate.seq
+    first, last = session.execute(
+        sa.select(sa.func.min(seq), sa.func.max(seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
+    ).one()
     touched = sa.select(RewardSnapshot.id).where(RewardSnapshot.update_seq.between(first, (last or 0) - 1))
     emptied = session.execute(
         sa.update(RewardUpdate).where(RewardUpdate.feedback_id.in_(feedback_ids)).values(z=b"")

@@ -7,13 +7,15 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from feedback.projection import CONSUMER as RECEIPTS
 from flows.accounting import CONSUMER as REWARD
+from flows.accounting import backlog
 from flows.bench import load
 from flows.bench.stack import log_stack, seed, user_of
 from infra import kafka, report
@@ -51,7 +53,7 @@ def measure(seconds: float) -> dict[str, Any]:
         report.say("writing episodes")
         num_singles = int((MAX_SINGLES_PER_S + 700) * seconds)
         ids = seed(sessions, num_singles + int(MAX_BATCHED_PER_S * seconds))
-        _until_applied(sessions, REWARD, 0)
+        _wait(sessions, REWARD, lambda session: backlog(session) == 0)
         bodies = map(_body, itertools.count(), ids[:num_singles])
         report.say(f"single signals, {NUM_CLIENTS} clients, as many as can be")
         load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=2.0, rate_per_s=None)  # warm-up
@@ -155,7 +157,7 @@ def _batches(sessions: Sessions, url: str, ids: list[str], seconds: float) -> di
     }
 
 
-def _num_applied(session: Any, consumer: str) -> int:
+def _num_applied(session: Session, consumer: str) -> int:
     return int(session.scalar(sa.select(sa.func.count()).where(ConsumedEvent.consumer == consumer)) or 0)
 
 
@@ -164,28 +166,23 @@ def _until_quiet(sessions: Sessions, consumer: str) -> None:
     waiting = sa.select(sa.func.count()).where(
         OutboxRow.published_at.is_(None), OutboxRow.topic == FeedbackGiven.topic
     )
+
+    def quiet(session: Session) -> bool:
+        lags = [lag for lag in metrics.read(session).lags if lag.topic == FeedbackGiven.topic]
+        return not session.scalar(waiting) and not any(lag.records for lag in lags if lag.consumer == consumer)
+
+    _wait(sessions, consumer, quiet)
+
+
+def _wait(sessions: Sessions, consumer: str, done: Callable[[Session], bool]) -> None:
     deadline_s = time.time() + DRAIN_TIMEOUT_S
     while True:
         with sessions() as session:
-            lags = [lag for lag in metrics.read(session).lags if lag.topic == FeedbackGiven.topic]
-            if not session.scalar(waiting) and not any(lag.records for lag in lags if lag.consumer == consumer):
+            if done(session):
                 return
         if time.time() > deadline_s:
             raise EverloopError(f"{consumer} did not apply everything in time.", code="bench_stuck")
         time.sleep(0.05)
-
-
-def _until_applied(sessions: Sessions, consumer: str, behind: int) -> None:
-    from flows.accounting import backlog
-
-    deadline_s = time.time() + DRAIN_TIMEOUT_S
-    while True:
-        with sessions() as session:
-            if backlog(session) <= behind:
-                return
-        if time.time() > deadline_s:
-            raise EverloopError(f"{consumer} did not apply everything in time.", code="bench_stuck")
-        time.sleep(0.1)
 
 
 def _relay(settings: Settings, sessions: Sessions) -> dict[str, Any]:

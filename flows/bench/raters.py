@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from feedback import episodes
-from feedback.episodes import Recording
 from flows.bench.load import Client
+from flows.bench.stack import write_episode
 from infra.db import Sessions
 from infra.errors import EverloopError
 
@@ -53,26 +52,11 @@ def write_pairs(sessions: Sessions) -> list[Pair]:
     pairs = []
     with sessions.begin() as session:
         for user in (f"rater-{number}" for number in range(NUM_USERS)):
-            key, _ = episodes.begin(session, user, True)
             for number in range(NUM_MESSAGES):
-                ids = []
-                for answer in (f"The number {number}.", f"{number} comes after {number - 1}, and is a number."):
-                    recording = Recording(
-                        episode_id=episodes.new_episode_id(),
-                        user_id=user,
-                        release="base",
-                        adapter_digest=None,
-                        canary_id=None,
-                        arm="champion",
-                        propensity=1.0,
-                        messages=[{"role": "user", "content": f"Say something about the number {number}."}],
-                        sampling={},
-                        learn=True,
-                        answer=answer,
-                        status="complete",
-                    )
-                    episodes.record(session, recording, key)
-                    ids.append(recording.episode_id)
+                ids = [
+                    write_episode(session, user, number, answer)
+                    for answer in (f"The number {number}.", f"{number} comes after {number - 1}, and is a number.")
+                ]
                 pairs.append(Pair(user, (ids[0], ids[1])))
     return pairs
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from feedback import episodes
 from feedback.episodes import Recording
@@ -49,27 +50,34 @@ def user_of(number: int) -> str:
     return f"user-{number % NUM_USERS}"
 
 
+def write_episode(session: Session, user: str, number: int, answer: str) -> str:
+    """Write an answer about a number, as a turn would; return the episode's id."""
+    key, _ = episodes.begin(session, user, True)
+    recording = Recording(
+        episode_id=episodes.new_episode_id(),
+        user_id=user,
+        release="base",
+        adapter_digest=None,
+        canary_id=None,
+        arm="champion",
+        propensity=1.0,
+        messages=[{"role": "user", "content": f"Say something about the number {number}."}],
+        sampling={},
+        learn=True,
+        answer=answer,
+        status="complete",
+    )
+    episodes.record(session, recording, key)
+    return recording.episode_id
+
+
 def seed(sessions: Sessions, num_episodes: int) -> list[str]:
     """Write episodes of a few texts, so that features are computed once each; return their ids."""
     with sessions.begin() as session:
         for number in range(NUM_TEXTS):
             user = user_of(number)
-            key, _ = episodes.begin(session, user, True)
-            recording = Recording(
-                episode_id=episodes.new_episode_id(),
-                user_id=user,
-                release="base",
-                adapter_digest=None,
-                canary_id=None,
-                arm="champion",
-                propensity=1.0,
-                messages=[{"role": "user", "content": f"Say something about the number {number}."}],
-                sampling={},
-                learn=True,
-                answer=f"The number {number} comes after {number - 1}." + " It is a number." * (number % 5),
-                status="complete",
-            )
-            episodes.record(session, recording, key)
+            answer = f"The number {number} comes after {number - 1}." + " It is a number." * (number % 5)
+            write_episode(session, user, number, answer)
         for number in range(NUM_TEXTS, NUM_USERS):
             episodes.begin(session, user_of(number), True)
     templates = sa.select(Episode).order_by(Episode.id).limit(NUM_TEXTS)
