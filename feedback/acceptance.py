@@ -132,6 +132,7 @@ def _row(signal: BaseSignal) -> dict[str, Any]:
         "kind": signal.kind,
         "slot": signal.slot,
         **{name: getattr(signal, name, None) for name in COLUMNS},
+        "address_block": signal.address_block,
         "given_at": signal.given_at,
         "idempotency_key": signal.idempotency_key,
         "body_digest": signal.digest(),
@@ -171,11 +172,12 @@ COLUMN_TYPES = {
     "reasons": "text",
     "over": "text",
     "text": "text",
+    "address_block": "text",
     "given_at": "timestamptz",
     "idempotency_key": "text",
     "body_digest": "text",
 }
-EVENT_FIELDS = ("seq", "episode_id", "user_id", "kind", "slot", *COLUMNS)
+EVENT_FIELDS = ("seq", "episode_id", "user_id", "kind", "slot", "address_block", *COLUMNS)
 _NAMES = ", ".join(COLUMN_TYPES)
 # In the order of the key: two that write the same signals wait for each other rather than deadlock.
 # Arrays of arrays cannot be told apart by unnest, so reasons travel as one text each.

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from feedback import erasure, receipts, users
 from feedback.acceptance import Accepted
+from feedback.addresses import address_block
 from feedback.identity import CurrentUser, NamedUser
 from feedback.receipts import Receipt
 from feedback.signals import Signal
@@ -85,6 +86,7 @@ class ErasureReport(BaseModel):
 @router.post("/feedback", status_code=202)
 async def give_feedback(signal: Signal, request: Request) -> Accepted:
     """Say something about an answer. The signal is safe in the log when this answers."""
+    signal.came_from(address_block(request))
     outcome = (await request.app.state.intake.give([signal]))[0]
     if isinstance(outcome, EverloopError):
         raise outcome
@@ -95,6 +97,9 @@ async def give_feedback(signal: Signal, request: Request) -> Accepted:
 @router.post("/feedback/batch", status_code=202)
 async def give_batch(batch: Batch, request: Request) -> BatchResult:
     """Say many things at once. Signals that cannot be accepted do not hold up the others."""
+    block = address_block(request)
+    for signal in batch.signals:
+        signal.came_from(block)
     outcomes = await request.app.state.intake.give(batch.signals)
     return BatchResult(
         num_accepted=sum(isinstance(outcome, Accepted) for outcome in outcomes),

@@ -67,6 +67,7 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
         .where(concerned)
         .values(
             text=None,
+            address_block=None,
             body_digest="",
             idempotency_key=sa.func.concat("erased ", Feedback.id),
             user_id=sa.case((Feedback.user_id == user_id, tombstone), else_=Feedback.user_id),

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictInt,
     TypeAdapter,
     field_validator,
@@ -62,6 +63,16 @@ class BaseSignal(BaseModel):
     )
 
     kind: Any
+    _address_block: str | None = PrivateAttr(None)
+
+    @property
+    def address_block(self) -> str | None:
+        """The network that it came from; the API knows, the body cannot say."""
+        return self._address_block
+
+    def came_from(self, block: str | None) -> None:
+        """Note the network that it came from."""
+        self._address_block = block
 
     @field_validator("given_at")
     @classmethod

@@ -58,6 +58,17 @@ class Episode(Base):
     )
 
 
+class SelfEvaluation(Base):
+    """The assistant's own probability that an answer of its was good."""
+
+    __tablename__ = "self_evaluations"
+
+    episode_id: Mapped[str] = mapped_column(primary_key=True)
+    release: Mapped[str]
+    p_good: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+
 class Feedback(Base):
     """One signal; append-only. The latest of one rater in one slot stands (:mod:`feedback.fold`)."""
 
@@ -75,6 +86,7 @@ class Feedback(Base):
     reasons: Mapped[list[str] | None] = mapped_column(ARRAY(sa.String))
     over: Mapped[str | None]
     text: Mapped[str | None]
+    address_block: Mapped[str | None]
     given_at: Mapped[datetime | None] = mapped_column(Timestamp)
     idempotency_key: Mapped[str]
     body_digest: Mapped[str]

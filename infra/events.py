@@ -153,7 +153,7 @@ class FeedbackGiven(Event):
 
     topic = "everloop.feedback"
     type = "feedback.given"
-    personal = frozenset({"user_id", "text"})
+    personal = frozenset({"user_id", "text", "address_block"})
 
     feedback_id: str = Field(description="The signal's id; its receipt is found under it.")
     seq: int = Field(0, description="Order of acceptance: of two signals in one slot the higher stands.")
@@ -177,6 +177,7 @@ class FeedbackGiven(Event):
     reasons: list[str] | None = Field(None, description="Stable keys of the reasons.")
     over: str | None = Field(None, description="The episode that this one is preferred to.")
     text: str | None = Field(None, description="Comment, corrected answer, or a judge's rationale.")
+    address_block: str | None = Field(None, description="The network (/24 or /48) that it came from, if public.")
 
     @model_validator(mode="after")
     def _slot_of_earlier_events(self) -> Self:
@@ -195,6 +196,52 @@ class UserForgotten(Event):
     tombstone: str = Field(description="The name that stands where the person's stood.")
 
 
+class ProbeJudged(Event):
+    """An operator judged an answer: raters are held against it."""
+
+    topic = "everloop.feedback"
+    type = "probe.judged"
+
+    probe_id: str = Field(description="The probe's id.")
+    episode_id: str = Field(description="The answer.")
+    over: str | None = Field(None, description="The episode that it was compared with.")
+    good: bool = Field(description="Whether it is good (or better).")
+
+
+class RaterRuled(Event):
+    """An operator decided about a rater, or about all of a quarantine."""
+
+    topic = "everloop.users"
+    type = "rater.ruled"
+
+    rater: str | None = Field(None, description="The id of a person's key, or a program's name.")
+    quarantine: str | None = Field(None, description="The quarantine.")
+    ruling: Literal["banned", "cleared"] | None = Field(
+        description="Out, in, or (null) as their record says. Of a quarantine: null ends it."
+    )
+
+
+class RatingSolicited(Event):
+    """A rating of an answer is asked for."""
+
+    topic = "everloop.episodes"
+    type = "rating.solicited"
+
+    episode_id: str = Field(description="The answer.")
+    reason: Literal["random", "informative"] = Field(description="Why this one.")
+    propensity: float = Field(description="Probability with which it was asked for.")
+
+
+class RebuildRequested(Event):
+    """The reward model is to learn everything anew from the log."""
+
+    topic = "everloop.deployments"
+    type = "reward.rebuild_requested"
+
+    encoder: str = Field(description="Under which encoder.")
+    reason: str = Field(description="Why.")
+
+
 class RewardUpdated(Event):
     """The reward model learned from a signal; this is the answer's new score."""
 
@@ -207,6 +254,9 @@ class RewardUpdated(Event):
     sd: float = Field(description="Standard deviation of the logit.")
     p_good: float = Field(description="Probability that the answer is good, after the signal.")
     p_before: float | None = Field(None, description="The same before the signal.")
+    abstain: bool = Field(False, description="Whether too little is known of such answers to say anything.")
+    weight: float | None = Field(None, description="What the signal was worth: 1 is a vote of a trusted rater.")
+    encoder: str | None = Field(None, description="The version of the features behind the score.")
     update_seq: int = Field(description="The update of the posterior that this was.")
 
 
@@ -270,6 +320,10 @@ EVENTS: tuple[type[Event], ...] = (
     RunEnded,
     DeploymentChanged,
     UserForgotten,
+    ProbeJudged,
+    RaterRuled,
+    RatingSolicited,
+    RebuildRequested,
 )
 BY_SCHEMA: dict[str, type[Event]] = {f"{SOURCE}:schema:{event.schema_name()}": event for event in EVENTS}
 TOPICS: tuple[str, ...] = tuple(dict.fromkeys(event.topic for event in EVENTS))

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     )
     max_model_tokens: int = Field(2048, description="Longest context the engine holds, answer included.")
     max_answer_tokens: int = Field(256, description="Answer length where the request sets none.")
+    trusted_proxies: int = Field(
+        0, ge=0, description="Proxies before the API whose X-Forwarded-For is believed, one entry each."
+    )
     max_request_bytes: int = Field(262_144, description="Largest request body; more is refused with 413.")
     engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
 
@@ -63,6 +66,11 @@ class Settings(BaseSettings):
     encoder_layer: int = Field(22, ge=1, description="Hidden layer whose mean is the reward feature.")
     reward_snapshot_every: int = Field(64, ge=1, description="Updates between two reward snapshots.")
     pessimism_kappa: float = Field(0.5, ge=0, description="Standard deviations taken off a reward.")
+
+    ask_share: float = Field(0.02, ge=0, le=1, description="Share of answers whose rating is asked for at random.")
+    ask_informative_share: float = Field(
+        0.5, ge=0, le=1, description="Of the answers that would teach the most, the share that is asked for."
+    )
 
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
     time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,23 @@ from numpy.typing import NDArray
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from feedback.tables import Episode
 from infra.errors import IntegrityError
-from reward.online import BayesianHead, Score, Site
-from reward.tables import Features, RewardScore, RewardSnapshot, RewardUpdate
+from reward import history
+from reward.history import Posterior
+from reward.learner import Change, Guards, Learner
+from reward.online import BayesianHead
+from reward.tables import (
+    Features,
+    GoldProbe,
+    RatingChoice,
+    RewardScore,
+    RewardSnapshot,
+    RewardUpdate,
+    Solicitation,
+)
 
 LOAD_TRIES = 5
-
-
-@dataclass(slots=True)
-class Posterior:
-    """A head, and the last update that it contains."""
-
-    head: BayesianHead
-    update_seq: int
-    num_signals: int
 
 
 def load_posterior(session: Session, encoder: str, dim: int) -> Posterior:
@@ -56,27 +59,10 @@ def _load(session: Session, encoder: str, dim: int) -> Posterior | None:
         .order_by(RewardUpdate.seq)
     )
     for update in updates:
-        if not update.z:
+        if not update.z and update.action != "inflate":
             return None
-        replay(posterior, update)
+        posterior.replay(update)
     return posterior
-
-
-def replay(posterior: Posterior, update: RewardUpdate) -> None:
-    """Apply one recorded update."""
-    site = site_of(update)
-    if update.action == "add":
-        posterior.head.apply(site)
-        posterior.num_signals += 1
-    else:
-        posterior.head.unlearn_one(site)
-        posterior.num_signals -= 1
-    posterior.update_seq = update.seq
-
-
-def site_of(update: RewardUpdate) -> Site:
-    """Return the site that a recorded update added or removed."""
-    return Site(np.frombuffer(update.z, np.float64), update.precision, update.target)
 
 
 def read_snapshot(snapshot: RewardSnapshot) -> Posterior:
@@ -130,6 +116,11 @@ def answer_digest(messages: Sequence[Mapping[str, Any]], answer: str) -> str:
     return hashlib.sha256(json.dumps([list(messages), answer], sort_keys=True).encode()).hexdigest()
 
 
+def digest_of(episode: Episode, answer: str) -> str:
+    """Return the cache key of an answer to what an episode was asked."""
+    return answer_digest(episode.messages, answer)
+
+
 def cached_features(session: Session, encoder: str, digests: Iterable[str]) -> dict[str, NDArray[np.float64]]:
     """Return the cached features of answers, shape ``(dim,)`` each, of those that are cached."""
     rows = session.execute(
@@ -150,62 +141,44 @@ def cache_features(session: Session, encoder: str, features: Mapping[str, tuple[
         session.execute(insert(Features).on_conflict_do_nothing(), rows)
 
 
-def save_scores(session: Session, scores: Mapping[str, tuple[Score, int]], encoder: str) -> None:
-    """Write the newest score of each episode, and the update after which it was computed."""
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An answer's newest score, and the update after which it was computed."""
+
+    mean: float
+    sd: float
+    p_good: float
+    abstain: bool
+    update_seq: int
+
+
+def save_scores(session: Session, scores: Mapping[str, Scored], encoder: str) -> None:
+    """Write the newest score of each episode."""
     if not scores:
         return
     statement = insert(RewardScore)
-    names = ("mean", "sd", "p_good", "update_seq", "encoder")
+    names = ("mean", "sd", "p_good", "abstain", "update_seq", "encoder")
     values = {name: statement.excluded[name] for name in names}
     session.execute(
         statement.on_conflict_do_update(
             index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()}
         ),
-        [
-            {
-                "episode_id": episode_id,
-                "mean": score.mean,
-                "sd": score.sd,
-                "p_good": score.p_good,
-                "update_seq": update_seq,
-                "encoder": encoder,
-            }
-            for episode_id, (score, update_seq) in scores.items()
-        ],
+        [{"episode_id": episode_id, "encoder": encoder, **asdict(score)} for episode_id, score in scores.items()],
     )
 
 
-def standing_updates(session: Session, encoder: str, feedback_ids: Iterable[str]) -> dict[str, RewardUpdate]:
-    """Return the updates of these signals that were added and not removed, by signal."""
-    rows = session.scalars(
-        sa.select(RewardUpdate).where(
-            RewardUpdate.feedback_id.in_(set(feedback_ids)), RewardUpdate.encoder == encoder
-        )
-    ).all()
-    removed = {row.feedback_id for row in rows if row.action == "remove"}
-    return {row.feedback_id: row for row in rows if row.action == "add" and row.feedback_id not in removed}
-
-
-def last_update_seq(session: Session) -> int:
-    """Return the number of the newest update, of any encoder."""
-    return session.scalar(sa.select(sa.func.max(RewardUpdate.seq))) or 0
-
-
-def take_out(session: Session, encoder: str, updates: Sequence[RewardUpdate], last_seq: int) -> int:
-    """Take updates out of the posterior of an encoder that no worker holds; snapshot it; return the last seq."""
-    dim = max(len(site_of(update).z) for update in updates)
-    posterior = load_posterior(session, encoder, dim)
-    for update in updates:
-        posterior.head.unlearn_one(site_of(update))
-        posterior.num_signals -= 1
-        last_seq += 1
-        names = ("feedback_id", "encoder", "z", "precision", "target")
-        values = {name: getattr(update, name) for name in names}
-        session.add(RewardUpdate(seq=last_seq, action="remove", p_before=None, **values))
-    session.flush()
-    posterior.update_seq = last_seq
+def take_out(session: Session, encoder: str, changes: Sequence[Change], last_seq: int) -> int:
+    """Take signals out of the posterior of an encoder that no worker holds; snapshot it; return the last seq."""
+    posterior = load_posterior(session, encoder, max(len(change.z) for change in changes))
+    newest = sa.select(RewardUpdate.inflation).where(RewardUpdate.encoder == encoder)
+    inflation = session.scalar(newest.order_by(RewardUpdate.seq.desc()).limit(1)) or 1.0
+    learner = Learner(posterior.head, Guards(inflation=inflation))
+    for seq, change in enumerate(changes, last_seq + 1):
+        done = learner.withdraw(change)
+        posterior.count(done, seq)
+        session.execute(sa.insert(RewardUpdate).values(history.row_of(done, encoder, seq)))
     save_snapshot(session, posterior, encoder)
-    return last_seq
+    return posterior.update_seq
 
 
 def encoders_of(session: Session, feedback_ids: Sequence[str]) -> list[str]:
@@ -226,6 +199,8 @@ def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[s
     first, last = session.execute(
         sa.select(sa.func.min(seq), sa.func.max(seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
     ).one()
+    for table in (RatingChoice, Solicitation, GoldProbe):
+        session.execute(sa.delete(table).where(table.episode_id.in_(episode_ids)))
     touched = sa.select(RewardSnapshot.id).where(RewardSnapshot.update_seq.between(first, (last or 0) - 1))
     emptied = session.execute(
         sa.update(RewardUpdate).where(RewardUpdate.feedback_id.in_(feedback_ids)).values(z=b"")

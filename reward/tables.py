@@ -1,10 +1,12 @@
-"""Tables of the reward model: features, updates, snapshots, scores."""
+"""Tables of the reward model: features, updates, snapshots, scores, raters, and what guards them."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from infra.db import Base
@@ -23,9 +25,12 @@ class Features(Base):
 
 
 class RewardUpdate(Base):
-    """One step of the posterior: a site added, or taken out again. The history is the recovery log.
+    """One step of the posterior; the history is the recovery log.
 
-    ``z`` is emptied when the person is forgotten; a snapshot taken then stands for all before it.
+    ``add``: a site is added. ``remove``: it is taken out again, for good. ``hold``: the signal is set aside (its
+    site, if it had one, is out), to come in when its rater is trusted. ``inflate``: the posterior is widened by
+    `precision`. `verdict` and `weight` are the observation's, `precision` and `target` the site's. ``z`` is emptied
+    when the person is forgotten; a snapshot taken then stands for all before it.
     """
 
     __tablename__ = "reward_updates"
@@ -34,16 +39,17 @@ class RewardUpdate(Base):
     feedback_id: Mapped[str] = mapped_column(index=True)
     action: Mapped[str]
     encoder: Mapped[str]
+    key: Mapped[str]
     z: Mapped[bytes]
+    verdict: Mapped[float]
+    weight: Mapped[float]
     precision: Mapped[float]
     target: Mapped[float]
+    inflation: Mapped[float] = mapped_column(server_default="1")
     p_before: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
 
-    __table_args__ = (
-        sa.UniqueConstraint("feedback_id", "action"),
-        sa.CheckConstraint("action IN ('add', 'remove')", name="action"),
-    )
+    __table_args__ = (sa.CheckConstraint("action IN ('add', 'remove', 'hold', 'inflate')", name="action"),)
 
 
 class RewardSnapshot(Base):
@@ -72,6 +78,101 @@ class RewardScore(Base):
     mean: Mapped[float]
     sd: Mapped[float]
     p_good: Mapped[float]
+    abstain: Mapped[bool] = mapped_column(server_default=sa.false())
     update_seq: Mapped[int] = mapped_column(sa.BigInteger)
     encoder: Mapped[str]
     updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now(), onupdate=sa.func.now())
+
+
+class RewardState(Base):
+    """Everything beside the posterior and the raters (:class:`reward.learner.Guards`), in step with the updates."""
+
+    __tablename__ = "reward_state"
+
+    encoder: Mapped[str] = mapped_column(primary_key=True)
+    guards: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    update_seq: Mapped[int] = mapped_column(sa.BigInteger)
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now(), onupdate=sa.func.now())
+
+
+class RewardRater(Base):
+    """A rater's record (:class:`reward.raters.Rater`).
+
+    A person goes by the id of their key, which says nothing of them and outlives their name; a program by its name.
+    """
+
+    __tablename__ = "reward_raters"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    num_votes: Mapped[int]
+    num_right: Mapped[int]
+    num_wrong: Mapped[int]
+    set_aside: Mapped[bool]
+    ruling: Mapped[str | None]
+    quarantine: Mapped[str | None] = mapped_column(index=True)
+    block: Mapped[str | None]
+    first_at_s: Mapped[float]
+    num_seen: Mapped[int] = mapped_column(server_default="0")
+    num_rated: Mapped[int] = mapped_column(server_default="0")
+
+    __table_args__ = (sa.CheckConstraint("ruling IN ('banned', 'cleared')", name="ruling"),)
+
+
+class GoldProbe(Base):
+    """What is known of an answer (or of two), by an operator's own judgement: raters are held against it.
+
+    `judged` tells that the reward model has done so; what comes later is held against it as it comes.
+    """
+
+    __tablename__ = "gold_probes"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    episode_id: Mapped[str] = mapped_column(index=True)
+    over: Mapped[str | None]
+    good: Mapped[bool]
+    judged: Mapped[bool] = mapped_column(server_default=sa.false())
+    operator: Mapped[str]
+    reason: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+
+class Ruling(Base):
+    """What an operator decided about a rater or a quarantine; append-only."""
+
+    __tablename__ = "rater_rulings"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    rater: Mapped[str | None]
+    quarantine: Mapped[str | None]
+    ruling: Mapped[str | None]
+    operator: Mapped[str]
+    reason: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+
+class RatingChoice(Base):
+    """Whether an answer was rated, and what the choice may have depended on; `rated` is null until it is known."""
+
+    __tablename__ = "rating_choices"
+
+    episode_id: Mapped[str] = mapped_column(primary_key=True)
+    inputs: Mapped[list[float]] = mapped_column(ARRAY(sa.Float))
+    rated: Mapped[bool | None]
+
+    __table_args__ = (sa.Index("ix_rating_choices_open", "episode_id", postgresql_where=sa.text("rated IS NULL")),)
+
+
+class Solicitation(Base):
+    """A rating was asked for: at random, or because it would teach much."""
+
+    __tablename__ = "solicitations"
+
+    episode_id: Mapped[str] = mapped_column(primary_key=True)
+    reason: Mapped[str]
+    propensity: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (
+        sa.CheckConstraint("reason IN ('random', 'informative')", name="reason"),
+        sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
+    )

@@ -1,7 +1,7 @@
 """The reward worker: learns from each signal as it comes off Kafka.
 
 An episode is featurised and scored when it is recorded; a signal moves the posterior and the score of its
-episode. The updates, the scores, the events about them and the consumer's position commit together.
+episode. The updates, the scores, the events about them, the guards and the consumer's position commit together.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,32 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from feedback import erasure
-from feedback.fold import Standing, fold, histories
-from feedback.tables import Episode
+from feedback.signals import MACHINE_KINDS
+from feedback.tables import Episode, User
 from infra.db import Sessions, connect
-from infra.events import EpisodeRecorded, FeedbackGiven, RewardUpdated, SignalSetAside, UserForgotten
+from infra.events import (
+    EpisodeRecorded,
+    FeedbackGiven,
+    ProbeJudged,
+    RaterRuled,
+    RebuildRequested,
+    RewardUpdated,
+    SignalSetAside,
+    UserForgotten,
+)
 from infra.log import outbox
 from infra.log.consumer import Consumer, Delivery
 from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
-from reward import store
+from reward import asking, history, replay, rulings, state, store
 from reward.encoder import Encoder
-from reward.observations import LEARNED_KINDS, observation, reason_against
-from reward.online import Score, Site
-from reward.store import Posterior
+from reward.history import DatabaseBook, Posterior
+from reward.learner import Change, Learner
+from reward.online import Score
+from reward.raters import PROGRAM
+from reward.signals import Signals
+from reward.store import Scored
 from reward.tables import RewardUpdate
 
 log = logging.getLogger("everloop.reward")
@@ -44,7 +56,7 @@ Features = Mapping[str, NDArray[np.float64]]
 
 
 class RewardWorker:
-    """Keeps the posterior in memory, in step with the database.
+    """Keeps the learner in memory, in step with the database.
 
     Parameters
     ----------
@@ -54,118 +66,172 @@ class RewardWorker:
 
     def __init__(self, sessions: Sessions, settings: Settings, encoder: Encoder) -> None:
         self.sessions = sessions
+        self.settings = settings
         self.encoder = encoder
-        self.snapshot_every = settings.reward_snapshot_every
-        self._posterior: Posterior | None = None
+        self._learner: Learner | None = None
+        self.posterior: Posterior
         self._last_seq = 0
         self._since_snapshot = 0
         self._unwritten: list[dict[str, Any]] = []
 
     def forget(self) -> None:
         """Drop the state in memory; the next event recovers it from the database."""
-        self._posterior = None
+        self._learner = None
         self._since_snapshot = 0
         self._unwritten = []
 
-    def posterior(self, session: Session) -> Posterior:
-        """Return the posterior, recovered from the database where memory has none."""
-        if self._posterior is None:
-            self._posterior = store.load_posterior(session, self.encoder.name, self.encoder.dim)
-            self._last_seq = store.last_update_seq(session)
-        return self._posterior
+    def take(self, learner: Learner, posterior: Posterior) -> None:
+        """Go on from another state."""
+        self._learner, self.posterior = learner, posterior
+        self._last_seq = posterior.update_seq
+
+    def recover(self, session: Session) -> None:
+        """Have the state in memory, from the database where it is not there."""
+        if self._learner is None:
+            self._learner, self.posterior = state.load(session, self.encoder.name, self.encoder.dim)
+            self._last_seq = history.last_seq(session)
+
+    @property
+    def learner(self) -> Learner:
+        """The learner, after :meth:`recover`."""
+        assert self._learner is not None
+        return self._learner
 
     def on_episodes(self, session: Session, deliveries: Sequence[Delivery]) -> None:
-        """Featurise and score new answers."""
-        learnable = [d.event.episode_id for d in deliveries if d.event.learn and d.event.answer]
-        answers = session.scalars(sa.select(Episode).where(Episode.id.in_(learnable), Episode.answer != "")).all()
+        """Featurise and score new answers; decide whose rating to ask for."""
+        learnable = [d.event.episode_id for d in deliveries if d.event.learn and d.event.answer.strip()]
+        answers = session.scalars(
+            sa.select(Episode).where(Episode.id.in_(learnable), Episode.answer != "").order_by(Episode.id)
+        ).all()
         if not answers:
             return
-        phi = self._features(session, [(answer, answer.answer) for answer in answers])
-        posterior = self.posterior(session)
-        scores = posterior.head.predict_many(np.stack([phi[_digest(a, a.answer)] for a in answers]))
-        store.save_scores(
-            session,
-            {a.id: (s, posterior.update_seq) for a, s in zip(answers, scores, strict=True)},
-            self.encoder.name,
+        self.recover(session)
+        phi = self.features(session, [(answer, answer.answer) for answer in answers])
+        found = self.learner.head.predict_many(np.stack([phi[store.digest_of(a, a.answer)] for a in answers]))
+        scores = {answer.id: score for answer, score in zip(answers, found, strict=True)}
+        names = self.rater_names(session, {(answer.user_id, "thumb") for answer in answers})
+        asking.note_answers(
+            session, self.learner, answers, scores, {user: names[user] for user in names}, self.settings
         )
+        store.save_scores(session, {i: self.scored(score) for i, score in scores.items()}, self.encoder.name)
+        for score in scores.values():
+            self.learner.note_usual(score.sd)
+        self.commit(session)
 
     def on_feedback(self, session: Session, deliveries: Sequence[Delivery]) -> None:
         """Learn from signals: take out those that they supersede, add their own, score again."""
+        self.recover(session)
         Signals(self, session, [delivery.event for delivery in deliveries]).learn()
-        self._write_updates(session)
-        self._snapshot_if_due(session)
+        self.commit(session)
+
+    def on_probes(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Learn what an operator judged, and hold raters against it."""
+        self.recover(session)
+        for event in (delivery.event for delivery in deliveries):
+            rulings.judge(self, session, event)
+        self.commit(session)
+
+    def on_rulings(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Take out, or in, what raters said of whom an operator decided."""
+        self.recover(session)
+        for event in (delivery.event for delivery in deliveries):
+            changes = rulings.follow(self.learner, event, self.book(session))
+            self.report(session, changes)
+        self.commit(session)
+
+    def on_rebuild(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Learn everything anew from the log."""
+        for _ in deliveries:
+            replay.rebuild(self, session)
 
     def on_forgotten(self, session: Session, deliveries: Sequence[Delivery]) -> None:
         """Take out what forgotten users taught, and erase what was kept of their answers."""
+        self.recover(session)
         for event in (delivery.event for delivery in deliveries):
             episode_ids, signal_ids = erasure.concerned(session, event.tombstone)
-            posterior = self.posterior(session)
-            updates = store.standing_updates(session, self.encoder.name, signal_ids)
-            for update in sorted(updates.values(), key=lambda update: update.seq):
-                self.remove(session, update)
+            changes = history.latest_of(session, self.encoder.name, signal_ids)
+            taken = [self.learner.withdraw(change) for change in changes.values()]
+            for change in taken:
+                self.note(change)
             self._write_updates(session)
             self._take_out_of_others(session, signal_ids)
+            key = session.scalar(sa.select(User.key_id).where(User.user_id == event.tombstone))
+            if key in self.learner.raters.by_name:
+                self.learner.raters.get(key).block = None
             # What recovery would replay must not need the vectors that are emptied now.
-            store.save_snapshot(session, posterior, self.encoder.name)
+            store.save_snapshot(session, self.posterior, self.encoder.name)
             self._since_snapshot = 0
             found = store.erase(session, episode_ids, signal_ids)
-            erasure.report(session, event.erasure_id, "reward", {"sites_removed": len(updates), **found})
+            erasure.report(session, event.erasure_id, "reward", {"sites_removed": len(taken), **found})
+        self.commit(session)
 
     def _take_out_of_others(self, session: Session, signal_ids: Sequence[str]) -> None:
         """Do the same for encoders that were used before and may be again."""
         for encoder in store.encoders_of(session, signal_ids):
             if encoder != self.encoder.name:
-                updates = store.standing_updates(session, encoder, signal_ids)
-                if updates:
-                    ordered = sorted(updates.values(), key=lambda update: update.seq)
-                    self._last_seq = store.take_out(session, encoder, ordered, self._last_seq)
+                changes = history.latest_of(session, encoder, signal_ids)
+                if changes:
+                    self._last_seq = store.take_out(session, encoder, list(changes.values()), self._last_seq)
 
-    def add(
-        self, session: Session, feedback_id: str, z: NDArray[np.float64], target: float, weight: float
-    ) -> tuple[Score, Score]:
-        """Learn one observation; return the score of ``z`` before and after."""
-        site, before, after = self.posterior(session).head.learn_scored(z, target, weight)
-        self._note(session, "add", feedback_id, site, before.p_good)
-        return before, after
+    def book(self, session: Session) -> DatabaseBook:
+        """Return where the learner finds what raters said."""
+        return DatabaseBook(session, self.encoder.name, lambda: self._write_updates(session))
 
-    def remove(self, session: Session, update: RewardUpdate) -> None:
-        """Take an earlier update out again."""
-        site = store.site_of(update)
-        self.posterior(session).head.unlearn_one(site)
-        self._note(session, "remove", update.feedback_id, site, None)
-
-    def _note(self, session: Session, action: str, feedback_id: str, site: Site, p_before: float | None) -> None:
-        posterior = self.posterior(session)
+    def note(self, change: Change) -> None:
+        """Keep a change of the posterior, to be written with the others."""
         self._last_seq += 1  # one worker at a time: nobody else counts
-        self._unwritten.append(
-            {
-                "seq": self._last_seq,
-                "feedback_id": feedback_id,
-                "action": action,
-                "encoder": self.encoder.name,
-                "z": site.z.tobytes(),
-                "precision": site.precision,
-                "target": site.target,
-                "p_before": p_before,
-            }
-        )
-        posterior.update_seq = self._last_seq
-        posterior.num_signals += 1 if action == "add" else -1
+        self._unwritten.append(history.row_of(change, self.encoder.name, self._last_seq))
+        self.posterior.count(change, self._last_seq)
         self._since_snapshot += 1
 
-    def _write_updates(self, session: Session) -> None:
-        if self._unwritten:
-            session.execute(sa.insert(RewardUpdate), self._unwritten)
-            self._unwritten = []
+    def scored(self, score: Score, p_self: float | None = None) -> Scored:
+        """Return a score as it is stored: calibrated, with the update that it contains."""
+        p_good = self.learner.p_good(score, p_self)
+        return Scored(score.mean, score.sd, p_good, self.learner.abstains(score), self.posterior.update_seq)
 
-    def _snapshot_if_due(self, session: Session) -> None:
-        if self._since_snapshot >= self.snapshot_every:
-            store.save_snapshot(session, self.posterior(session), self.encoder.name)
-            self._since_snapshot = 0
+    def updated(
+        self,
+        episode_id: str,
+        feedback_id: str,
+        scored: Scored,
+        weight: float | None,
+        p_before: float | None = None,
+    ) -> RewardUpdated:
+        """Return the report of a signal that was learned (or withdrawn)."""
+        return RewardUpdated(
+            episode_id=episode_id,
+            feedback_id=feedback_id,
+            mean=scored.mean,
+            sd=scored.sd,
+            p_good=scored.p_good,
+            p_before=p_before,
+            abstain=scored.abstain,
+            weight=weight,
+            encoder=self.encoder.name,
+            update_seq=scored.update_seq,
+        )
 
-    def _features(self, session: Session, answers: Sequence[tuple[Episode, str]]) -> Features:
+    def rater_names(self, session: Session, who: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Return the rater's name of each user (the id of their key) or program, given (user, kind of signal)."""
+        programs = {user: PROGRAM + user for user, kind in who if kind in MACHINE_KINDS}
+        people = {user for user, kind in who if kind not in MACHINE_KINDS}
+        rows = session.execute(sa.select(User.user_id, User.key_id).where(User.user_id.in_(people)))
+        return {**programs, **{user: key for user, key in rows}}  # noqa: C416
+
+    def report(self, session: Session, changes: Sequence[Change]) -> None:
+        """Keep changes that nobody waits for, and say what became of their signals."""
+        for change in changes:
+            self.note(change)
+        reports = self.report_settled(session, changes)
+        outbox.append_many(session, [Entry(report, report.episode_id) for report in reports])
+
+    def report_settled(self, session: Session, changes: Sequence[Change]) -> list[RewardUpdated | SignalSetAside]:
+        """Return what there is to say of signals that were taken out, or in, with their raters."""
+        return rulings.settled(self, session, changes)
+
+    def features(self, session: Session, answers: Sequence[tuple[Episode, str]]) -> Features:
         """Return features by digest, computing (and caching) those that are missing."""
-        wanted = {_digest(episode, text): (episode, text) for episode, text in answers}
+        wanted = {store.digest_of(episode, text): (episode, text) for episode, text in answers}
         cached = store.cached_features(session, self.encoder.name, wanted)
         missing = [digest for digest in wanted if digest not in cached]
         if missing:
@@ -175,89 +241,18 @@ class RewardWorker:
             cached |= {digest: phi.astype(np.float64) for digest, (phi, _) in rows.items()}
         return cached
 
+    def commit(self, session: Session) -> None:
+        """Write what changed in memory, within the caller's transaction."""
+        self._write_updates(session)
+        if self._since_snapshot >= self.settings.reward_snapshot_every:
+            store.save_snapshot(session, self.posterior, self.encoder.name)
+            self._since_snapshot = 0
+        state.save(session, self.learner, self.posterior, self.encoder.name)
 
-class Signals:
-    """A batch of signals on its way into the posterior; what it needs is read once for all of them."""
-
-    def __init__(self, worker: RewardWorker, session: Session, events: Sequence[FeedbackGiven]) -> None:
-        self.worker = worker
-        self.session = session
-        self.events = events
-        named = {e.episode_id for e in events} | {e.over for e in events if e.over}
-        rows = session.scalars(sa.select(Episode).where(Episode.id.in_(named)))
-        self.episodes = {row.id: row for row in rows}
-        self.histories = histories(session, {event.slot for event in events})
-        ids = [signal.feedback_id for history in self.histories.values() for signal in history]
-        self.standing = store.standing_updates(session, worker.encoder.name, ids)
-        learned = [event for event in events if self._refusal(event) is None]
-        self.features = worker._features(session, [pair for event in learned for pair in self._answers(event)])
-        self.scores: dict[str, tuple[Score, int]] = {}
-
-    def learn(self) -> None:
-        """Apply the signals in their order, and report each."""
-        entries = [Entry(self._apply(event), event.episode_id) for event in self.events]
-        store.save_scores(self.session, self.scores, self.worker.encoder.name)
-        outbox.append_many(self.session, entries)
-
-    def _refusal(self, event: FeedbackGiven) -> str | None:
-        if event.kind not in LEARNED_KINDS:
-            return "kind_not_learned"
-        concerned = [self.episodes.get(event.episode_id), *([self.episodes.get(event.over)] if event.over else [])]
-        return next((reason for episode in concerned if (reason := reason_against(episode))), None)
-
-    def _answers(self, event: FeedbackGiven) -> list[tuple[Episode, str]]:
-        episode = self.episodes[event.episode_id]
-        answers = [(episode, episode.answer)]
-        if event.over:
-            answers.append((self.episodes[event.over], self.episodes[event.over].answer))
-        if event.kind == "correction" and event.text:
-            answers.append((episode, event.text))
-        return answers
-
-    def _apply(self, event: FeedbackGiven) -> RewardUpdated | SignalSetAside:
-        reason = self._refusal(event)
-        history = self.histories.get((event.user_id, event.kind, event.slot), [])
-        if reason is None:
-            stands = {signal.feedback_id: signal for signal in fold(history)}
-            for signal in history:
-                if signal.feedback_id not in stands and (update := self.standing.pop(signal.feedback_id, None)):
-                    self.worker.remove(self.session, update)
-            if history and history[-1].feedback_id == event.feedback_id:
-                return self._learn_one(event, stands.get(event.feedback_id))
-            reason = "superseded_before_it_was_learned"
-        return SignalSetAside(feedback_id=event.feedback_id, episode_id=event.episode_id, reason=reason)
-
-    def _learn_one(self, event: FeedbackGiven, signal: Standing | None) -> RewardUpdated:
-        """Add the newest signal of its slot, or nothing where it withdrew; report the answer's new score."""
-        phis = [self.features[_digest(episode, text)] for episode, text in self._answers(event)]
-        if signal is None:
-            before = score = self._score(phis[0])
-        else:
-            z, target, weight = observation(signal, phis)
-            if z is phis[0]:
-                before, score = self.worker.add(self.session, signal.feedback_id, z, target, weight)
-            else:
-                before = self._score(phis[0])
-                self.worker.add(self.session, signal.feedback_id, z, target, weight)
-                score = self._score(phis[0])
-        update_seq = self.worker.posterior(self.session).update_seq
-        self.scores[event.episode_id] = (score, update_seq)
-        return RewardUpdated(
-            episode_id=event.episode_id,
-            feedback_id=event.feedback_id,
-            mean=score.mean,
-            sd=score.sd,
-            p_good=score.p_good,
-            p_before=before.p_good,
-            update_seq=update_seq,
-        )
-
-    def _score(self, phi: NDArray[np.float64]) -> Score:
-        return self.worker.posterior(self.session).head.predict_one(phi)
-
-
-def _digest(episode: Episode, answer: str) -> str:
-    return store.answer_digest(episode.messages, answer)
+    def _write_updates(self, session: Session) -> None:
+        if self._unwritten:
+            session.execute(sa.insert(RewardUpdate), self._unwritten)
+            self._unwritten = []
 
 
 def main() -> None:
@@ -269,8 +264,11 @@ def main() -> None:
     threading.Thread(target=encoder.load, daemon=True).start()
     worker = RewardWorker(sessions, settings, encoder)
     handlers: dict[type[Any], Any] = {
+        RaterRuled: worker.on_rulings,
         FeedbackGiven: worker.on_feedback,
+        ProbeJudged: worker.on_probes,
         UserForgotten: worker.on_forgotten,
+        RebuildRequested: worker.on_rebuild,
         EpisodeRecorded: worker.on_episodes,
     }
     consumer = Consumer(

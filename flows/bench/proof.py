@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -17,9 +17,11 @@ from feedback.tables import Episode, Feedback, ReceiptRow
 from flows.accounting import CONSUMER as REWARD
 from infra.events import RewardUpdated
 from infra.tables import ConsumedEvent, DeadLetter, OutboxRow
-from reward import store
+from reward import history, store
+from reward.learner import Change, Learner
 from reward.observations import LEARNED_KINDS, observation
-from reward.online import BayesianHead, Site
+from reward.online import BayesianHead
+from reward.signals import answers_of
 from reward.tables import RewardUpdate
 
 Faults = dict[str, str]
@@ -63,8 +65,7 @@ def account(session: Session, accepted: Mapping[str, str], encoder: str, dim: in
     rows = session.scalars(sa.select(Feedback)).all()
     updates = session.scalars(sa.select(RewardUpdate).order_by(RewardUpdate.seq)).all()
     signals = {row.id: as_standing(row) for row in rows}
-    standing = Counter(update.feedback_id for update in updates if update.action == "add")
-    standing.subtract(update.feedback_id for update in updates if update.action == "remove")
+    standing = history.latest(updates)
     learned_kinds = [signal for signal in signals.values() if signal.kind in LEARNED_KINDS]
     expected = {signal.feedback_id for signal in fold(learned_kinds)}
     recovered = store.load_posterior(session, encoder, dim)
@@ -75,8 +76,7 @@ def account(session: Session, accepted: Mapping[str, str], encoder: str, dim: in
         num_updates=len(updates),
         num_standing=len(expected),
         same_bits=recovered.head.digest() == _undisturbed(session, updates, signals, encoder, dim).digest(),
-        same_signals={signal for signal, count in standing.items() if count} == expected
-        and recovered.num_signals == len(expected),
+        same_signals=set(standing) == expected and recovered.num_signals == len(expected),
     )
 
 
@@ -151,27 +151,21 @@ def _undisturbed(
 ) -> BayesianHead:
     """Learn the same signals in the same order from nothing; only the order is taken from the history."""
     answers = {row.id: row for row in session.scalars(sa.select(Episode))}
-    digests = {
-        feedback_id: _digests(signals[feedback_id], answers)
-        for feedback_id in {update.feedback_id for update in updates if update.action == "add"}
-    }
-    wanted = {digest for some in digests.values() for digest in some}
+    learned = {update.feedback_id for update in updates if update.action == "add"}
+    about = {feedback_id: answers_of(signals[feedback_id], answers) for feedback_id in learned}
+    wanted = {store.digest_of(*answer) for some in about.values() for answer in some}
     features: dict[str, Any] = store.cached_features(session, encoder, wanted)
-    head, sites = BayesianHead.prior(dim), dict[str, Site]()
+    learner, changes = Learner(BayesianHead.prior(dim)), dict[str, Change]()
     for update in updates:
-        if update.action == "add":
-            phis = [features[digest] for digest in digests[update.feedback_id]]
-            sites[update.feedback_id] = head.learn_one(*observation(signals[update.feedback_id], phis))
+        if update.action == "inflate":
+            learner.head.inflate(update.precision)
+            learner.guards.inflation *= update.precision
+        elif update.action == "add":
+            phis = [features[store.digest_of(*answer)] for answer in about[update.feedback_id]]
+            seen = observation(signals[update.feedback_id], phis)
+            assert seen is not None and seen[1] == update.verdict
+            site = learner.head.learn_one(*seen, update.weight)
+            changes[update.feedback_id] = replace(history.change_of(update), z=seen[0], site=site)
         else:
-            head.unlearn_one(sites[update.feedback_id])
-    return head
-
-
-def _digests(signal: Standing, answers: Mapping[str, Episode]) -> list[str]:
-    episode = answers[signal.episode_id]
-    texts = [(episode, episode.answer)]
-    if signal.over:
-        texts.append((answers[signal.over], answers[signal.over].answer))
-    if signal.kind == "correction":
-        texts.append((episode, signal.text or ""))
-    return [store.answer_digest(answer.messages, text) for answer, text in texts]
+            learner.withdraw(changes[update.feedback_id])
+    return learner.head

@@ -14,7 +14,7 @@ import trainer.erasure
 from feedback.tables import Erasure, Feedback, User
 from infra import kafka
 from infra.events import TOPICS, dead_letter_topic
-from reward import store
+from reward import history, store
 from reward.online import BayesianHead
 from reward.tables import RewardUpdate
 from tests.conftest import wait_until
@@ -87,7 +87,7 @@ def person(stack):
     def learned():
         with stack.sessions() as session:
             rows = session.scalars(sa.select(RewardUpdate).where(RewardUpdate.feedback_id.in_(expected))).all()
-            return len({row.feedback_id for row in rows}) == 3
+            return len({row.feedback_id for row in rows}) == 4
 
     wait_until(learned, timeout_s=30, what="the signals were not learned from")
     assert {"episodes", "feedback"} <= {name.split("_")[0] for name in tables_with(stack, sentinel)}
@@ -114,7 +114,7 @@ def test_a_forgotten_person_leaves_no_word_anywhere(stack, person):
     assert answer.status_code == 202, answer.text
     found = complete(stack, answer.json()["erasure_id"])["found"]
     assert found["feedback"] == {"episodes": 2, "signals": 5, "keys_destroyed": 1}
-    assert found["reward"]["sites_removed"] == 3 and found["reward"]["features_deleted"] >= 2
+    assert found["reward"]["sites_removed"] == 4 and found["reward"]["features_deleted"] >= 2
     assert tables_with(stack, sentinel) == []
     assert topics_with(stack, sentinel) == []
     assert files_with(stack, sentinel) == []
@@ -141,7 +141,7 @@ def test_what_they_taught_is_taken_out_of_the_reward_model(stack, person):
         updates = session.scalars(sa.select(RewardUpdate).order_by(RewardUpdate.seq)).all()
         assert bystander in {u.feedback_id for u in updates if u.z}
         theirs = [u for u in updates if u.feedback_id in signals]
-        assert sorted(u.action for u in theirs) == ["add"] * 3 + ["remove"] * 3
+        assert sorted(u.action for u in theirs) == ["add"] * 4 + ["remove"] * 4
         assert all(u.z == b"" for u in theirs)
         dim = max(len(np.frombuffer(u.z, np.float64)) for u in updates)
         recovered = store.load_posterior(session, updates[-1].encoder, dim)
@@ -150,7 +150,7 @@ def test_what_they_taught_is_taken_out_of_the_reward_model(stack, person):
     fresh = BayesianHead.prior(dim)
     for update in updates:
         if update.feedback_id not in removed:
-            fresh.apply(store.site_of(update))
+            fresh.apply(history.site_of(update))
     np.testing.assert_allclose(recovered.head.theta, fresh.theta, atol=1e-6)
     np.testing.assert_allclose(recovered.head.covariance, fresh.covariance, atol=1e-6)
 
@@ -253,7 +253,7 @@ def test_what_was_learned_under_another_encoder_is_taken_out_there_too(stack, pe
     head = BayesianHead.prior(dim)
     theirs, someones = (head.learn_one(np.arange(1.0, dim + 1) * sign, 1.0) for sign in (1.0, -0.5))
     with stack.sessions.begin() as session:
-        last = store.last_update_seq(session)
+        last = history.last_seq(session)
         for offset, (feedback_id, site) in enumerate(
             [(earlier, theirs), (f"fb_of_somebody_{other}", someones)], 10_000
         ):
@@ -263,6 +263,9 @@ def test_what_was_learned_under_another_encoder_is_taken_out_there_too(stack, pe
                     feedback_id=feedback_id,
                     action="add",
                     encoder=other,
+                    key="thumb",
+                    verdict=1.0,
+                    weight=1.0,
                     z=site.z.tobytes(),
                     precision=site.precision,
                     target=site.target,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from reward.online import BayesianHead, pessimistic, sigmoid
+from reward.online import PRIOR_VARIANCE, BayesianHead, pessimistic, sigmoid
 
 DIM = 4
 vectors = arrays(np.float64, DIM, elements=st.floats(-2, 2, allow_nan=False))
@@ -23,7 +23,7 @@ def test_unlearning_every_signal_returns_to_the_prior(given_signals):
     for site in reversed(sites):
         head.unlearn_one(site)
     np.testing.assert_allclose(head.theta, np.zeros(DIM), atol=1e-7)
-    np.testing.assert_allclose(head.covariance, np.eye(DIM), atol=1e-7)
+    np.testing.assert_allclose(head.covariance, PRIOR_VARIANCE * np.eye(DIM), atol=1e-7)
 
 
 @given(signals, st.integers(0, 11))
@@ -47,7 +47,7 @@ def test_one_signal_finds_the_mode_of_the_logistic_posterior(z, good):
     head = BayesianHead.prior(DIM)
     head.learn_one(z, float(good))
     # The gradient of log prior + log likelihood vanishes at the mode.
-    gradient = -head.theta + z * (float(good) - sigmoid(float(z @ head.theta)))
+    gradient = -head.theta / PRIOR_VARIANCE + z * (float(good) - sigmoid(float(z @ head.theta)))
     np.testing.assert_allclose(gradient, np.zeros(DIM), atol=1e-6)
 
 

@@ -1,0 +1,113 @@
+"""Whose rating to ask for: some answers at random, and those that would teach the most; and who rates by choice.
+
+Chance is taken from the episode's id, so an event that is applied again asks for the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from feedback.tables import Episode
+from infra.events import RatingSolicited
+from infra.log import outbox
+from infra.log.outbox import Entry
+from infra.settings import Settings
+from reward import propensity
+from reward.learner import Learner
+from reward.online import Score
+from reward.style import style_features
+from reward.tables import RatingChoice, Solicitation
+
+OPEN_ANSWERS = 200  # this many answers later, one that was not rated counts as not rated
+
+
+def expected_gain(score: Score) -> float:
+    """Return what a vote would teach: the expected loss of entropy of the answer's logit, in nats."""
+    return 0.5 * math.log1p(score.p_good * (1.0 - score.p_good) * score.sd**2)
+
+
+def chance(episode_id: str, purpose: str) -> float:
+    """Return a number in [0, 1) that is always the same for an episode and purpose."""
+    digest = hashlib.sha256(f"{purpose} {episode_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2.0**64
+
+
+def decide(episode_id: str, *, informative: bool, settings: Settings) -> tuple[str | None, float]:
+    """Return why a rating is asked for (None where it is not), and the probability with which it was to be."""
+    at_random, of_informative = settings.ask_share, settings.ask_informative_share if informative else 0.0
+    propensity = at_random + (1.0 - at_random) * of_informative
+    if chance(episode_id, "ask") < at_random:
+        return "random", propensity
+    return ("informative" if chance(episode_id, "informative") < of_informative else None), propensity
+
+
+def note_answers(
+    session: Session,
+    learner: Learner,
+    answers: Sequence[Episode],
+    scores: Mapping[str, Score],
+    raters: Mapping[str, str],
+    settings: Settings,
+) -> None:
+    """Ask for ratings of new answers, and learn who did not rate the older ones.
+
+    Parameters
+    ----------
+    scores
+        The head's, by episode.
+    raters
+        The rater's name, by user.
+    """
+    choices, asked, entries = [], [], list[Entry]()
+    for answer in answers:
+        score = scores[answer.id]
+        informative = learner.guards.asking.is_high(expected_gain(score))
+        reason, ask_propensity = decide(answer.id, informative=informative, settings=settings)
+        rater = learner.raters.get(raters[answer.user_id])
+        x = propensity.inputs(
+            learner.p_good(score),
+            score.sd,
+            float(style_features(answer.answer)[0]),
+            rater.num_seen,
+            rater.num_rated,
+            asked=reason is not None,
+        )
+        rater.num_seen += 1
+        choices.append({"episode_id": answer.id, "inputs": [*map(float, x), ask_propensity], "rated": None})
+        if reason is not None:
+            asked.append({"episode_id": answer.id, "reason": reason, "propensity": ask_propensity})
+            event = RatingSolicited(episode_id=answer.id, reason=reason, propensity=ask_propensity)
+            entries.append(Entry(event, answer.id))
+    session.execute(insert(RatingChoice).on_conflict_do_nothing(), choices)
+    if asked:
+        session.execute(insert(Solicitation).on_conflict_do_nothing(), asked)
+        outbox.append_many(session, entries)
+    _close_old_ones(session, learner)
+
+
+def _close_old_ones(session: Session, learner: Learner) -> None:
+    still_open = sa.select(RatingChoice).where(RatingChoice.rated.is_(None))
+    for choice in session.scalars(still_open.order_by(RatingChoice.episode_id.desc()).offset(OPEN_ANSWERS)):
+        choice.rated = False
+        learner.guards.propensity.learn(np.array(choice.inputs[:-1]), rated=False)
+
+
+def note_rating(
+    learner: Learner, choice: RatingChoice, rater: str, verdict: float, *, asked_at_random: bool
+) -> float:
+    """Learn that an answer was rated, if that is new; return the weight of the rating."""
+    x, ask_propensity = np.array(choice.inputs[:-1]), choice.inputs[-1]
+    weight = learner.guards.propensity.weight(x, ask_propensity)
+    if choice.rated is None:
+        choice.rated = True
+        learner.guards.propensity.learn(x, rated=True)
+        learner.guards.anchor.observe(verdict, weight, asked_at_random=asked_at_random)
+        learner.raters.get(rater).num_rated += 1
+    return weight

@@ -1,0 +1,66 @@
+"""The learner in the database: guards and raters beside the posterior, in step with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from infra.errors import IntegrityError
+from reward import store
+from reward.history import Posterior
+from reward.learner import Guards, Learner
+from reward.raters import Rater
+from reward.tables import RewardRater, RewardState
+
+_FIELDS = tuple(field.name for field in fields(Rater))
+
+
+def load(session: Session, encoder: str, dim: int) -> tuple[Learner, Posterior]:
+    """Recover the learner as the last committed transaction left it.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``reward_snapshot_corrupt`` or ``reward_updates_erased`` (:mod:`reward.store`);
+        ``reward_position_backwards`` where the guards have seen updates that the history does not hold.
+    """
+    posterior = store.load_posterior(session, encoder, dim)
+    row = session.get(RewardState, encoder, populate_existing=True)
+    if row is not None and row.update_seq > posterior.update_seq:
+        raise IntegrityError(
+            f"The guards of {encoder} saw update {row.update_seq}, the history ends at {posterior.update_seq}: "
+            "part of it was lost. Restore it from a backup, or run `everloop reward replay`.",
+            code="reward_position_backwards",
+        )
+    rows = session.execute(sa.select(*(getattr(RewardRater, name) for name in _FIELDS)))
+    raters = [Rater(**dict(zip(_FIELDS, found, strict=True))) for found in rows]
+    guards = read_guards(session, encoder)
+    return Learner(posterior.head, guards, raters), posterior
+
+
+def read_guards(session: Session, encoder: str) -> Guards:
+    """Return the guards as they are stored; new ones where nothing was learned yet."""
+    # As text: no JSON parser in between that could round a number.
+    stored = session.scalar(sa.select(sa.cast(RewardState.guards, sa.Text)).where(RewardState.encoder == encoder))
+    return Guards.read(stored) if stored else Guards()
+
+
+def save(session: Session, learner: Learner, posterior: Posterior, encoder: str) -> None:
+    """Write the guards, and the raters that changed, within the caller's transaction."""
+    session.execute(
+        sa.text(
+            "INSERT INTO reward_state (encoder, guards, update_seq) "
+            "VALUES (:encoder, CAST(:guards AS jsonb), :seq) "
+            "ON CONFLICT (encoder) DO UPDATE SET guards = excluded.guards, update_seq = excluded.update_seq, "
+            "updated_at = now()"
+        ),
+        {"encoder": encoder, "guards": learner.guards.dump().decode(), "seq": posterior.update_seq},
+    )
+    changed = [asdict(rater) for rater in learner.raters.changed()]
+    if changed:
+        statement = insert(RewardRater)
+        values = {name: statement.excluded[name] for name in _FIELDS if name != "name"}
+        session.execute(statement.on_conflict_do_update(index_elements=["name"], set_=values), changed)
