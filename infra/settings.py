@@ -63,7 +63,13 @@ class Settings(BaseSettings):
     )
     redact_names: bool = Field(False, description="Redact people's names before training (extra `names`).")
 
+    reward_encoder: Literal["base-model", "sentence"] = Field(
+        "base-model", description="Whose view of an answer the reward model judges by: hidden states or embeddings."
+    )
     encoder_layer: int = Field(22, ge=1, description="Hidden layer whose mean is the reward feature.")
+    sentence_model: str | None = Field(
+        None, description="Directory of a sentence-transformers model; all-MiniLM-L6-v2 from its wheel if unset."
+    )
     reward_snapshot_every: int = Field(64, ge=1, description="Updates between two reward snapshots.")
     pessimism_kappa: float = Field(0.5, ge=0, description="Standard deviations taken off a reward.")
 

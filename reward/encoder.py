@@ -1,8 +1,9 @@
-"""Features of an answer: the frozen base model's hidden states, and the answer's style.
+"""Features of an answer in its context: what it says, what was asked, and its style.
 
-The hidden part is the mean over the answer's tokens of the states that enter one middle layer, normalised
-as that layer would (its own RMSNorm tames the few huge dimensions). The adapter is never on, so features
-stay comparable over releases and are cached for good.
+:class:`Encoder` is the interface; what all encoders share is here: the order of the parts, the refusals, and
+the check that a model is what its name says. The implementations are :mod:`reward.base_model_encoder` and
+:mod:`reward.sentence_encoder`; :func:`open_encoder` chooses. Features are computed once per answer and cached
+for good under the encoder's name, which holds all that they depend on.
 """
 
 from __future__ import annotations
@@ -10,32 +11,80 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.style import style_features
+from infra.errors import IntegrityError, InvalidRequestError, SetupError
+from infra.settings import Settings
+from reward.style import STYLE_NAMES, style_features
 
 Message = dict[str, Any]
+Answer = tuple[Sequence[Message], str]
+
+RECIPE = "v3"  # goes into every encoder's name: to be raised with any change of what features are
 BATCH_ANSWERS = 8
-MAX_TOKENS = 1024
-# Bring both parts to about unit variance, so that a prior variance of 1 suits either.
-HIDDEN_SCALE = 10.0
+MAX_ANSWER_TOKENS = 8192
+# No prose has as many characters to a token: what is longer need not be tokenised to be refused.
+MAX_ANSWER_CHARS = 16 * MAX_ANSWER_TOKENS
+PROMPT_DIM = 16
+PROJECTION_SEED = 20_260_301
 STYLE_SCALE = 0.7
+NOTE = "everloop.json"
 
 
-class Encoder:
+class UnusableAnswerError(InvalidRequestError):
+    """No features can be made of an answer: sending it again will not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each part of a feature vector stands, so that its share of a score can be shown.
+
+    Parameters
+    ----------
+    content
+        Number of features of the answer itself.
+    prompt
+        Number of features that depend on the prompt alone, and so are equal for all answers to it.
+    style
+        Number of features of the answer's surface (:data:`reward.style.STYLE_NAMES`).
+    constant
+        The last feature, always 1.
+    """
+
+    content: int
+    prompt: int = PROMPT_DIM
+    style: int = len(STYLE_NAMES)
+    constant: int = 1
+
+    @property
+    def dim(self) -> int:
+        """Number of features in all."""
+        return self.content + self.prompt + self.style + self.constant
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """The parts by name, in their order: ``content``, ``prompt``, ``style``, ``constant``."""
+        ends = np.cumsum([self.content, self.prompt, self.style, self.constant]).tolist()
+        names = ("content", "prompt", "style", "constant")
+        return {name: slice(start, end) for name, start, end in zip(names, [0, *ends], ends, strict=False)}
+
+
+class Encoder(ABC):
     """Turns answers in context into feature vectors.
 
     Parameters
     ----------
-    model_dir
-        Directory of the base model.
-    layer
-        Number of layers whose output is used; the rest of the model is not loaded into memory.
+    name
+        The cache key: digest of the weights, what is taken from them, and :data:`RECIPE`.
+    content_dim
+        Number of features of the answer itself.
     num_threads
         Threads that torch may use in this process; its own choice, if unset.
 
@@ -43,96 +92,170 @@ class Encoder:
     is back at work a second after it was killed.
     """
 
-    def __init__(self, model_dir: Path, layer: int, num_threads: int | None = None) -> None:
-        self.model_dir = model_dir
-        self.layer = layer
+    def __init__(self, name: str, content_dim: int, num_threads: int | None = None) -> None:
+        self.name = name
+        self.layout = Layout(content=content_dim)
         self.num_threads = num_threads
-        self.hidden_size = int(json.loads((model_dir / "config.json").read_text())["hidden_size"])
-        self.name = encoder_name(model_dir, layer)
-        self._body: Any = None
+        self._loaded = False
         self._loading = threading.Lock()
-
-    def load(self) -> None:
-        """Load the model, unless it is loaded; safe to call from a thread that does nothing else."""
-        with self._loading:
-            if self._body is None:
-                self._load()
-
-    def _load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if self.num_threads is not None:
-            torch.set_num_threads(self.num_threads)
-        layer = self.layer
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.bfloat16)
-        if layer >= len(model.model.layers):
-            raise ValueError(f"The base model has {len(model.model.layers)} layers; layer {layer} is too deep.")
-        self._norm = model.model.layers[layer].input_layernorm
-        model.model.layers = model.model.layers[:layer]
-        model.model.norm = torch.nn.Identity()
-        self._body = model.model.eval()
 
     @property
     def dim(self) -> int:
-        """Number of features: hidden, style and a constant."""
-        return self.hidden_size + len(style_features("")) + 1
+        """Number of features."""
+        return self.layout.dim
 
-    def encode(self, answers: Sequence[tuple[Sequence[Message], str]]) -> NDArray[np.float32]:
-        """Return features of (messages, answer) pairs, shape ``(n, dim)``.
+    def load(self) -> None:
+        """Load the model, unless it is loaded; safe to call from a thread that does nothing else.
 
-        Answers are batched by length, so that little time goes into padding.
+        Raises
+        ------
+        IntegrityError
+            The weights are not those that the model's note names (code ``encoder_digest_mismatch``).
         """
+        with self._loading:
+            if self._loaded:
+                return
+            if self.num_threads is not None:
+                import torch
+
+                torch.set_num_threads(self.num_threads)
+            self._load()
+            self._loaded = True
+
+    def refusal(self, answer: str) -> UnusableAnswerError | None:
+        """Return why no features can be made of an answer, or None. Costs nothing for answers of usual length.
+
+        The codes are ``answer_empty`` and ``answer_too_long`` (more than :data:`MAX_ANSWER_TOKENS` tokens).
+        """
+        if not answer.strip():
+            return UnusableAnswerError(
+                "The answer is empty: there is nothing to score. Leave it out.", code="answer_empty"
+            )
+        if len(answer) > MAX_ANSWER_CHARS:
+            return _too_long(f"{len(answer)} characters")
+        # A token has at least one byte: only what has more bytes than tokens are allowed is worth counting.
+        if len(answer.encode(errors="replace")) > MAX_ANSWER_TOKENS:
+            self.load()
+            if (num_tokens := self._num_tokens(answer)) > MAX_ANSWER_TOKENS:
+                return _too_long(f"{num_tokens} tokens")
+        return None
+
+    def encode(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
+        """Return features of (messages, answer) pairs, shape ``(n, dim)``, in the order of :attr:`layout`.
+
+        Raises
+        ------
+        UnusableAnswerError
+            One of the answers is refused (see :meth:`refusal`), before any is computed; or features came out
+            infinite or not a number (code ``features_not_finite``).
+        """
+        for _, text in answers:
+            if (refusal := self.refusal(text)) is not None:
+                raise refusal
+        if not answers:
+            return np.zeros((0, self.dim), dtype=np.float32)
         self.load()
-        tokens = [self._tokens(messages, answer) for messages, answer in answers]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
-        hidden = np.zeros((len(tokens), self.hidden_size), dtype=np.float32)
-        for start in range(0, len(order), BATCH_ANSWERS):
-            chosen = order[start : start + BATCH_ANSWERS]
-            hidden[chosen] = self._pooled([tokens[i] for i in chosen])
-        style = np.array([style_features(answer) for _, answer in answers], dtype=np.float32)
-        hidden *= HIDDEN_SCALE / np.sqrt(hidden.shape[1])
-        style *= STYLE_SCALE
-        return np.concatenate([hidden, style, np.ones((len(tokens), 1), np.float32)], axis=1)
+        content, prompt = self._embed(answers)
+        style = STYLE_SCALE * np.array([style_features(text) for _, text in answers])
+        constant = np.ones((len(answers), self.layout.constant))
+        features = np.concatenate([content, prompt, style, constant], axis=1, dtype=np.float32)
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if bad.size:
+            raise UnusableAnswerError(
+                f"{bad.size} of {len(answers)} answers have features that are not finite, the first being number "
+                f"{bad[0]}. Leave them out; if it happens to all, the model {self.name} is broken.",
+                code="features_not_finite",
+            )
+        return features
 
-    def _tokens(self, messages: Sequence[Message], answer: str) -> tuple[list[int], int]:
-        """Return the token ids (prompt cut from the left) and the number of tokens of the answer."""
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = [self.tokenizer.eos_token_id]
-        reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"][: MAX_TOKENS - 2] + end
-        return prompt[-(MAX_TOKENS - len(reply)) :] + reply, len(reply)
+    @abstractmethod
+    def _load(self) -> None:
+        """Check the weights against their note, and load them."""
 
-    def _pooled(self, batch: Sequence[tuple[list[int], int]]) -> NDArray[np.float32]:
-        import torch
+    @abstractmethod
+    def _num_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text; the model is loaded."""
 
-        longest = max(len(ids) for ids, _ in batch)
-        ids = torch.full((len(batch), longest), self.tokenizer.eos_token_id)
-        mask = torch.zeros_like(ids)
-        for row, (tokens, _) in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        with torch.inference_mode():
-            states = self._norm(self._body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
-        rows = [
-            states[row, len(tokens) - length : len(tokens)].mean(0) for row, (tokens, length) in enumerate(batch)
-        ]
-        return torch.stack(rows).float().numpy()  # type: ignore[no-any-return]
+    @abstractmethod
+    def _embed(self, answers: Sequence[Answer]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return content ``(n, layout.content)`` and prompt features ``(n, layout.prompt)``, scaled.
+
+        Both to about unit variance over answers, in all, so that a prior variance of 1 suits every part.
+        """
 
 
-def encoder_name(model_dir: Path, layer: int) -> str:
-    """Return the cache key of an encoder: base model digest, layer, and the version of this file's recipe."""
-    return f"{base_model_digest(model_dir)[:16]}.layer{layer}.v2"
+def open_encoder(settings: Settings, num_threads: int | None = None) -> Encoder:
+    """Return the encoder that the settings name (`reward_encoder`); nothing is loaded yet."""
+    if settings.reward_encoder == "sentence":
+        from reward.sentence_encoder import SentenceEncoder, wheel_dir
+
+        model_dir = Path(settings.sentence_model).expanduser() if settings.sentence_model else wheel_dir()
+        return SentenceEncoder(model_dir, num_threads)
+    from reward.base_model_encoder import BaseModelEncoder
+
+    return BaseModelEncoder(settings.base_model_dir, settings.encoder_layer, num_threads)
+
+
+def projection(dim: int) -> NDArray[np.float64]:
+    """Return a fixed matrix with orthonormal columns, shape ``(dim, PROMPT_DIM)``.
+
+    The Q factor of a seeded normal matrix, with the signs that make the diagonal of R positive: QR leaves
+    them open, and libraries differ.
+    """
+    normal = np.random.Generator(np.random.PCG64(PROJECTION_SEED)).standard_normal((dim, PROMPT_DIM))
+    q, r = np.linalg.qr(normal)
+    return q * np.sign(np.diag(r))
 
 
 def base_model_digest(model_dir: Path) -> str:
-    """Return the SHA-256 over the model's weight files, remembered beside them."""
-    note = model_dir / "everloop.json"
-    if note.exists():
-        return str(json.loads(note.read_text())["sha256"])
+    """Return the SHA-256 over the model's weight files, as noted beside them, or computed if nobody did."""
+    return _noted_digest(model_dir) or weights_digest(model_dir)
+
+
+def weights_digest(model_dir: Path) -> str:
+    """Return the SHA-256 over the digests of a directory's weight files (safetensors), in the order of their names.
+
+    Raises
+    ------
+    SetupError
+        There are none (code ``model_weights_missing``).
+    """
+    paths = sorted(model_dir.glob("*.safetensors"))
+    if not paths:
+        raise SetupError(
+            f"{model_dir} holds no weights as safetensors. Name a model directory that does.",
+            code="model_weights_missing",
+        )
+    return files_digest(paths)
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 over the SHA-256 digests of files."""
     digest = hashlib.sha256()
-    for path in sorted(model_dir.glob("*.safetensors")):
+    for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def check_digest(model_dir: Path, expected: str) -> None:
+    """Raise an IntegrityError if weights are not those of a digest (code ``encoder_digest_mismatch``)."""
+    if (found := weights_digest(model_dir)) != expected:
+        raise IntegrityError(
+            f"The weights in {model_dir} have the digest {found[:16]}…, and {expected[:16]}… was expected: they "
+            "were changed or are damaged, and their features would be mixed with earlier ones. Restore them (or "
+            "remove the directory, if `everloop up` made it) and start again.",
+            code="encoder_digest_mismatch",
+        )
+
+
+def _noted_digest(model_dir: Path) -> str | None:
+    note = model_dir / NOTE
+    return str(json.loads(note.read_text())["sha256"]) if note.exists() else None
+
+
+def _too_long(length: str) -> UnusableAnswerError:
+    return UnusableAnswerError(
+        f"The answer has {length}; at most {MAX_ANSWER_TOKENS} tokens can be scored. Shorten it or leave it out.",
+        code="answer_too_long",
+    )

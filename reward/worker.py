@@ -37,7 +37,7 @@ from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
 from reward import asking, history, replay, rulings, state, store
-from reward.encoder import Encoder
+from reward.encoder import Encoder, open_encoder
 from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
 from reward.online import Score
@@ -255,13 +255,22 @@ class RewardWorker:
             self._unwritten = []
 
 
+def _load_or_exit(encoder: Encoder) -> None:
+    """Load the model; without one that can be trusted, signals have to wait and not become dead letters."""
+    try:
+        encoder.load()
+    except Exception:
+        log.exception("the encoder cannot be loaded")
+        os._exit(1)
+
+
 def main() -> None:
     """Run the reward worker as a process."""
     os.nice(10)  # features may wait; the answer that somebody is reading may not
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
-    encoder = Encoder(settings.base_model_dir, settings.encoder_layer, num_threads=1)
-    threading.Thread(target=encoder.load, daemon=True).start()
+    encoder = open_encoder(settings, num_threads=1)
+    threading.Thread(target=_load_or_exit, args=[encoder], daemon=True).start()
     worker = RewardWorker(sessions, settings, encoder)
     handlers: dict[type[Any], Any] = {
         RaterRuled: worker.on_rulings,

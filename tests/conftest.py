@@ -71,6 +71,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def base_model_dir(home: Path) -> Path:
+    """The default base model, made from its wheel unless an earlier run did."""
+    directory = settings_module.load().base_model_dir
+    if not directory.exists():
+        from trainer.base_model import prepare
+
+        prepare(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def stack(home: Path) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
     settings = embedded.up(settings_module.load(), print)

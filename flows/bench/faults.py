@@ -222,9 +222,9 @@ def _check(deadline_s: float, what: str) -> None:
 
 
 def _account(sessions: Sessions, settings: Settings, raters: Raters) -> Account:
-    from reward.encoder import Encoder
+    from reward.encoder import open_encoder
 
-    encoder = Encoder(settings.base_model_dir, settings.encoder_layer)
+    encoder = open_encoder(settings)
     accepted = {key: ack.feedback_id for key, ack in raters.accepted.items()}
     with sessions() as session:
         found = account(session, accepted, encoder.name, encoder.dim)

@@ -10,7 +10,7 @@ from flows.bench.faults import _until_drained
 from flows.bench.load import Client
 from flows.bench.proof import account
 from flows.bench.raters import signals, write_pairs
-from reward.encoder import Encoder
+from reward.encoder import open_encoder
 
 NUM_SIGNALS = 240
 
@@ -30,7 +30,7 @@ def promised(log):
 
 def found(log, accepted, *changes):
     """Return the account after some changes, which are rolled back."""
-    encoder = Encoder(log.settings.base_model_dir, log.settings.encoder_layer)
+    encoder = open_encoder(log.settings)
     with log.sessions() as session:
         for change in changes:
             assert session.execute(sa.text(change)).rowcount, change
