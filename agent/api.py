@@ -12,6 +12,7 @@ import anyio
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.types import Send
 
 from agent.schema import ASSISTANT_MODEL, ChatRequest, chunk, completion, usage
@@ -62,6 +63,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
             _server_sent_events(turn),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            background=BackgroundTask(state.self_evaluator.offer, turn.recording),
         )
     return await _whole_answer(turn, request)
 
@@ -125,7 +127,8 @@ async def _whole_answer(turn: Turn, request: Request) -> Response:
             recording.answer,
             recording.finish_reason,
             used,
-        )
+        ),
+        background=BackgroundTask(request.app.state.self_evaluator.offer, recording),
     )
 
 

@@ -21,6 +21,7 @@ import feedback.api
 import reward.api
 from agent.guard import Guard
 from agent.schema import ErrorEnvelope
+from agent.self_evaluation import SelfEvaluator
 from feedback.intake import Intake
 from feedback.signals import KINDS
 from infra import db
@@ -39,9 +40,10 @@ operations = APIRouter()
 
 @operations.get("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
-    """Return Prometheus metrics of the log."""
+    """Return Prometheus metrics of the log and of self-evaluation."""
     registry = CollectorRegistry()
     registry.register(LogCollector(request.app.state.sessions))
+    registry.register(request.app.state.self_evaluator.outcomes)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -54,7 +56,11 @@ def build_app(settings: Settings) -> FastAPI:
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
         async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
             app.state.engine = engine
-            async with Intake(app.state.sessions).running() as app.state.intake:
+            evaluator = SelfEvaluator(app.state.sessions, engine, settings)
+            async with (
+                Intake(app.state.sessions).running() as app.state.intake,
+                evaluator.running() as app.state.self_evaluator,
+            ):
                 yield
 
     app = FastAPI(

@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback import users
-from feedback.tables import Episode
+from feedback.tables import Episode, SelfEvaluation
 from infra.errors import NotFoundError
-from infra.events import EpisodeRecorded
+from infra.events import EpisodeRecorded, SelfEvaluated
 from infra.ids import new_id
 from infra.log import outbox
 from infra.log.outbox import Entry
@@ -110,6 +111,25 @@ def record_many(
     if rows:
         session.execute(sa.insert(Episode), rows)
         outbox.append_many(session, entries)
+
+
+def record_self_evaluation(session: Session, recording: Recording, p_good: float) -> bool:
+    """Write what a release thinks of its own answer, and its event, within the caller's transaction.
+
+    Returns
+    -------
+    bool
+        False where it was written before, or the user was forgotten in the meantime: then nothing is written.
+    """
+    users.key_of(session, recording.user_id)  # so that the user is not forgotten before this commits
+    own = sa.select(Episode.id).where(Episode.id == recording.episode_id, Episode.user_id == recording.user_id)
+    values = {"episode_id": recording.episode_id, "release": recording.release, "p_good": p_good}
+    if session.scalar(own) is None or not session.scalar(
+        insert(SelfEvaluation).values(values).on_conflict_do_nothing().returning(SelfEvaluation.episode_id)
+    ):
+        return False
+    outbox.append(session, SelfEvaluated.model_validate(values), key=recording.episode_id)
+    return True
 
 
 def get(session: Session, episode_id: str, user_id: str | None = None) -> Episode:

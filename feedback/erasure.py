@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from feedback import users
-from feedback.tables import Episode, Erasure, Feedback, User
+from feedback.tables import Episode, Erasure, Feedback, SelfEvaluation, User
 from infra import sealing
 from infra.errors import NotFoundError
 from infra.events import UserForgotten
@@ -73,6 +73,7 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
             user_id=sa.case((Feedback.user_id == user_id, tombstone), else_=Feedback.user_id),
         ),
     )
+    num_self_evaluations = _count(session, sa.delete(SelfEvaluation).where(SelfEvaluation.episode_id.in_(own)))
     num_episodes = _count(
         session,
         sa.update(Episode)
@@ -86,7 +87,12 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
             sampling=sa.literal({}, JSONB),
         ),
     )
-    return {"episodes": num_episodes, "signals": num_signals, "keys_destroyed": 1}
+    return {
+        "episodes": num_episodes,
+        "signals": num_signals,
+        "self_evaluations": num_self_evaluations,
+        "keys_destroyed": 1,
+    }
 
 
 def _count(session: Session, statement: sa.Update | sa.Delete) -> int:

@@ -59,14 +59,16 @@ class Episode(Base):
 
 
 class SelfEvaluation(Base):
-    """The assistant's own probability that an answer of its was good."""
+    """How probable the release that gave an answer found it that the answer was good, asked right afterwards."""
 
     __tablename__ = "self_evaluations"
 
-    episode_id: Mapped[str] = mapped_column(primary_key=True)
+    episode_id: Mapped[str] = mapped_column(sa.ForeignKey("episodes.id"), primary_key=True)
     release: Mapped[str]
     p_good: Mapped[float]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (sa.CheckConstraint("p_good BETWEEN 0 AND 1", name="p_good"),)
 
 
 class Feedback(Base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import httpx
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 
 CONNECT_TIMEOUT_S = 2.0
+YES, NO = "Yes", "No"
 
 
 class EngineError(EverloopError):
@@ -41,6 +43,7 @@ class EngineClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
         )
+        self._yes_no_ids: list[int] = []
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -77,6 +80,46 @@ class EngineClient:
     async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Return one whole chat completion."""
         return await self._post("/v1/chat/completions", payload)
+
+    async def p_yes(self, model: str, messages: Sequence[dict[str, Any]]) -> float:
+        """Return how probable the model finds Yes as its answer to the last message, given that it is Yes or No.
+
+        One token is generated, constrained to the two. The engine reports log-probabilities from before the
+        constraint (vLLM's ``logprobs_mode`` ``raw_logprobs``, its default; temperature does not enter either), so
+        each of the two is that of the whole vocabulary; their odds are the same before and after.
+
+        Raises
+        ------
+        EngineError
+            Code ``not_yes_or_no`` where a word is not one token of this model, or the engine reports other tokens.
+        """
+        if not self._yes_no_ids:
+            self._yes_no_ids = [await self._token_id(model, word) for word in (YES, NO)]
+        payload = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "allowed_token_ids": self._yes_no_ids,
+            "logprobs": True,
+            "logprob_token_ids": self._yes_no_ids,
+        }
+        (token,) = (await self.chat(payload))["choices"][0]["logprobs"]["content"]
+        logprobs = {entry["token"].strip(): entry["logprob"] for entry in token["top_logprobs"]}
+        if logprobs.keys() != {YES, NO}:
+            self._yes_no_ids = []  # another model may answer at this address now
+            raise EngineError(f"The engine reports {sorted(logprobs)} for Yes and No.", code="not_yes_or_no")
+        # A word that the model rules out altogether is reported as -9999: the larger exponent must be 0.
+        highest = max(logprobs.values())
+        yes, no = (math.exp(logprobs[word] - highest) for word in (YES, NO))
+        return yes / (yes + no)
+
+    async def _token_id(self, model: str, word: str) -> int:
+        payload = {"model": model, "prompt": word, "add_special_tokens": False}
+        tokens = (await self._post("/tokenize", payload))["tokens"]
+        if len(tokens) != 1:
+            raise EngineError(f"{word!r} is {len(tokens)} tokens of {model}, not one.", code="not_yes_or_no")
+        return int(tokens[0])
 
     async def models(self) -> list[str]:
         """Return the names of the models and adapters that the engine holds now."""

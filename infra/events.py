@@ -148,6 +148,17 @@ class EpisodeRecorded(Event):
     answer: str = Field(description="What it answered.")
 
 
+class SelfEvaluated(Event):
+    """The release that gave an answer was asked whether it was good."""
+
+    topic = "everloop.episodes"
+    type = "episode.self_evaluated"
+
+    episode_id: str = Field(description="The answer.")
+    release: str = Field(description="The release that gave it, and was asked.")
+    p_good: float = Field(ge=0, le=1, description="Its probability of Yes, given that it says Yes or No.")
+
+
 class FeedbackGiven(Event):
     """Somebody said something about an answer. Its id is the signal's."""
 
@@ -313,6 +324,7 @@ class DeploymentChanged(Event):
 
 EVENTS: tuple[type[Event], ...] = (
     EpisodeRecorded,
+    SelfEvaluated,
     FeedbackGiven,
     RewardUpdated,
     SignalSetAside,

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     max_request_bytes: int = Field(262_144, description="Largest request body; more is refused with 413.")
     engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
 
+    self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")
     learn_by_default: bool = Field(True, description="Whether users are learned from who said nothing about it.")
     erasure_policy: Literal["retrain-required", "quarantine"] = Field(
         "retrain-required", description="What becomes of adapters that learned from a user who is forgotten."

@@ -120,6 +120,8 @@ def _asking() -> None:
         sa.Column("release", sa.String(), nullable=False),
         sa.Column("p_good", sa.Double(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=NOW, nullable=False),
+        sa.CheckConstraint("p_good BETWEEN 0 AND 1", name=op.f("ck_self_evaluations_p_good")),
+        sa.ForeignKeyConstraint(["episode_id"], ["episodes.id"], name=op.f("fk_self_evaluations_episode_id_episodes")),
         sa.PrimaryKeyConstraint("episode_id", name="pk_self_evaluations"),
     )
 

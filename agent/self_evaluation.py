@@ -1,0 +1,102 @@
+"""After an answer, the release that gave it is asked whether it was good; its probability of Yes is kept.
+
+It is what the model itself believes, uncalibrated: the reward worker decides what that is worth. (Kadavath et al.,
+"Language Models (Mostly) Know What They Know", 2022, call it P(True).)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import anyio.to_thread
+from prometheus_client import Counter
+
+from feedback import episodes
+from feedback.episodes import Recording
+from infra.db import Sessions, transaction
+from infra.engine import EngineClient
+from infra.errors import EverloopError
+from infra.settings import Settings
+
+log = logging.getLogger("everloop.agent")
+
+QUESTION = "Was that answer helpful, correct and well written? Reply Yes or No."
+MAX_AT_ONCE = 2
+MAX_WAITING = 32  # some seconds' worth; later, the engine's cache has forgotten the conversation
+OUTCOMES = ("recorded", "dropped", "lost")
+
+
+class SelfEvaluator:
+    """Evaluates answers behind their clients' backs: a few at a time, and not at all where too many wait.
+
+    Attributes
+    ----------
+    outcomes
+        Answers that were offered, by what became of them: ``recorded``, ``dropped`` because too many waited,
+        ``lost`` to an error or to their user's being forgotten.
+    """
+
+    def __init__(self, sessions: Sessions, engine: EngineClient, settings: Settings) -> None:
+        self.sessions = sessions
+        self.engine = engine
+        self.enabled = settings.self_evaluation
+        self.outcomes = Counter(
+            "everloop_self_evaluations", "Answers to be self-evaluated, by outcome.", ["outcome"], registry=None
+        )
+        for outcome in OUTCOMES:
+            self.outcomes.labels(outcome)  # shown from the start, as 0
+        self._waiting: asyncio.Queue[Recording] = asyncio.Queue(MAX_WAITING)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Evaluate what is offered for the length of the block; what still waits at its end is left."""
+        tasks = [asyncio.create_task(self._evaluate_all()) for _ in range(MAX_AT_ONCE)]
+        try:
+            yield self
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def offer(self, recording: Recording) -> None:
+        """Take an answer whose episode is written; return at once.
+
+        Answers that are incomplete, empty, or not to be learned from are not evaluated.
+        """
+        if not (self.enabled and recording.learn and recording.answer and recording.status == "complete"):
+            return
+        try:
+            self._waiting.put_nowait(recording)
+        except asyncio.QueueFull:
+            self.outcomes.labels("dropped").inc()
+
+    async def _evaluate_all(self) -> None:
+        while True:
+            recording = await self._waiting.get()
+            try:
+                recorded = await self._evaluate(recording)
+            except EverloopError as error:
+                log.debug("%s has no self-evaluation: %s", recording.episode_id, error.code)
+                recorded = False
+            except Exception as error:
+                log.warning("%s has no self-evaluation: %s", recording.episode_id, type(error).__name__)
+                recorded = False
+            self.outcomes.labels("recorded" if recorded else "lost").inc()
+
+    async def _evaluate(self, recording: Recording) -> bool:
+        p_good = await self.engine.p_yes(recording.release, conversation(recording))
+        return await anyio.to_thread.run_sync(self._record, recording, p_good)
+
+    def _record(self, recording: Recording, p_good: float) -> bool:
+        with transaction(self.sessions) as session:
+            return episodes.record_self_evaluation(session, recording, p_good)
+
+
+def conversation(recording: Recording) -> list[dict[str, Any]]:
+    """Return what the release is asked: the conversation, its answer, and the question about it."""
+    answer = {"role": "assistant", "content": recording.answer}
+    return [*recording.messages, answer, {"role": "user", "content": QUESTION}]

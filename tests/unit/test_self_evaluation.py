@@ -1,0 +1,181 @@
+"""Self-evaluation: a few at a time; too many are dropped, errors are lost, what may not be learned from is left."""
+
+import asyncio
+import contextlib
+import math
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agent import self_evaluation
+from agent.self_evaluation import MAX_AT_ONCE, MAX_WAITING, QUESTION, SelfEvaluator
+from feedback.episodes import Recording
+from infra.engine import EngineClient, EngineError
+from infra.settings import Settings
+
+
+def recording(number=0, **changes):
+    values = {
+        "episode_id": f"ep_{number}", "user_id": "ada", "release": "r1", "adapter_digest": None, "canary_id": None,
+        "arm": "champion", "propensity": 1.0, "messages": [{"role": "user", "content": "Why?"}], "sampling": {},
+        "learn": True, "answer": "Because.", "status": "complete",
+    }  # fmt: skip
+    return Recording(**(values | changes))
+
+
+class Engine:
+    """Stands where the engine would; evaluations wait at the gate while it is closed."""
+
+    def __init__(self):
+        self.asked = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failing = None
+
+    async def p_yes(self, release, messages):
+        self.asked.append((release, messages))
+        await self.gate.wait()
+        if self.failing:
+            raise self.failing
+        return 0.75
+
+
+def run(work, tmp_path, monkeypatch, **settings):
+    """Run `work` on a running evaluator; return what was written."""
+    written = []
+
+    def write(session, recording, p_good):
+        written.append((recording.episode_id, p_good))
+        return True
+
+    monkeypatch.setattr(self_evaluation, "transaction", lambda sessions: contextlib.nullcontext())
+    monkeypatch.setattr(self_evaluation.episodes, "record_self_evaluation", write)
+
+    async def inside():
+        engine = Engine()
+        async with SelfEvaluator(None, engine, Settings(home=tmp_path, **settings)).running() as evaluator:
+            await work(evaluator, engine)
+
+    asyncio.run(asyncio.wait_for(inside(), 10))
+    return written
+
+
+def count(evaluator, outcome):
+    registry = CollectorRegistry()
+    registry.register(evaluator.outcomes)
+    return registry.get_sample_value("everloop_self_evaluations_total", {"outcome": outcome})
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_the_release_that_answered_is_asked_about_its_answer_in_its_conversation(tmp_path, monkeypatch):
+    async def work(evaluator, engine):
+        await evaluator.offer(recording())
+        await until(lambda: count(evaluator, "recorded") == 1)
+        ((release, messages),) = engine.asked
+        assert release == "r1" and messages == [
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "Because."},
+            {"role": "user", "content": QUESTION},
+        ]
+
+    assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
+
+
+def test_a_few_are_asked_at_a_time_and_what_cannot_wait_is_dropped_and_counted(tmp_path, monkeypatch):
+    num_taken = MAX_AT_ONCE + MAX_WAITING
+
+    async def work(evaluator, engine):
+        engine.gate.clear()
+        for number in range(MAX_AT_ONCE):
+            await evaluator.offer(recording(number))
+        await until(lambda: len(engine.asked) == MAX_AT_ONCE)
+        for number in range(MAX_AT_ONCE, num_taken + 5):
+            await evaluator.offer(recording(number))
+        await asyncio.sleep(0.02)
+        assert len(engine.asked) == MAX_AT_ONCE and count(evaluator, "dropped") == 5
+        engine.gate.set()
+        await until(lambda: count(evaluator, "recorded") == num_taken)
+
+    assert {episode for episode, _ in run(work, tmp_path, monkeypatch)} == {f"ep_{n}" for n in range(num_taken)}
+
+
+@pytest.mark.parametrize("error", [EngineError("away"), KeyError("logprobs")], ids=["of the engine", "of ours"])
+def test_an_error_loses_its_answer_only(tmp_path, monkeypatch, error):
+    async def work(evaluator, engine):
+        engine.failing = error
+        for number in range(MAX_AT_ONCE + 1):
+            await evaluator.offer(recording(number))
+        await until(lambda: count(evaluator, "lost") == MAX_AT_ONCE + 1)
+        engine.failing = None
+        await evaluator.offer(recording(9))
+        await until(lambda: count(evaluator, "recorded") == 1)
+
+    assert run(work, tmp_path, monkeypatch) == [("ep_9", 0.75)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learn": False}, {"status": "interrupted"}, {"status": "failed"}, {"answer": ""}], ids=str
+)
+def test_what_may_not_be_learned_from_or_did_not_end_is_not_evaluated(tmp_path, monkeypatch, changes):
+    async def work(evaluator, engine):
+        await evaluator.offer(recording(0, **changes))
+        await evaluator.offer(recording(1))
+        await until(lambda: count(evaluator, "recorded") == 1)
+        assert len(engine.asked) == 1
+
+    assert run(work, tmp_path, monkeypatch) == [("ep_1", 0.75)]
+
+
+def test_it_can_be_turned_off(tmp_path, monkeypatch):
+    async def work(evaluator, engine):
+        await evaluator.offer(recording())
+        await asyncio.sleep(0.02)
+        assert engine.asked == []
+
+    assert run(work, tmp_path, monkeypatch, self_evaluation=False) == []
+
+
+def test_the_end_does_not_wait_for_an_engine_that_hangs(tmp_path, monkeypatch):
+    async def work(evaluator, engine):
+        engine.gate.clear()
+        await evaluator.offer(recording())
+        await until(lambda: engine.asked)
+
+    assert run(work, tmp_path, monkeypatch) == []
+
+
+def engine_reporting(top_logprobs, tokens=(7,)):
+    """Return a client of an engine that tokenizes every word so, and reports these log-probabilities."""
+
+    def answer(request):
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"tokens": list(tokens)})
+        entries = [{"token": token, "logprob": logprob} for token, logprob in top_logprobs.items()]
+        return httpx.Response(200, json={"choices": [{"logprobs": {"content": [{"top_logprobs": entries}]}}]})
+
+    client = EngineClient("http://engine")
+    client._http = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(answer))
+    return client
+
+
+@pytest.mark.parametrize(
+    ("yes", "no", "p"), [(math.log(0.3), math.log(0.1), 0.75), (-9999.0, -0.5, 0.0), (-0.5, -9999.0, 1.0)]
+)
+def test_p_yes_is_the_share_of_yes_among_the_two(yes, no, p):
+    assert asyncio.run(engine_reporting({" Yes": yes, "No": no}).p_yes("base", [])) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [engine_reporting({"Oui": -1.0, "Non": -1.0}), engine_reporting({"Yes": -1.0}), engine_reporting({}, (1, 2))],
+    ids=["other words", "one word", "two tokens"],
+)
+def test_what_is_not_yes_and_no_is_no_probability(engine):
+    with pytest.raises(EngineError) as refused:
+        asyncio.run(engine.p_yes("base", []))
+    assert refused.value.code == "not_yes_or_no"
