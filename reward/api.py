@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
@@ -15,12 +15,13 @@ from feedback import episodes
 from feedback.api import Before, Limit
 from feedback.fold import fold, histories
 from feedback.identity import CurrentUser
-from feedback.tables import Episode, Feedback
+from feedback.tables import Episode, Feedback, SelfEvaluation
 from infra.db import transaction
 from infra.text import CleanText
-from reward.tables import RewardScore
+from reward.tables import RewardScore, Solicitation
 
 router = APIRouter(prefix="/v1", tags=["episodes"])
+Row = TypeVar("Row", RewardScore, SelfEvaluation, Solicitation)
 
 
 class ScoreView(BaseModel):
@@ -31,6 +32,13 @@ class ScoreView(BaseModel):
     p_good: float
     update_seq: int
     encoder: str
+
+
+class SolicitationView(BaseModel):
+    """Why a rating of an answer is asked for, and how probable that was."""
+
+    reason: Literal["random", "informative"]
+    propensity: float
 
 
 class SignalView(BaseModel):
@@ -60,6 +68,10 @@ class EpisodeView(BaseModel):
     num_completion_tokens: int
     feedback: list[SignalView]
     score: ScoreView | None
+    self_evaluation: float | None = Field(
+        description="How probable the release that answered finds it that the answer is good; null until asked."
+    )
+    solicited: SolicitationView | None = Field(description="Whether a rating is asked for; null if not.")
 
 
 class EpisodePage(BaseModel):
@@ -86,9 +98,9 @@ def list_episodes(user: CurrentUser, request: Request, before: Before = None, li
 
 def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:
     ids = [episode.id for episode in found]
-    scores = {
-        s.episode_id: s for s in session.scalars(sa.select(RewardScore).where(RewardScore.episode_id.in_(ids)))
-    }
+    scores = _by_episode(session, RewardScore, ids)
+    evaluations = _by_episode(session, SelfEvaluation, ids)
+    solicitations = _by_episode(session, Solicitation, ids)
     signals: dict[str, list[SignalView]] = {episode_id: [] for episode_id in ids}
     slots = session.scalars(sa.select(Feedback.slot).where(Feedback.episode_id.in_(ids)))
     for s in fold(signal for history in histories(session, slots).values() for signal in history):
@@ -109,6 +121,15 @@ def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:
             score=ScoreView.model_validate(scores[episode.id], from_attributes=True)
             if episode.id in scores
             else None,
+            self_evaluation=evaluations[episode.id].p_good if episode.id in evaluations else None,
+            solicited=SolicitationView.model_validate(solicitations[episode.id], from_attributes=True)
+            if episode.id in solicitations
+            else None,
         )
         for episode in found
     ]
+
+
+def _by_episode(session: Session, table: type[Row], ids: Sequence[str]) -> dict[str, Row]:
+    rows = session.scalars(sa.select(table).where(table.episode_id.in_(ids)))
+    return {row.episode_id: row for row in rows}

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 import trainer.erasure
-from feedback.tables import Erasure, Feedback, User
+from feedback.tables import Erasure, Feedback, SelfEvaluation, User
 from infra import kafka
 from infra.events import TOPICS, dead_letter_topic
 from reward import history, store
@@ -90,6 +90,12 @@ def person(stack):
             return len({row.feedback_id for row in rows}) == 4
 
     wait_until(learned, timeout_s=30, what="the signals were not learned from")
+
+    def evaluated():
+        with stack.sessions() as session:
+            return session.query(SelfEvaluation).filter(SelfEvaluation.episode_id.in_(ids)).count() == 2
+
+    wait_until(evaluated, timeout_s=30, what="the answers were not evaluated")
     assert {"episodes", "feedback"} <= {name.split("_")[0] for name in tables_with(stack, sentinel)}
     assert not topics_with(stack, sentinel), "what travels is sealed"
     return user, sentinel, ids, expected
@@ -113,7 +119,7 @@ def test_a_forgotten_person_leaves_no_word_anywhere(stack, person):
     answer = stack.http.delete("/v1/me", headers={"X-Everloop-User": user})
     assert answer.status_code == 202, answer.text
     found = complete(stack, answer.json()["erasure_id"])["found"]
-    assert found["feedback"] == {"episodes": 2, "signals": 5, "keys_destroyed": 1}
+    assert found["feedback"] == {"episodes": 2, "signals": 5, "self_evaluations": 2, "keys_destroyed": 1}
     assert found["reward"]["sites_removed"] == 4 and found["reward"]["features_deleted"] >= 2
     assert tables_with(stack, sentinel) == []
     assert topics_with(stack, sentinel) == []
