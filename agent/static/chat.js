@@ -7,6 +7,7 @@
  * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}}} Chunk
  * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}} Feedback
  */
+import { Invitation } from './invitation.js';
 
 /** @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */
 const find = (root, selector, type) => {
@@ -83,6 +84,7 @@ class Turn {
   question = copy('#user-template');
   view = copy('#assistant-template');
   part = (/** @type {string} */ selector) => find(this.view, selector, HTMLElement);
+  invitation = new Invitation(this.part('.invite'), this.part('.dismiss'), this.part('[data-thumb="1"]'));
 
   /** @param {string} prompt */
   constructor(prompt) {
@@ -107,6 +109,7 @@ class Turn {
     const control = new AbortController();
     refresh(control);
     draft.focus(); // The button that started this may be gone by now.
+    this.invitation.end();
     this.answer = this.episode = live.textContent = '';
     for (const line of ['.text', '.release', '.problem p']) this.part(line).textContent = '';
     this.view.setAttribute('aria-busy', 'true');
@@ -160,7 +163,9 @@ class Turn {
     if (reason === 'length') note = 'This answer reached its length limit.';
     this.part('.note').textContent = note;
     this.part('.actions').hidden = !this.episode;
-    if (turns.includes(this)) live.textContent = `Everloop: ${this.answer} ${note}`;
+    if (!turns.includes(this)) return;
+    live.textContent = `Everloop: ${this.answer} ${note}`;
+    if (this.episode) this.invitation.begin(this.episode, user);
   }
 
   /** @param {unknown} error */
@@ -191,6 +196,7 @@ class Turn {
 
   /** @param {string} place @param {Feedback} feedback @param {() => void} done */
   save(place, feedback, done) {
+    this.invitation.end();
     const key = uuid(); // One key for all tries: a lost reply must not make feedback count twice.
     const body = { episode_id: this.episode, user, ...feedback, idempotency_key: key };
     const attempt = async () => {
@@ -287,6 +293,7 @@ document.onkeydown = (event) => {
 stopButton.onclick = () => active?.abort();
 newChat.onclick = () => {
   active?.abort();
+  for (const turn of turns) turn.invitation.end();
   turns = [];
   messages.replaceChildren();
   refresh(null);

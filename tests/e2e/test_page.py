@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from feedback.tables import Episode, Feedback
+from reward.tables import Solicitation
 from tests.conftest import wait_until
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -16,6 +17,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+INVITATION = "Was this helpful?"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,7 @@ def test_stop_keeps_the_partial_text_and_the_episode_is_interrupted(page, stack)
 
 
 def test_markup_in_an_answer_stays_text(page):
+    page.route("**/v1/episodes/ep_x", lambda route: route.fulfill(json={"solicited": None, "score": None}))
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(
@@ -105,3 +108,73 @@ def test_markup_in_an_answer_stays_text(page):
 def test_it_fits_a_narrow_screen(page):
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.fixture
+def solicit(page, stack):
+    """Decide, in the worker's place, whether a rating of the next answer is asked for; count the page's looks."""
+
+    def decide(wanted):
+        looks = []
+
+        def look(route):
+            episode_id = route.request.url.rpartition("/")[2]
+            looks.append(episode_id)
+            with stack.sessions.begin() as session:
+                session.query(Solicitation).filter_by(episode_id=episode_id).delete()
+                if wanted:
+                    session.add(Solicitation(episode_id=episode_id, reason="informative", propensity=1.0))
+            route.continue_()
+
+        page.route("**/v1/episodes/*", look)
+        return looks
+
+    return decide
+
+
+def test_a_rating_that_is_asked_for_is_asked_for_quietly_until_it_is_given(page, solicit):
+    looks = solicit(True)
+    ask(page, "What is the capital of France?")
+    line = page.get_by_role("status").filter(has_text=INVITATION)
+    expect(line).to_be_visible(timeout=60_000)
+    assert page.evaluate("document.activeElement.id") == "prompt", "it took the focus away"
+    shots = os.environ.get("EVERLOOP_SHOTS")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        if shots:
+            page.screenshot(path=str(Path(shots) / f"invitation-{scheme}.png"))
+    page.locator('.message.assistant button[data-thumb="-1"]').click()
+    expect(page.get_by_text(INVITATION)).to_have_count(0)
+    expect(page.get_by_role("button", name="Do not rate this answer")).to_be_hidden()
+    expect(page.locator(".meta .state")).to_have_text("Saved")
+    assert len(looks) == 1
+
+
+def test_the_invitation_can_be_dismissed_from_the_keyboard(page, solicit):
+    solicit(True)
+    ask(page, "What is the capital of Spain?")
+    button = page.get_by_role("button", name="Do not rate this answer")
+    expect(button).to_be_visible(timeout=60_000)
+    button.press("Enter")
+    expect(page.get_by_text(INVITATION)).to_have_count(0)
+    expect(page.locator('.message.assistant button[data-thumb="1"]')).to_be_focused()
+    expect(page.locator('.message.assistant button[data-thumb="1"]')).to_have_attribute("aria-pressed", "false")
+
+
+def test_a_rating_that_is_not_asked_for_is_never_mentioned(page, solicit):
+    looks = solicit(False)
+    ask(page, "What is the capital of Italy?")
+    expect(page.locator(".message.assistant .actions")).to_be_visible(timeout=60_000)
+    page.wait_for_timeout(6000)
+    assert 1 <= len(looks) <= 2, "it looks once, and once more where the score was late"
+    assert page.get_by_text(INVITATION).count() == 0
+
+
+def test_who_has_rated_already_is_not_asked(page, solicit):
+    looks = solicit(True)
+    ask(page, "What is the capital of Norway?")
+    up = page.locator('.message.assistant button[data-thumb="1"]')
+    expect(up).to_be_visible(timeout=60_000)
+    up.click()
+    page.wait_for_timeout(5000)
+    assert looks == [] and page.get_by_text(INVITATION).count() == 0
