@@ -1,5 +1,6 @@
 """After an answer, the release that gave it is asked whether it was good; its probability of Yes is kept.
 
+Asking costs the engine about as much as the question did, so it waits until nobody else wants the engine.
 It is what the model itself believes, uncalibrated: the reward worker decides what that is worth. (Kadavath et al.,
 "Language Models (Mostly) Know What They Know", 2022, call it P(True).)
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
@@ -25,13 +27,15 @@ from infra.settings import Settings
 log = logging.getLogger("everloop.agent")
 
 QUESTION = "Was that answer helpful, correct and well written? Reply Yes or No."
-MAX_AT_ONCE = 2
-MAX_WAITING = 32  # some seconds' worth; later, the engine's cache has forgotten the conversation
+MAX_WAITING = 256
+QUIET_S = 0.5  # who asks one thing after another is not done yet
+PATIENCE_S = 5.0  # under load that does not end, one answer in this time is evaluated all the same
+POLL_S = 0.05
 OUTCOMES = ("recorded", "dropped", "lost")
 
 
 class SelfEvaluator:
-    """Evaluates answers behind their clients' backs: a few at a time, and not at all where too many wait.
+    """Evaluates answers behind their clients' backs: one at a time, in quiet moments, none where too many wait.
 
     Attributes
     ----------
@@ -54,13 +58,13 @@ class SelfEvaluator:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Evaluate what is offered for the length of the block; what still waits at its end is left."""
-        tasks = [asyncio.create_task(self._evaluate_all()) for _ in range(MAX_AT_ONCE)]
+        task = asyncio.create_task(self._evaluate_all())
         try:
             yield self
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     async def offer(self, recording: Recording) -> None:
         """Take an answer whose episode is written; return at once.
@@ -77,6 +81,7 @@ class SelfEvaluator:
     async def _evaluate_all(self) -> None:
         while True:
             recording = await self._waiting.get()
+            await self._quiet()
             try:
                 recorded = await self._evaluate(recording)
             except EverloopError as error:
@@ -86,6 +91,11 @@ class SelfEvaluator:
                 log.warning("%s has no self-evaluation: %s", recording.episode_id, type(error).__name__)
                 recorded = False
             self.outcomes.labels("recorded" if recorded else "lost").inc()
+
+    async def _quiet(self) -> None:
+        began_s = time.monotonic()
+        while self.engine.idle_s < QUIET_S and time.monotonic() - began_s < PATIENCE_S:
+            await asyncio.sleep(POLL_S)
 
     async def _evaluate(self, recording: Recording) -> bool:
         p_good = await self.engine.p_yes(recording.release, conversation(recording))

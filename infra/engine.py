@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class EngineClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
         )
+        self._num_streams = 0
+        self._stream_ended_s = -math.inf
         self._yes_no_ids: list[int] = []
 
     async def __aenter__(self) -> EngineClient:
@@ -55,6 +58,11 @@ class EngineClient:
         """Close the connections."""
         await self._http.aclose()
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last chat stream through this client ended; 0 while one is open."""
+        return 0.0 if self._num_streams else time.monotonic() - self._stream_ended_s
+
     @asynccontextmanager
     async def stream_chat(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """Open a chat completion stream; leaving the block early makes the engine stop generating.
@@ -65,17 +73,27 @@ class EngineClient:
             The ``chat.completion.chunk`` objects.
         """
         request = self._http.build_request("POST", "/v1/chat/completions", json={**payload, "stream": True})
+        with self._counted():
+            try:
+                response = await self._http.send(request, stream=True)
+            except httpx.TransportError as error:
+                raise _unavailable() from error
+            try:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _refusal(response)
+                yield _chunks(response)
+            finally:
+                await response.aclose()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_streams += 1
         try:
-            response = await self._http.send(request, stream=True)
-        except httpx.TransportError as error:
-            raise _unavailable() from error
-        try:
-            if response.status_code != 200:
-                await response.aread()
-                raise _refusal(response)
-            yield _chunks(response)
+            yield
         finally:
-            await response.aclose()
+            self._num_streams -= 1
+            self._stream_ended_s = time.monotonic()
 
     async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Return one whole chat completion."""

@@ -1,15 +1,16 @@
-"""Self-evaluation: a few at a time; too many are dropped, errors are lost, what may not be learned from is left."""
+"""Self-evaluation: one at a time; too many are dropped, errors are lost, what may not be learned from is left."""
 
 import asyncio
 import contextlib
 import math
+import time
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
 from agent import self_evaluation
-from agent.self_evaluation import MAX_AT_ONCE, MAX_WAITING, QUESTION, SelfEvaluator
+from agent.self_evaluation import MAX_WAITING, QUESTION, SelfEvaluator
 from feedback.episodes import Recording
 from infra.engine import EngineClient, EngineError
 from infra.settings import Settings
@@ -32,6 +33,7 @@ class Engine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.failing = None
+        self.idle_s = 60.0
 
     async def p_yes(self, release, messages):
         self.asked.append((release, messages))
@@ -86,31 +88,56 @@ def test_the_release_that_answered_is_asked_about_its_answer_in_its_conversation
     assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
 
 
-def test_a_few_are_asked_at_a_time_and_what_cannot_wait_is_dropped_and_counted(tmp_path, monkeypatch):
-    num_taken = MAX_AT_ONCE + MAX_WAITING
+def test_one_is_asked_at_a_time_and_what_cannot_wait_is_dropped_and_counted(tmp_path, monkeypatch):
+    num_taken = 1 + MAX_WAITING
 
     async def work(evaluator, engine):
         engine.gate.clear()
-        for number in range(MAX_AT_ONCE):
-            await evaluator.offer(recording(number))
-        await until(lambda: len(engine.asked) == MAX_AT_ONCE)
-        for number in range(MAX_AT_ONCE, num_taken + 5):
+        await evaluator.offer(recording(0))
+        await until(lambda: engine.asked)
+        for number in range(1, num_taken + 5):
             await evaluator.offer(recording(number))
         await asyncio.sleep(0.02)
-        assert len(engine.asked) == MAX_AT_ONCE and count(evaluator, "dropped") == 5
+        assert len(engine.asked) == 1 and count(evaluator, "dropped") == 5
         engine.gate.set()
         await until(lambda: count(evaluator, "recorded") == num_taken)
 
-    assert {episode for episode, _ in run(work, tmp_path, monkeypatch)} == {f"ep_{n}" for n in range(num_taken)}
+    assert [episode for episode, _ in run(work, tmp_path, monkeypatch)] == [f"ep_{n}" for n in range(num_taken)]
+
+
+def test_it_waits_until_nobody_else_wants_the_engine(tmp_path, monkeypatch):
+    async def work(evaluator, engine):
+        engine.idle_s = 0.0
+        await evaluator.offer(recording())
+        await asyncio.sleep(0.2)
+        assert engine.asked == []
+        engine.idle_s = 60.0
+        await until(lambda: engine.asked)
+
+    assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
+
+
+def test_under_load_that_does_not_end_its_patience_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_evaluation, "PATIENCE_S", 0.1)
+
+    async def work(evaluator, engine):
+        engine.idle_s = 0.0
+        for number in range(3):
+            await evaluator.offer(recording(number))
+        started_s = time.monotonic()
+        await until(lambda: count(evaluator, "recorded") == 3)
+        assert time.monotonic() - started_s >= 0.3, "each waits its turn"
+
+    assert len(run(work, tmp_path, monkeypatch)) == 3
 
 
 @pytest.mark.parametrize("error", [EngineError("away"), KeyError("logprobs")], ids=["of the engine", "of ours"])
 def test_an_error_loses_its_answer_only(tmp_path, monkeypatch, error):
     async def work(evaluator, engine):
         engine.failing = error
-        for number in range(MAX_AT_ONCE + 1):
+        for number in range(2):
             await evaluator.offer(recording(number))
-        await until(lambda: count(evaluator, "lost") == MAX_AT_ONCE + 1)
+        await until(lambda: count(evaluator, "lost") == 2)
         engine.failing = None
         await evaluator.offer(recording(9))
         await until(lambda: count(evaluator, "recorded") == 1)
@@ -179,3 +206,22 @@ def test_what_is_not_yes_and_no_is_no_probability(engine):
     with pytest.raises(EngineError) as refused:
         asyncio.run(engine.p_yes("base", []))
     assert refused.value.code == "not_yes_or_no"
+
+
+def test_the_engine_is_idle_since_its_last_stream_ended():
+    async def work():
+        def answer(request):
+            return httpx.Response(200, text="data: [DONE]\n\n")
+
+        client = EngineClient("http://engine")
+        client._http = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(answer))
+        assert client.idle_s > 1e6
+        async with client.stream_chat({}):
+            async with client.stream_chat({}):
+                assert client.idle_s == 0
+            assert client.idle_s == 0
+        assert 0 <= client.idle_s < 5
+        await asyncio.sleep(0.02)
+        assert client.idle_s >= 0.02
+
+    asyncio.run(work())
