@@ -90,11 +90,22 @@ def test_the_probability_depends_on_the_answer_and_not_on_the_asking(stack):
 
 
 def test_an_evaluation_leaves_the_log_probabilities_of_its_neighbours_alone(stack):
-    """Both are in one batch of the engine, which gathers other tokens for the evaluation."""
+    """Where both are in one batch, the engine gathers other tokens for the evaluation."""
+    question = [{"role": "user", "content": "Is water wet? Reply Yes or No."}]
+
+    async def evaluate_until(done):
+        num_evaluated = 0
+        async with EngineClient(stack.settings.need("engine_url")) as engine:
+            while not all(future.done() for future in done):
+                await engine.p_yes("base", question)
+                num_evaluated += 1
+        return num_evaluated
+
     with ThreadPoolExecutor(4) as pool:
-        completions = list(pool.map(lambda n: stack.ask(f"Describe the number {n}.", max_tokens=32), range(16)))
+        chats = [pool.submit(stack.ask, f"Describe the number {n}.", max_tokens=32) for n in range(8)]
+        assert asyncio.run(evaluate_until(chats)) >= 4, "they did not run side by side"
     with stack.sessions() as session:
-        rows = [session.get_one(Episode, completion.id) for completion in completions]
+        rows = [session.get_one(Episode, chat.result().id) for chat in chats]
     assert all(len(row.logprobs) == len(row.token_ids) for row in rows)
     assert all(-100 < logprob <= 0 for row in rows for logprob in row.logprobs)
 
