@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -47,6 +48,12 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def _reward_client(settings: Settings) -> httpx.AsyncClient:
+    """Return a client of the reward worker; features of 64 answers take their time on a CPU."""
+    url = settings.reward_url or "http://reward.invalid"  # without a worker, requests end in reward_unavailable
+    return httpx.AsyncClient(base_url=url, timeout=120.0, trust_env=False)
+
+
 def build_app(settings: Settings) -> FastAPI:
     """Return the API on the given settings."""
 
@@ -60,6 +67,7 @@ def build_app(settings: Settings) -> FastAPI:
             async with (
                 Intake(app.state.sessions).running() as app.state.intake,
                 evaluator.running() as app.state.self_evaluator,
+                _reward_client(settings) as app.state.reward,
             ):
                 yield
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "rollback": ("deploy.cli", "rollback", "Go back to an earlier champion, with a reason."),
     "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
     "users": ("feedback.cli", "users_app", "Consent and erasure."),
+    "reward": ("reward.cli", "app", "State of the reward model, gold probes, raters, learning anew."),
     "log": ("infra.log.cli", "app", "State of the log, replay, dead letters."),
     "bench": ("flows.bench.cli", "app", "Measure; each bench prints what it compared with."),
 }

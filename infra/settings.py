@@ -35,10 +35,12 @@ class Settings(BaseSettings):
     kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
     kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
     engine_url: str | None = Field(None, description="Address of a vLLM server; embedded if unset.")
+    reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
     kafka_port: int | None = Field(None, description="Port of the embedded broker; free one if unset.")
     engine_port: int | None = Field(None, description="Port of the embedded vLLM; free one if unset.")
+    reward_port: int | None = Field(None, description="Port of the embedded reward worker; free one if unset.")
     prefect_port: int | None = Field(None, description="Port of the embedded Prefect; free one if unset.")
 
     base_model: str | None = Field(

@@ -1,4 +1,4 @@
-"""``GET /v1/episodes``: an answer, what was said of it, and how good it is believed to be."""
+"""``GET /v1/episodes`` and ``POST /v1/rewards/score``: answers, and how good they are believed to be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
+import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from feedback import episodes
@@ -17,8 +18,12 @@ from feedback.fold import fold, histories
 from feedback.identity import CurrentUser
 from feedback.tables import Episode, Feedback, SelfEvaluation
 from infra.db import transaction
+from infra.errors import EverloopError, UnavailableError
 from infra.text import CleanText
 from reward.tables import RewardScore, Solicitation
+
+MAX_SCORED = 64
+MAX_SCORED_MESSAGES = 200
 
 router = APIRouter(prefix="/v1", tags=["episodes"])
 Row = TypeVar("Row", RewardScore, SelfEvaluation, Solicitation)
@@ -30,6 +35,7 @@ class ScoreView(BaseModel):
     mean: float
     sd: float
     p_good: float
+    abstain: bool
     update_seq: int
     encoder: str
 
@@ -74,6 +80,57 @@ class EpisodeView(BaseModel):
     solicited: SolicitationView | None = Field(description="Whether a rating is asked for; null if not.")
 
 
+class ScoredMessage(BaseModel):
+    """A message of the conversation before the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: CleanText
+
+
+class ScoreItem(BaseModel):
+    """An answer to be scored; with a reference, against that answer to the same messages."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[ScoredMessage] = Field(min_length=1, max_length=MAX_SCORED_MESSAGES)
+    answer: CleanText = Field(description="What the assistant said.")
+    reference: CleanText | None = Field(None, description="What it is compared with.")
+
+
+class ScoreRequest(BaseModel):
+    """A batch of answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    items: list[ScoreItem] = Field(min_length=1, max_length=MAX_SCORED)
+    snapshot_id: int | None = Field(
+        None, ge=1, lt=2**31, description="A pinned snapshot; the newest state if unset."
+    )
+
+
+class ScoredItem(BaseModel):
+    """The belief about one answer (or, with a reference, about the difference)."""
+
+    mean: float = Field(description="Mean of the logit.")
+    sd: float = Field(description="Its standard deviation.")
+    p_good: float = Field(description="Calibrated probability that it is good (or better).")
+    abstain: bool = Field(description="Whether too little is known of such answers to say anything.")
+    reward: float = Field(description="Mean minus kappa standard deviations, clipped: what training sees.")
+    contributions: dict[str, float] = Field(description="What content, prompt, style and constant add to the mean.")
+
+
+class ScoreBatch(BaseModel):
+    """Scores in the order of the items, and the version that gave them."""
+
+    encoder: str
+    update_seq: int
+    snapshot_id: int | None
+    kappa: float
+    data: list[ScoredItem]
+
+
 class EpisodePage(BaseModel):
     """Episodes, the newest first; ``next_before`` is null on the last page."""
 
@@ -94,6 +151,28 @@ def list_episodes(user: CurrentUser, request: Request, before: Before = None, li
     with transaction(request.app.state.sessions) as session:
         found = _views(session, episodes.page(session, user, before, limit))
     return EpisodePage(data=found, next_before=found[-1].id if len(found) == limit else None)
+
+
+@router.post("/rewards/score", tags=["rewards"])
+async def score(body: ScoreRequest, request: Request) -> ScoreBatch:
+    """Score answers that need not be recorded: the belief, the pessimistic reward, and what contributed to it."""
+    client: httpx.AsyncClient = request.app.state.reward
+    try:
+        response = await client.post("/v1/rewards/score", json=body.model_dump())
+    except httpx.TransportError as error:
+        raise UnavailableError(
+            "The reward worker does not answer; try again in a few seconds.", code="reward_unavailable"
+        ) from error
+    if response.status_code != 200:
+        raise _passed_on(response)
+    return ScoreBatch.model_validate(response.json())
+
+
+def _passed_on(response: httpx.Response) -> EverloopError:
+    error = response.json()["error"] if response.headers.get("content-type") == "application/json" else {}
+    found = EverloopError(error.get("message", "The reward worker failed."), code=error.get("code"))
+    found.status, found.type = response.status_code, error.get("type", found.type)
+    return found
 
 
 def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:

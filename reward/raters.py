@@ -157,12 +157,14 @@ class Raters:
     def check(self, rater: Rater, *, right: bool) -> None:
         """Note that a vote of theirs was held against a gold probe."""
         pool, block = self._pool(rater), self.blocks.get(rater.block) if rater.block else None
+        # The pool is about raters, not votes: of one rater, each further check says less of the others.
+        share = 1.0 / (1 + rater.num_right + rater.num_wrong)
         if right:
             rater.num_right += 1
-            pool.right += 1
+            pool.right += share
         else:
             rater.num_wrong += 1
-            pool.wrong += 1
+            pool.wrong += share
         if block is not None:
             block.num_right += right
             block.num_wrong += not right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 
 import sqlalchemy as sa
@@ -35,10 +36,13 @@ def load(session: Session, encoder: str, dim: int) -> tuple[Learner, Posterior]:
             "part of it was lost. Restore it from a backup, or run `everloop reward replay`.",
             code="reward_position_backwards",
         )
-    rows = session.execute(sa.select(*(getattr(RewardRater, name) for name in _FIELDS)))
-    raters = [Rater(**dict(zip(_FIELDS, found, strict=True))) for found in rows]
-    guards = read_guards(session, encoder)
-    return Learner(posterior.head, guards, raters), posterior
+    return Learner(posterior.head, read_guards(session, encoder), read_raters(session)), posterior
+
+
+def read_raters(session: Session) -> Iterator[Rater]:
+    """Yield the raters as they are stored."""
+    for found in session.execute(sa.select(*(getattr(RewardRater, name) for name in _FIELDS))):
+        yield Rater(**dict(zip(_FIELDS, found, strict=True)))
 
 
 def read_guards(session: Session, encoder: str) -> Guards:

@@ -33,10 +33,16 @@ from reward.tables import (
 LOAD_TRIES = 5
 
 
-def load_posterior(session: Session, encoder: str, dim: int) -> Posterior:
-    """Recover the posterior: the newest snapshot and the updates since, in their order."""
+def load_posterior(session: Session, encoder: str, dim: int, known: Posterior | None = None) -> Posterior:
+    """Recover the posterior: the newest snapshot and the updates since, in their order.
+
+    Parameters
+    ----------
+    known
+        An earlier state, which is brought up to date where that is less work.
+    """
     for _ in range(LOAD_TRIES):
-        found = _load(session, encoder, dim)
+        found = _load(session, encoder, dim, known)
         if found is not None:
             return found
     raise IntegrityError(
@@ -44,7 +50,7 @@ def load_posterior(session: Session, encoder: str, dim: int) -> Posterior:
     )
 
 
-def _load(session: Session, encoder: str, dim: int) -> Posterior | None:
+def _load(session: Session, encoder: str, dim: int, known: Posterior | None) -> Posterior | None:
     """Recover the posterior; None where an erasure emptied updates after the snapshot had been read."""
     snapshot = session.scalars(
         sa.select(RewardSnapshot)
@@ -52,7 +58,11 @@ def _load(session: Session, encoder: str, dim: int) -> Posterior | None:
         .order_by(RewardSnapshot.update_seq.desc())
         .limit(1)
     ).one_or_none()
-    posterior = read_snapshot(snapshot) if snapshot else Posterior(BayesianHead.prior(dim), 0, 0)
+    # A snapshot that is newer than what is known may have put something else in its place (a rebuild, an erasure).
+    if known is not None and (snapshot is None or snapshot.update_seq <= known.update_seq):
+        posterior = known
+    else:
+        posterior = read_snapshot(snapshot) if snapshot else Posterior(BayesianHead.prior(dim), 0, 0)
     updates = session.scalars(
         sa.select(RewardUpdate)
         .where(RewardUpdate.encoder == encoder, RewardUpdate.seq > posterior.update_seq)

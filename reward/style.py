@@ -26,10 +26,12 @@ STYLE_NAMES = (
     "second_person",
     "words_per_sentence",
     "refusal",
+    "over_400_words",
 )
 
 # Powers of two: a preference for some length can be composed of them, and none is favoured.
 LENGTH_KNOTS = (16, 32, 64, 128)
+MOST_WORDS = 400
 
 _LIST = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 _FIRST = re.compile(r"\b(?:i|i'm|my|me)\b", re.IGNORECASE)
@@ -73,9 +75,9 @@ def is_refusal(text: str) -> bool:
 
 
 def style_features(answer: str) -> NDArray[np.float64]:
-    """Return the style features of `answer`, shape ``(len(STYLE_NAMES),)``, each about in [-1, 1]."""
+    """Return the style features of `answer`, shape ``(len(STYLE_NAMES),)``, each in [-1, 1], the last in [0, 2]."""
     words = num_words(answer)
-    log_words = math.log(min(max(words, 4), 400) / 40.0) / math.log(10.0)
+    log_words = math.log(min(max(words, 4), MOST_WORDS) / 40.0) / math.log(10.0)
     sentences = max(len(_SENTENCE_END.findall(answer)), 1)
     return np.array(
         [
@@ -89,6 +91,8 @@ def style_features(answer: str) -> NDArray[np.float64]:
             1.0 if _SECOND.search(answer) else -1.0,
             min(words / sentences, 60.0) / 30.0 - 1.0,
             1.0 if is_refusal(answer) else -1.0,
+            # Zero for nearly all answers, so the weight stays unknown: at extreme lengths the model is unsure.
+            min(max(math.log2(max(words, 1) / MOST_WORDS), 0.0), 2.0),
         ]
     )
 

@@ -42,6 +42,8 @@ from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
 from reward.online import Score
 from reward.raters import PROGRAM
+from reward.scoring import Scorer
+from reward.server import serve
 from reward.signals import Signals
 from reward.store import Scored
 from reward.tables import RewardUpdate
@@ -272,6 +274,8 @@ def main() -> None:
     encoder = open_encoder(settings, num_threads=1)
     threading.Thread(target=_load_or_exit, args=[encoder], daemon=True).start()
     worker = RewardWorker(sessions, settings, encoder)
+    if settings.reward_port is not None:
+        serve(Scorer(sessions, encoder, settings.pessimism_kappa), "127.0.0.1", settings.reward_port)
     handlers: dict[type[Any], Any] = {
         RaterRuled: worker.on_rulings,
         FeedbackGiven: worker.on_feedback,

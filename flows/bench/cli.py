@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +57,20 @@ def faults(
     _print(result, json_path)
     if result["lost"] or result["counted_twice"] or not result["reward_state_equal"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def reward(
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="A gzip'd JSONL of {chosen, rejected} transcripts.")
+    ] = None,
+    stack: Annotated[bool, typer.Option(help="Also start the log's parts, for replay and latency.")] = True,
+    json_path: JsonPath = None,
+) -> None:
+    """How well the reward model learns, how fast, and what coordinated raters can do to it."""
+    from flows.bench.reward import measure
+
+    _print(measure(pairs, with_stack=stack), json_path)
 
 
 def _print(result: dict[str, Any], json_path: str | None) -> None:

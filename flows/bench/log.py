@@ -53,7 +53,7 @@ def measure(seconds: float) -> dict[str, Any]:
         report.say("writing episodes")
         num_singles = int((MAX_SINGLES_PER_S + 700) * seconds)
         ids = seed(sessions, num_singles + int(MAX_BATCHED_PER_S * seconds))
-        _wait(sessions, REWARD, lambda session: backlog(session) == 0)
+        wait_for(sessions, REWARD, lambda session: backlog(session) == 0)
         bodies = map(_body, itertools.count(), ids[:num_singles])
         report.say(f"single signals, {NUM_CLIENTS} clients, as many as can be")
         load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=2.0, rate_per_s=None)  # warm-up
@@ -171,10 +171,11 @@ def _until_quiet(sessions: Sessions, consumer: str) -> None:
         lags = [lag for lag in metrics.read(session).lags if lag.topic == FeedbackGiven.topic]
         return not session.scalar(waiting) and not any(lag.records for lag in lags if lag.consumer == consumer)
 
-    _wait(sessions, consumer, quiet)
+    wait_for(sessions, consumer, quiet)
 
 
-def _wait(sessions: Sessions, consumer: str, done: Callable[[Session], bool]) -> None:
+def wait_for(sessions: Sessions, consumer: str, done: Callable[[Session], bool]) -> None:
+    """Wait until a consumer has done something."""
     deadline_s = time.time() + DRAIN_TIMEOUT_S
     while True:
         with sessions() as session:

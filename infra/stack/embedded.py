@@ -116,7 +116,7 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
     """Choose free ports where none are set; return the settings and the names of embedded addresses."""
     embedded = {
         name
-        for name in ("database_url", "kafka_bootstrap", "engine_url", "prefect_url")
+        for name in ("database_url", "kafka_bootstrap", "engine_url", "prefect_url", "reward_url")
         if getattr(settings, name) is None
     }
     ports: dict[str, int] = {}
@@ -128,6 +128,7 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
                 ("kafka_port", "kafka_bootstrap"),
                 ("engine_port", "engine_url"),
                 ("prefect_port", "prefect_url"),
+                ("reward_port", "reward_url"),
             )
         }
         for name, needed in wanted.items():
@@ -138,6 +139,7 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         "database_url": f"postgresql+psycopg://everloop:{password}@{LOOPBACK}:{ports.get('database_port')}/everloop",
         "kafka_bootstrap": f"{LOOPBACK}:{ports.get('kafka_port')}",
         "engine_url": f"http://{LOOPBACK}:{ports.get('engine_port')}",
+        "reward_url": f"http://{LOOPBACK}:{ports.get('reward_port')}",
         "prefect_url": f"http://{LOOPBACK}:{ports.get('prefect_port')}/api",
     }
     update = {**ports, "public_url": f"http://{LOOPBACK}:{ports['api_port']}"}
@@ -186,7 +188,7 @@ def _init_postgres(settings: Settings) -> None:
 
 
 def _write_stack_file(settings: Settings, embedded: set[str]) -> None:
-    names = {"api_port", "public_url", *embedded}
+    names = {"api_port", "public_url", "reward_port", *embedded}
     settings.stack_file.touch(mode=0o600)
     settings.stack_file.write_text(json.dumps({name: getattr(settings, name) for name in sorted(names)}))
 

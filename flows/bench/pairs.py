@@ -1,0 +1,175 @@
+"""Preference pairs from a file: their features, one pass over them, and a batch fit beside it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from infra import report
+from infra.errors import InvalidRequestError
+from infra.settings import Settings
+from reward.calibration import NUM_BINS, Reliability, log_loss
+from reward.encoder import Answer, Encoder
+from reward.online import PRIOR_VARIANCE, BayesianHead
+
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+
+SKIPPED_SHARE = 0.25  # predictions of the first quarter are not counted
+SWAP_SEEDS = 5
+FOLDS = 10
+REFIT_EVERY = 8
+CHUNK_ANSWERS = 64
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def transcript(text: str) -> Answer:
+    """Return (messages, last answer) of a transcript of ``Human:`` and ``Assistant:`` turns."""
+    parts = _TURN.split(text)[1:]
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if not turns or turns[-1]["role"] != "assistant":
+        raise InvalidRequestError("A transcript must end with an Assistant turn.", code="bad_transcript")
+    return turns[:-1], turns[-1]["content"]
+
+
+def read_pairs(path: Path) -> list[tuple[Answer, Answer]]:
+    """Return the (chosen, rejected) answers of a gzip'd JSONL file, in file order.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``bad_pairs``: the line is named.
+    """
+    found = []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                found.append((transcript(row["chosen"]), transcript(row["rejected"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InvalidRequestError(f"{path.name}, line {number}: {error}", code="bad_pairs") from error
+    return found
+
+
+def differences(settings: Settings, encoder: Encoder, path: Path) -> Matrix:
+    """Return chosen minus rejected features, shape ``(pairs, dim)``; computed once and kept under the home.
+
+    An answer of which no features can be made (an empty one) counts as the zero vector.
+    """
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    kept = settings.home / "bench" / f"{digest}-{encoder.name}.npy"
+    if not kept.exists():
+        answers = [answer for pair in read_pairs(path) for answer in pair]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.save(kept, encode(encoder, answers, "features of the pairs"))
+    phi: Matrix = np.load(kept).astype(np.float64)
+    return phi[0::2] - phi[1::2]
+
+
+def encode(encoder: Encoder, answers: Sequence[Answer], what: str) -> NDArray[np.float32]:
+    """Return features, shape ``(n, dim)``; zeros where none can be made."""
+    usable = [i for i, (_, text) in enumerate(answers) if encoder.refusal(text) is None]
+    phi = np.zeros((len(answers), encoder.dim), np.float32)
+    with report.Phase(what, len(usable)) as phase:
+        for start in range(0, len(usable), CHUNK_ANSWERS):
+            chunk = usable[start : start + CHUNK_ANSWERS]
+            phi[chunk] = encoder.encode([answers[i] for i in chunk])
+            phase.update(start + len(chunk))
+    return phi
+
+
+def one_pass(z: Matrix, targets: Sequence[float], *, pairs: bool) -> dict[str, float]:
+    """Predict each observation, then learn it; return accuracy, log loss and ECE after the first quarter."""
+    head, forecasts = BayesianHead.prior(z.shape[1]), []
+    for row, target in zip(z, targets, strict=True):
+        forecasts.append(head.learn_scored(row, target)[1].p_good)
+    counted = slice(int(len(forecasts) * SKIPPED_SHARE), None)
+    return scores(forecasts[counted], targets[counted], pairs=pairs)
+
+
+def scores(forecasts: Sequence[float], targets: Sequence[float], *, pairs: bool) -> dict[str, float]:
+    """Return n, accuracy, log loss and ECE of forecasts.
+
+    Of a pair it says nothing which side is named first: `ece` counts it both ways. `ece_swapped` is the mean over
+    random choices of one side, and `ece_by_luck` what `ece_swapped` would be if every forecast were exactly right.
+    """
+    p, t = np.array(forecasts), np.array(targets)
+    reliability = Reliability()
+    for forecast, target in zip(forecasts, targets, strict=True):
+        reliability.observe_pair(forecast) if pairs else reliability.observe(forecast, target)
+    found = {
+        "n": float(len(p)),
+        "accuracy": float(np.mean(np.where(p == 0.5, 0.5, (p > 0.5) == (t > 0.5)))),
+        "log_loss": float(np.mean([log_loss(a, b) for a, b in zip(forecasts, targets, strict=True)])),
+        "ece": float(reliability.ece or 0.0),
+    }
+    if pairs:
+        found["ece_swapped"] = float(np.mean([_swapped(p, seed) for seed in range(SWAP_SEEDS)]))
+        found["ece_by_luck"] = float(np.mean([_by_luck(p, seed) for seed in range(40)]))
+    return found
+
+
+def batch_accuracy(z: Matrix) -> dict[str, float]:
+    """Return the accuracy of batch fits on what the one pass is judged on.
+
+    ``batch_accuracy``: cross-validation in time, refitted every few pairs on what came before, as much as the one
+    pass has seen. ``batch_10_fold``: shuffled folds, each predicted from nine tenths of the file.
+    """
+    first = int(len(z) * SKIPPED_SHARE)
+    with report.Phase("batch fits", len(z) - first + FOLDS) as phase:
+        ahead = np.zeros(len(z))
+        for start in range(first, len(z), REFIT_EVERY):
+            ahead[start : start + REFIT_EVERY] = z[start : start + REFIT_EVERY] @ _fit(z[:start])
+            phase.update(start - first)
+        folds = np.zeros(len(z))
+        order = np.random.default_rng(0).permutation(len(z))
+        for fold in range(FOLDS):
+            held_out = order[fold::FOLDS]
+            folds[held_out] = z[held_out] @ _fit(np.delete(z, held_out, axis=0))
+            phase.update(len(z) - first + fold)
+    return {
+        "batch_accuracy": float(np.mean(ahead[first:] > 0)),
+        "batch_10_fold": float(np.mean(folds[first:] > 0)),
+    }
+
+
+def _fit(z: Matrix) -> Vector:
+    """Return the mode of the logistic posterior on pairs that all came out first over second."""
+
+    def loss(theta: Vector) -> tuple[float, Vector]:
+        m = z @ theta
+        gradient = -z.T @ (1.0 / (1.0 + np.exp(np.clip(m, -30.0, 30.0)))) + theta / PRIOR_VARIANCE
+        return float(np.logaddexp(0.0, -m).sum() + theta @ theta / (2.0 * PRIOR_VARIANCE)), gradient
+
+    found: Any = minimize(loss, np.zeros(z.shape[1]), jac=True, method="L-BFGS-B")
+    return np.asarray(found.x)
+
+
+def _swapped(p: Vector, seed: int) -> float:
+    first = np.random.default_rng(seed).random(len(p)) < 0.5
+    return _ece(np.where(first, p, 1.0 - p), first.astype(float))
+
+
+def _by_luck(p: Vector, seed: int) -> float:
+    rng = np.random.default_rng(1_000 + seed)
+    right, first = rng.random(len(p)) < p, rng.random(len(p)) < 0.5
+    return _ece(np.where(first, p, 1.0 - p), (right == first).astype(float))
+
+
+def _ece(p: Vector, y: Vector) -> float:
+    tenth = np.minimum((p * NUM_BINS).astype(int), NUM_BINS - 1)
+    return float(
+        sum(np.mean(tenth == k) * abs(p[tenth == k].mean() - y[tenth == k].mean()) for k in np.unique(tenth))
+    )

@@ -1,0 +1,38 @@
+"""The reward worker's own HTTP address: scores of any answers. The gateway, which runs no model, asks here."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from infra.errors import EverloopError
+from reward.api import ScoreRequest
+from reward.scoring import Scorer
+
+
+def build(scorer: Scorer) -> FastAPI:
+    """Return the application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.post("/v1/rewards/score")
+    def score(body: ScoreRequest) -> dict[str, Any]:
+        answers = [([m.model_dump() for m in item.messages], item.answer) for item in body.items]
+        return scorer.score(answers, [item.reference for item in body.items], body.snapshot_id)
+
+    @app.exception_handler(EverloopError)
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EverloopError)
+        return JSONResponse(error.envelope(), status_code=error.status)
+
+    return app
+
+
+def serve(scorer: Scorer, host: str, port: int) -> None:
+    """Serve in a thread of its own, which ends with the process."""
+    server = uvicorn.Server(uvicorn.Config(build(scorer), host=host, port=port, log_config=None, access_log=False))
+    server.install_signal_handlers = lambda: None  # the worker stops by itself
+    threading.Thread(target=server.run, daemon=True).start()
