@@ -139,7 +139,11 @@ def replay(
         outbox.append(session, event, key=encoder, event_id=event_id)
     while True:
         with transaction(sessions) as session:
-            done = session.scalar(sa.select(ConsumedEvent.dead_letter).where(ConsumedEvent.event_id == event_id))
+            done = session.scalar(
+                sa.select(ConsumedEvent.dead_letter).where(
+                    ConsumedEvent.event_id == event_id, ConsumedEvent.consumer == "reward"
+                )
+            )
         if done is not None:
             break
         if time.monotonic() - started_s > timeout_s:

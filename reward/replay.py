@@ -56,7 +56,7 @@ def rebuild(worker: RewardWorker, session: Session) -> Rebuilt:
         events = [
             FeedbackGiven(feedback_id=row.id, **{name: getattr(row, name) for name in COLUMNS}) for row in rows
         ]
-        Signals(worker, session, events).learn()
+        Signals(worker, session, events, known_dead=True).learn()
         _judge(worker, session, due)
         worker.commit(session)
         session.expunge_all()

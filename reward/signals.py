@@ -33,7 +33,7 @@ Vector = NDArray[np.float64]
 BY_CHOICE = frozenset({"thumb", "rating"})
 
 
-def answers_of(signal: Standing, episodes: Mapping[str, Episode]) -> list[tuple[Episode, str]]:
+def answers_of(signal: Standing | FeedbackGiven, episodes: Mapping[str, Episode]) -> list[tuple[Episode, str]]:
     """Return the texts that a signal is about: the answer, and the one that it is compared with, if any."""
     episode = episodes[signal.episode_id]
     answers = [(episode, episode.answer)]
@@ -65,9 +65,19 @@ def verdict_of_gold(probes: Iterable[GoldProbe], signal: Standing) -> bool | Non
 
 
 class Signals:
-    """Signals that came together."""
+    """Signals that came together.
 
-    def __init__(self, worker: RewardWorker, session: Session, events: Sequence[FeedbackGiven]) -> None:
+    Parameters
+    ----------
+    known_dead
+        Whether texts of which no features can be made are set aside. A rebuild does so: they became dead letters
+        when they came.
+    """
+
+    def __init__(
+        self, worker: RewardWorker, session: Session, events: Sequence[FeedbackGiven], *, known_dead: bool = False
+    ) -> None:
+        self.known_dead = known_dead
         self.worker = worker
         self.session = session
         self.events = events
@@ -115,7 +125,11 @@ class Signals:
 
     def _refusal(self, signal: Standing | FeedbackGiven) -> str | None:
         named = [signal.episode_id, *([signal.over] if signal.over else [])]
-        return refusal(signal.kind, [self.episodes.get(name) for name in named])
+        reason = refusal(signal.kind, [self.episodes.get(name) for name in named])
+        if reason is None and self.known_dead:
+            refused = (self.worker.encoder.refusal(text) for _, text in answers_of(signal, self.episodes))
+            reason = next((error.code for error in refused if error is not None), None)
+        return reason
 
     def _apply(self, event: FeedbackGiven) -> list[RewardUpdated | SignalSetAside]:
         reason = self._refusal(event)

@@ -1,0 +1,193 @@
+"""The reward model on the running stack: scores of any answer, gold probes, bans, learning anew."""
+
+import time
+import uuid
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from feedback.tables import User
+from infra.db import transaction
+from infra.events import RebuildRequested
+from infra.ids import new_id
+from infra.log import outbox
+from infra.tables import ConsumedEvent, DeadLetter
+from reward import history, rulings, state, store
+from reward.encoder import open_encoder
+from reward.tables import RewardSnapshot, RewardUpdate
+from tests.conftest import wait_until
+
+ANSWER = "Rain is water that falls from clouds. It forms when vapour cools."
+QUESTION = [{"role": "user", "content": "What is rain?"}]
+
+
+def score(stack, *items, **more):
+    body = {"items": [{"messages": QUESTION, **item} for item in items], **more}
+    return stack.http.post("/v1/rewards/score", json=body)
+
+
+def latest(stack, feedback_ids):
+    encoder = open_encoder(stack.settings).name
+    with stack.sessions() as session:
+        return {name: c.action for name, c in history.latest_of(session, encoder, feedback_ids).items()}
+
+
+def vote(stack, user, value=1, count=1):
+    ids = []
+    for n in range(count):
+        episode = stack.ask(f"What is the number {n}?", user=user, max_tokens=8).id
+        ids.append((episode, stack.feedback(episode, user=user, kind="thumb", value=value).json()["id"]))
+    wait_until(lambda: len(latest(stack, [f for _, f in ids])) == count, what="the votes did not arrive")
+    return ids
+
+
+def rule(stack, user, ruling):
+    with transaction(stack.sessions) as session:
+        key = session.get_one(User, user).key_id
+        return rulings.give_ruling(session, rater=key, ruling=ruling, operator="test", reason="a test")
+
+
+def test_scores_name_their_version_and_what_they_are_made_of(stack):
+    wait_until(lambda: score(stack, {"answer": ANSWER}).status_code != 503, what="the worker did not come up")
+    answer = score(stack, {"answer": ANSWER}, {"answer": ANSWER, "reference": ANSWER}, {"answer": "No."})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["encoder"] == open_encoder(stack.settings).name
+    for row in body["data"]:
+        assert set(row["contributions"]) == {"content", "prompt", "style", "constant"}
+        assert sum(row["contributions"].values()) == pytest.approx(row["mean"], abs=1e-9)
+        expected = max(-8.0, min(8.0, row["mean"] - body["kappa"] * row["sd"]))
+        assert row["reward"] == pytest.approx(expected) and 0 < row["p_good"] < 1
+    same = body["data"][1]  # against itself: nothing to choose, but for rounding within a batch of bfloat16
+    assert abs(same["mean"]) < 0.1 and same["sd"] < 0.1 and abs(same["p_good"] - 0.5) < 0.05
+
+
+def test_a_pinned_snapshot_scores_the_same_after_more_was_learned(stack):
+    vote(stack, "pinner")
+    encoder = open_encoder(stack.settings)
+    with stack.sessions.begin() as session:
+        pinned, _ = store.pin_snapshot(session, encoder.name, encoder.dim)
+    first = score(stack, {"answer": ANSWER}, snapshot_id=pinned).json()
+    vote(stack, "pinner", value=-1, count=3)
+    again = score(stack, {"answer": ANSWER}, snapshot_id=pinned).json()
+    assert first["data"][0]["mean"] == again["data"][0]["mean"] and first["update_seq"] == again["update_seq"]
+    assert score(stack, {"answer": ANSWER}).json()["update_seq"] > again["update_seq"]
+
+
+@pytest.mark.parametrize(
+    ("item", "status", "code"),
+    [
+        ({"answer": "  "}, 400, "answer_empty"),
+        ({"answer": "word " * 30_000}, 400, "answer_too_long"),
+        ({"answer": ANSWER, "extra": 1}, 400, "invalid_request"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(stack, item, status, code):
+    answer = score(stack, item)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_an_unknown_snapshot_is_a_404(stack):
+    answer = score(stack, {"answer": ANSWER}, snapshot_id=999_999)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "snapshot_not_found")
+
+
+def test_a_snapshot_that_was_altered_is_refused(stack):
+    vote(stack, "snapper")
+    encoder = open_encoder(stack.settings)
+    with stack.sessions.begin() as session:
+        pinned, _ = store.pin_snapshot(session, encoder.name, encoder.dim)
+        row = session.get_one(RewardSnapshot, pinned)
+        kept, row.theta = row.theta, row.theta[:-8] + b"\x00" * 8
+    try:
+        answer = score(stack, {"answer": ANSWER}, snapshot_id=pinned)
+        assert answer.json()["error"]["code"] == "reward_snapshot_corrupt"
+    finally:
+        with stack.sessions.begin() as session:
+            session.get_one(RewardSnapshot, pinned).theta = kept
+
+
+def test_a_banned_rater_is_out_within_a_second_and_back_when_reinstated(stack):
+    user = f"banned-{uuid.uuid4().hex}"
+    said = [feedback for _, feedback in vote(stack, user, value=-1, count=6)]
+    started_s = time.monotonic()
+    rule(stack, user, "banned")
+    wait_until(lambda: set(latest(stack, said).values()) == {"hold"}, what="the ban had no effect")
+    took_s = time.monotonic() - started_s
+    receipt = wait_until(
+        lambda: (
+            (r := stack.http.get(f"/v1/feedback/{said[0]}/receipt", headers={"X-Everloop-User": user}).json())[
+                "status"
+            ]
+            == "set_aside"
+            and r
+        )
+    )
+    assert receipt["reason"] == "rater_banned"
+    rule(stack, user, None)
+    wait_until(lambda: set(latest(stack, said).values()) == {"add"}, what="the votes did not come back")
+    assert took_s < 2.0  # it is a second on a quiet machine
+
+
+def test_a_rater_who_is_wrong_on_gold_probes_no_longer_counts(stack):
+    user = f"wrong-{uuid.uuid4().hex}"
+    votes = vote(stack, user, value=-1, count=6)
+    for episode, _ in votes:
+        with transaction(stack.sessions) as session:
+            rulings.give_probe(session, episode, good=True, operator="test", reason="a test")
+    said = [feedback for _, feedback in votes]
+    wait_until(lambda: set(latest(stack, said).values()) == {"hold"}, what="the probes had no effect")
+
+
+def test_a_correction_too_long_to_read_becomes_a_dead_letter_and_nothing_else(stack):
+    episode = stack.ask("What is a novel?", max_tokens=8).id
+    with stack.sessions() as session:
+        before = history.last_seq(session)
+    text = "\U0001f600" * 9_000  # one character, several tokens
+    given = stack.feedback(episode, kind="correction", text=text)
+    assert given.status_code == 202, given.text
+
+    def dead():
+        with stack.sessions() as session:
+            return session.scalar(
+                sa.select(sa.func.count())
+                .select_from(DeadLetter)
+                .where(DeadLetter.event_id == given.json()["id"], DeadLetter.consumer == "reward")
+            )
+
+    wait_until(dead, what="it did not become a dead letter")
+    with stack.sessions() as session:
+        assert not session.scalars(
+            sa.select(RewardUpdate).where(RewardUpdate.feedback_id == given.json()["id"])
+        ).all()
+        assert history.last_seq(session) == before
+
+
+def test_learning_anew_ends_where_learning_ended(stack):
+    vote(stack, "rebuilt", count=3)
+    encoder = open_encoder(stack.settings)
+    with stack.sessions() as session:
+        learner, before = state.load(session, encoder.name, encoder.dim)
+    event_id = new_id("rb")
+    with transaction(stack.sessions) as session:
+        event = RebuildRequested(encoder=encoder.name, reason="a test")
+        outbox.append(session, event, key=encoder.name, event_id=event_id)
+
+    consumed = sa.select(ConsumedEvent.dead_letter).where(
+        ConsumedEvent.event_id == event_id, ConsumedEvent.consumer == "reward"
+    )
+
+    def done():
+        with stack.sessions() as session:
+            return session.scalar(consumed) is not None
+
+    wait_until(done, timeout_s=60, what="it was not rebuilt")
+    with stack.sessions() as session:
+        assert not session.scalar(consumed)
+        again, after = state.load(session, encoder.name, encoder.dim)
+    assert after.num_signals == before.num_signals and after.update_seq > before.update_seq
+    # Withdrawn and held votes were never in now, so that sites stand at other points: near, not equal.
+    x = np.random.default_rng(0).normal(size=(50, encoder.dim)) * 0.2
+    old, new = ([s.mean for s in some.head.predict_many(x)] for some in (learner, again))
+    assert np.corrcoef(old, new)[0, 1] > 0.98
