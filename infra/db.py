@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
@@ -98,3 +100,11 @@ def lock_until_commit(session: Session, name: str) -> None:
 
 def _lock_key(name: str) -> sa.ColumnElement[int]:
     return sa.func.hashtextextended(f"everloop.{name}", 0)
+
+
+def among(column: Any, values: Iterable[str]) -> sa.ColumnElement[bool]:
+    """Return the condition that a column holds one of `values`, as one parameter.
+
+    A parameter for each value makes long statements that differ in length: they are neither prepared nor cached.
+    """
+    return cast(sa.ColumnElement[bool], column == sa.any_(sa.literal(sorted(set(values)), ARRAY(sa.Text))))

@@ -193,7 +193,8 @@ class FeedbackGiven(Event):
     @model_validator(mode="after")
     def _slot_of_earlier_events(self) -> Self:
         """Events of the first version name no slot; all of theirs were the episode's."""
-        self.slot = self.slot or self.episode_id
+        if not self.slot:
+            self.slot = self.episode_id
         return self
 
 

@@ -1,8 +1,8 @@
 """Bursts: many fresh accounts that suddenly vote together are quarantined until an operator has looked.
 
 For all fresh accounts, and for those of each block of addresses, votes of the last minutes are held against the
-same group's own past and against what established raters do meanwhile. Time is the signals' own, so a replay
-sees the same bursts.
+same group's own past and against what established raters do meanwhile. On the first day there is no past, and
+everybody is new: then nothing is a burst. Time is the signals' own, so a replay sees the same bursts.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class Bursts:
     """All cohorts that were seen lately."""
 
     cohorts: dict[str, Cohort] = field(default_factory=dict)
+    since_s: float = 0.0
+
+    def note_time(self, now_s: float) -> None:
+        """Note that there was a vote at all: the first one begins the first day."""
+        self.since_s = self.since_s or now_s
 
     def established_voted(self, now_s: float) -> None:
         """Count a vote of a rater who is not fresh."""
@@ -64,6 +69,7 @@ class Bursts:
         quarantine_id
             The name of a quarantine that this vote would open.
         """
+        self.note_time(now_s)
         names = [EVERYBODY, *([block] if block else [])]
         found: tuple[str, str | None] | None = None
         for name in names:
@@ -71,7 +77,7 @@ class Bursts:
             cohort.advance(now_s)
             cohort.recent += 1.0
             cohort.past += 1.0
-            if cohort.quarantine is None and cohort.is_burst:
+            if cohort.quarantine is None and cohort.is_burst and now_s - self.since_s >= PAST_S:
                 cohort.quarantine = quarantine_id
             elif cohort.quarantine is not None and cohort.recent < OVER_AT:
                 cohort.quarantine = None

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from feedback.tables import Feedback, User
+from infra.db import among
 from infra.errors import IntegrityError
 from reward.learner import Change
 from reward.online import BayesianHead, Site
@@ -107,7 +108,7 @@ def latest_of(session: Session, encoder: str, feedback_ids: Iterable[str]) -> di
     return latest(
         session.scalars(
             sa.select(RewardUpdate)
-            .where(RewardUpdate.feedback_id.in_(set(feedback_ids)), RewardUpdate.encoder == encoder)
+            .where(among(RewardUpdate.feedback_id, feedback_ids), RewardUpdate.encoder == encoder)
             .order_by(RewardUpdate.seq)
         )
     )
@@ -147,3 +148,32 @@ class DatabaseBook:
 def last_seq(session: Session) -> int:
     """Return the number of the newest update, of any encoder."""
     return session.scalar(sa.select(sa.func.max(RewardUpdate.seq))) or 0
+
+
+_TYPES = {
+    "seq": "bigint",
+    "feedback_id": "text",
+    "action": "text",
+    "encoder": "text",
+    "key": "text",
+    "z": "bytea",
+    "verdict": "float8",
+    "weight": "float8",
+    "precision": "float8",
+    "target": "float8",
+    "inflation": "float8",
+    "p_before": "float8",
+}
+_NAMES = ", ".join(_TYPES)
+# One statement for all of them: a statement per row would cost more than all the rest.
+_INSERT = sa.text(
+    f"INSERT INTO reward_updates ({_NAMES}) SELECT {_NAMES} FROM unnest("
+    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _TYPES.items())
+    + f") AS row({_NAMES})"
+)
+
+
+def write(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows of :func:`row_of` to the history."""
+    if rows:
+        session.execute(_INSERT, {name: [row[name] for row in rows] for name in _TYPES})

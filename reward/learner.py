@@ -176,26 +176,26 @@ class Learner:
         InvalidRequestError
             Where features, target or weight are not usable; nothing has changed.
         """
-        before = self.head.predict_one(seen.z)
+        self.head.check(seen.z)
         rater = self.raters.get(seen.rater, seen.block, seen.at_s or 0.0)
         involved = [rater, *self._watch_bursts(rater, seen)]
         weight = self.raters.weigh(rater) * seen.weight
         changes = self._settle([r for r in involved if self.raters.counts(r) == r.set_aside], book)
         if weight < MIN_WEIGHT:
-            held = Change(
-                "hold", seen.feedback_id, seen.key, seen.z, seen.target, seen.weight, None, self._inflation
-            )
+            s, before = seen, self.head.predict_one(seen.z)
+            held = Change("hold", s.feedback_id, s.key, s.z, s.target, s.weight, None, self._inflation)
             return before, before, [*changes, held]
-        p_before = self.guards.calibration.p_good(before.p_good, seen.p_self, pair=seen.pair)
-        after, added = self._add(seen.feedback_id, seen.key, seen.z, seen.target, weight, p_before)
-        loss = self.guards.calibration.observe(before.p_good, seen.target, seen.p_self, pair=seen.pair)
+        site, before, after = self.head.learn_scored(seen.z, seen.target, weight)
+        calibration = self.guards.calibration
+        p_before = calibration.p_good(before.p_good, seen.p_self, pair=seen.pair)
+        added = self._added(seen.feedback_id, seen.key, seen.target, weight, site, p_before)
+        loss = calibration.observe(before.p_good, seen.target, seen.p_self, pair=seen.pair)
         return before, after, [*changes, added, *self._watch_drift(loss)]
 
-    def teach(self, feedback_id: str, z: Vector, target: float) -> tuple[Score, Score, Change]:
+    def teach(self, feedback_id: str, z: Vector, target: float) -> Change:
         """Learn what nobody doubts: a gold probe."""
-        before = self.head.predict_one(z)
-        after, added = self._add(feedback_id, "gold", z, target, 1.0, before.p_good)
-        return before, after, added
+        site, before, _ = self.head.learn_scored(z, target)
+        return self._added(feedback_id, "gold", target, 1.0, site, before.p_good)
 
     def withdraw(self, change: Change) -> Change:
         """Take out what a signal did, for good."""
@@ -230,11 +230,10 @@ class Learner:
     def _inflation(self) -> float:
         return self.guards.inflation
 
-    def _add(
-        self, feedback_id: str, key: str, z: Vector, target: float, weight: float, p_before: float | None
-    ) -> tuple[Score, Change]:
-        site, _, after = self.head.learn_scored(z, target, weight)
-        return after, Change("add", feedback_id, key, z, target, weight, site, self._inflation, p_before)
+    def _added(
+        self, feedback_id: str, key: str, target: float, weight: float, site: Site, p_before: float | None = None
+    ) -> Change:
+        return Change("add", feedback_id, key, site.z, target, weight, site, self._inflation, p_before)
 
     def _settle(self, raters: Iterable[Rater], book: Book) -> list[Change]:
         changes = []
@@ -245,7 +244,8 @@ class Learner:
                     changes.append(self._out("hold", change))
                 elif not rater.set_aside and change.action == "hold":
                     c = change
-                    changes.append(self._add(c.feedback_id, c.key, c.z, c.verdict, c.weight, None)[1])
+                    site = self.head.learn_one(c.z, c.verdict, c.weight)
+                    changes.append(self._added(c.feedback_id, c.key, c.verdict, c.weight, site))
         return changes
 
     def _out(self, action: Action, c: Change) -> Change:
@@ -257,7 +257,10 @@ class Learner:
 
     def _watch_bursts(self, rater: Rater, seen: Observation) -> list[Rater]:
         """Quarantine a fresh rater who comes in a burst; return those who came before them in it."""
-        if seen.at_s is None or self.raters.num_established < CROWD:
+        if seen.at_s is None:
+            return []
+        self.guards.bursts.note_time(seen.at_s)
+        if self.raters.num_established < CROWD:
             return []
         if not rater.is_fresh:
             self.guards.bursts.established_voted(seen.at_s)

@@ -101,7 +101,8 @@ class BayesianHead:
 
     def predict_one(self, z: Vector) -> Score:
         """Score one feature vector of shape ``(dim,)``."""
-        return self.predict_many(z[None, :])[0]
+        self.check(z)
+        return score_of(float(z @ self.theta), max(float(z @ dsymv(1.0, self._lower, z, lower=1)), 0.0))
 
     def predict_many(self, z: Matrix) -> list[Score]:
         """Score feature vectors of shape ``(n, dim)``.
@@ -111,7 +112,7 @@ class BayesianHead:
         InvalidRequestError
             Code ``features_wrong_size`` or ``features_not_finite``.
         """
-        self._check(z)
+        self.check(z)
         means = z @ self.theta
         covered = dsymm(1.0, self._lower, z.T, lower=1)
         variances = np.maximum(np.einsum("nd,dn->n", z, covered), 0.0)
@@ -136,7 +137,7 @@ class BayesianHead:
 
         The scores cost nothing: along ``z`` the update has a closed form.
         """
-        self._check(z)
+        self.check(z)
         if not (0.0 <= target <= 1.0 and 0.0 < weight < math.inf):
             raise InvalidRequestError(
                 f"An observation has a target in [0, 1] and a positive weight; got {target} and {weight}.",
@@ -171,7 +172,14 @@ class BayesianHead:
         self.theta += Pz * (gain * (target - m))
         dsyr(-gain, Pz, a=self._lower, lower=1, overwrite_a=1)
 
-    def _check(self, z: Matrix | Vector) -> None:
+    def check(self, z: Matrix | Vector) -> None:
+        """Refuse features that cannot be this head's.
+
+        Raises
+        ------
+        InvalidRequestError
+            Code ``features_wrong_size`` or ``features_not_finite``.
+        """
         if z.shape[-1] != self.dim:
             raise InvalidRequestError(
                 f"The head has {self.dim} features, these vectors {z.shape[-1]}.", code="features_wrong_size"

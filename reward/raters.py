@@ -8,6 +8,7 @@ odds their votes are set aside, those already learned are taken out, and both co
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -212,7 +213,7 @@ class Raters:
 
     def _pool(self, rater: Rater) -> Pool:
         votes = max(rater.num_votes - 1, 0)
-        return self.pools[max(i for i, start in enumerate(POOL_STARTS) if start <= votes)]
+        return self.pools[bisect.bisect_right(POOL_STARTS, votes) - 1]
 
     def admit(self, rater: Rater) -> None:
         """Take in a rater with their record."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("everloop.reward")
 
-CHUNK_SIGNALS = 500
+CHUNK_SIGNALS = 1_000
 COLUMNS = ("seq", "episode_id", "user_id", "kind", "slot", "value", "score", "name", "reasons", "over", "text",
            "address_block")  # fmt: skip
 
@@ -58,7 +58,7 @@ def rebuild(worker: RewardWorker, session: Session) -> Rebuilt:
         ]
         Signals(worker, session, events, known_dead=True).learn()
         _judge(worker, session, due)
-        worker.commit(session)
+        worker.flush(session)
         session.expunge_all()
         num_events += len(events) + len(due)
     _judge(worker, session, probes)

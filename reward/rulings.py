@@ -96,7 +96,7 @@ def judge(worker: RewardWorker, session: Session, event: ProbeJudged) -> None:
     features = worker.features(session, answers)
     phis = [features[store.digest_of(*answer)] for answer in answers]
     z = phis[0] - phis[1] if event.over else phis[0]
-    _, _, change = worker.learner.teach(event.probe_id, z, float(event.good))
+    change = worker.learner.teach(event.probe_id, z, float(event.good))
     worker.report(session, [change])
     session.execute(sa.update(GoldProbe).where(GoldProbe.id == event.probe_id).values(judged=True))
     probe = GoldProbe(episode_id=event.episode_id, over=event.over, good=event.good)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from feedback.fold import Standing, as_standing, fold
 from feedback.tables import Episode, Feedback, SelfEvaluation
+from infra.db import among
 from infra.events import FeedbackGiven, RewardUpdated, SignalSetAside
 from infra.log import outbox
 from infra.log.outbox import Entry
@@ -82,20 +83,20 @@ class Signals:
         self.session = session
         self.events = events
         named = {e.episode_id for e in events} | {e.over for e in events if e.over}
-        self.episodes = {row.id: row for row in session.scalars(sa.select(Episode).where(Episode.id.in_(named)))}
+        self.episodes = {row.id: row for row in session.scalars(sa.select(Episode).where(among(Episode.id, named)))}
         self._read_signals(named)
         self.raters = worker.rater_names(session, {(event.user_id, event.kind) for event in events})
         standing = {id_: s for id_, s in self.by_id.items() if self._refusal(s) is None}
         learned = [standing[e.feedback_id] for e in events if e.feedback_id in standing]
         self.features = worker.features(session, [pair for s in learned for pair in answers_of(s, self.episodes)])
-        choices = session.scalars(sa.select(RatingChoice).where(RatingChoice.episode_id.in_(named)))
+        choices = session.scalars(sa.select(RatingChoice).where(among(RatingChoice.episode_id, named)))
         self.choices = {choice.episode_id: choice for choice in choices}
-        asked = sa.select(Solicitation.episode_id).where(Solicitation.episode_id.in_(named))
+        asked = sa.select(Solicitation.episode_id).where(among(Solicitation.episode_id, named))
         self.at_random = set(session.scalars(asked.where(Solicitation.reason == "random")))
         evaluations = sa.select(SelfEvaluation.episode_id, SelfEvaluation.p_good)
-        rows = session.execute(evaluations.where(SelfEvaluation.episode_id.in_(named)))
+        rows = session.execute(evaluations.where(among(SelfEvaluation.episode_id, named)))
         self.evaluations = {episode_id: p_good for episode_id, p_good in rows}  # noqa: C416
-        probes = sa.select(GoldProbe).where(GoldProbe.episode_id.in_(named), GoldProbe.judged)
+        probes = sa.select(GoldProbe).where(among(GoldProbe.episode_id, named), GoldProbe.judged)
         self.probes = session.scalars(probes).all()
         self.scores: dict[str, Scored] = {}
 
@@ -104,7 +105,7 @@ class Signals:
         slots = {event.slot for event in self.events}
         rows = self.session.scalars(
             sa.select(Feedback)
-            .where(sa.or_(Feedback.slot.in_(slots), Feedback.episode_id.in_(named)))
+            .where(sa.or_(among(Feedback.slot, slots), among(Feedback.episode_id, named)))
             .order_by(Feedback.seq)
         )
         self.by_id = {row.id: as_standing(row) for row in rows}
@@ -152,11 +153,12 @@ class Signals:
         seen = observation(signal, phis)
         if stands and seen is None:
             return [_set_aside(event, "says_neither_good_nor_bad")]
-        before = score = self._score(phis[0])
         if not stands or seen is None or signal.feedback_id in self.latest:
-            return [self._updated(event, before, score, None)]
+            score = self._score(phis[0])
+            return [self._updated(event, score, score, None)]
+        before = None if seen[0] is phis[0] else self._score(phis[0])
         observed = self._observation(event, signal, *seen)
-        _, after, changes = self.worker.learner.learn(observed, self.worker.book(self.session))
+        z_before, z_after, changes = self.worker.learner.learn(observed, self.worker.book(self.session))
         reports = self._keep(changes, but=signal.feedback_id)
         own = self.latest[signal.feedback_id]
         rater = self.worker.learner.raters.get(observed.rater)
@@ -166,8 +168,9 @@ class Signals:
             reports += self._keep(self.worker.learner.check(observed.rater, right=right, book=book))
         if own.action == "hold":
             return [_set_aside(event, why(rater)), *reports]
-        score = after if seen[0] is phis[0] else self._score(phis[0])
-        return [self._updated(event, before, score, own.weight), *reports]
+        if before is None:
+            return [self._updated(event, z_before, z_after, own.weight), *reports]
+        return [self._updated(event, before, self._score(phis[0]), own.weight), *reports]
 
     def _observation(self, event: FeedbackGiven, signal: Standing, z: Vector, target: float) -> Observation:
         learner, key = self.worker.learner, key_of(signal)

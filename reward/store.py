@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import Episode
+from infra.db import among
 from infra.errors import IntegrityError
 from reward import history
 from reward.history import Posterior
@@ -135,7 +136,7 @@ def cached_features(session: Session, encoder: str, digests: Iterable[str]) -> d
     """Return the cached features of answers, shape ``(dim,)`` each, of those that are cached."""
     rows = session.execute(
         sa.select(Features.answer_digest, Features.phi).where(
-            Features.encoder == encoder, Features.answer_digest.in_(set(digests))
+            Features.encoder == encoder, among(Features.answer_digest, digests)
         )
     )
     return {digest: np.frombuffer(phi, np.float32).astype(np.float64) for digest, phi in rows}
@@ -166,15 +167,21 @@ def save_scores(session: Session, scores: Mapping[str, Scored], encoder: str) ->
     """Write the newest score of each episode."""
     if not scores:
         return
-    statement = insert(RewardScore)
-    names = ("mean", "sd", "p_good", "abstain", "update_seq", "encoder")
-    values = {name: statement.excluded[name] for name in names}
-    session.execute(
-        statement.on_conflict_do_update(
-            index_elements=["episode_id"], set_={**values, "updated_at": sa.func.now()}
-        ),
-        [{"episode_id": episode_id, "encoder": encoder, **asdict(score)} for episode_id, score in scores.items()],
-    )
+    columns: dict[str, Any] = {name: [getattr(s, name) for s in scores.values()] for name in _SCORE_TYPES}
+    session.execute(_SCORES, {**columns, "episode_id": list(scores), "encoder": encoder})
+
+
+_SCORE_TYPES = {"mean": "float8", "sd": "float8", "p_good": "float8", "abstain": "bool", "update_seq": "bigint"}
+_SCORE_NAMES = ", ".join(_SCORE_TYPES)
+# One statement for all of them: a statement per row would cost more than all the rest.
+_SCORES = sa.text(
+    f"INSERT INTO reward_scores (episode_id, encoder, {_SCORE_NAMES}) "
+    f"SELECT episode_id, :encoder, {_SCORE_NAMES} FROM unnest(CAST(:episode_id AS text[]), "
+    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _SCORE_TYPES.items())
+    + f") AS row(episode_id, {_SCORE_NAMES}) ORDER BY episode_id ON CONFLICT (episode_id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in (*_SCORE_TYPES, "encoder"))
+    + ", updated_at = now()"
+)
 
 
 def take_out(session: Session, encoder: str, changes: Sequence[Change], last_seq: int) -> int:
@@ -186,7 +193,7 @@ def take_out(session: Session, encoder: str, changes: Sequence[Change], last_seq
     for seq, change in enumerate(changes, last_seq + 1):
         done = learner.withdraw(change)
         posterior.count(done, seq)
-        session.execute(sa.insert(RewardUpdate).values(history.row_of(done, encoder, seq)))
+        history.write(session, [history.row_of(done, encoder, seq)])
     save_snapshot(session, posterior, encoder)
     return posterior.update_seq
 

@@ -46,7 +46,6 @@ from reward.scoring import Scorer
 from reward.server import serve
 from reward.signals import Signals
 from reward.store import Scored
-from reward.tables import RewardUpdate
 
 log = logging.getLogger("everloop.reward")
 
@@ -155,7 +154,7 @@ class RewardWorker:
             taken = [self.learner.withdraw(change) for change in changes.values()]
             for change in taken:
                 self.note(change)
-            self._write_updates(session)
+            self.flush(session)
             self._take_out_of_others(session, signal_ids)
             key = session.scalar(sa.select(User.key_id).where(User.user_id == event.tombstone))
             if key in self.learner.raters.by_name:
@@ -177,7 +176,7 @@ class RewardWorker:
 
     def book(self, session: Session) -> DatabaseBook:
         """Return where the learner finds what raters said."""
-        return DatabaseBook(session, self.encoder.name, lambda: self._write_updates(session))
+        return DatabaseBook(session, self.encoder.name, lambda: self.flush(session))
 
     def note(self, change: Change) -> None:
         """Keep a change of the posterior, to be written with the others."""
@@ -245,16 +244,16 @@ class RewardWorker:
 
     def commit(self, session: Session) -> None:
         """Write what changed in memory, within the caller's transaction."""
-        self._write_updates(session)
+        self.flush(session)
         if self._since_snapshot >= self.settings.reward_snapshot_every:
             store.save_snapshot(session, self.posterior, self.encoder.name)
             self._since_snapshot = 0
         state.save(session, self.learner, self.posterior, self.encoder.name)
 
-    def _write_updates(self, session: Session) -> None:
-        if self._unwritten:
-            session.execute(sa.insert(RewardUpdate), self._unwritten)
-            self._unwritten = []
+    def flush(self, session: Session) -> None:
+        """Write the history of what was changed so far."""
+        history.write(session, self._unwritten)
+        self._unwritten = []
 
 
 def _load_or_exit(encoder: Encoder) -> None:

@@ -242,8 +242,8 @@ def test_a_burst_of_fresh_accounts_is_held_and_what_came_before_it_too():
     learner, kept = fresh()
     now, z = 1.7e9, rows(400, seed=4)
     for n in range(6 * CROWD):
-        say(learner, kept, f"old-{n}", f"old-{n % CROWD}", z[n], at_s=now + 600.0 * n)
-    now += 600.0 * 6 * CROWD
+        say(learner, kept, f"old-{n}", f"old-{n % CROWD}", z[n], at_s=now + 1_000.0 * n)
+    now += 1_000.0 * 6 * CROWD
     for n in range(60):
         say(learner, kept, f"new-{n}", f"new-{n}", z[200 + n], 0.0, at_s=now + n)
     raters = learner.raters.by_name
@@ -258,6 +258,11 @@ def test_a_burst_of_fresh_accounts_is_held_and_what_came_before_it_too():
 def test_a_slow_trickle_of_new_people_is_no_burst():
     bursts = Bursts()
     assert not any(bursts.fresh_voted(None, 1e9 + 300.0 * n, f"qu_{n}") for n in range(2_000))
+
+
+def test_on_the_first_day_everybody_is_new():
+    bursts = Bursts()
+    assert not any(bursts.fresh_voted(None, 1e9 + n, f"qu_{n}") for n in range(2_000))
 
 
 def test_it_abstains_where_it_is_unsure_in_itself_or_against_the_usual():
