@@ -32,11 +32,12 @@ def register(settings: Settings) -> None:
         except ObjectAlreadyExists:
             pass
     schedules = {
-        "nightly": Cron(settings.night_cron, timezone=settings.time_zone),
-        "watch_canary": Cron(WATCH_CRON, timezone=settings.time_zone),
+        "nightly.py:nightly": Cron(settings.night_cron, timezone=settings.time_zone),
+        "nightly.py:watch_canary": Cron(WATCH_CRON, timezone=settings.time_zone),
+        "backbone.py:reward_backbone": Cron(settings.backbone_cron, timezone=settings.time_zone),
     }
-    for function, schedule in schedules.items():
-        remote = flow.from_source(source=str(ROOT), entrypoint=f"flows/nightly.py:{function}")
+    for entrypoint, schedule in schedules.items():
+        remote = flow.from_source(source=str(ROOT), entrypoint=f"flows/{entrypoint}")
         remote.deploy(
             name="everloop",
             work_pool_name=POOL,
@@ -45,7 +46,7 @@ def register(settings: Settings) -> None:
             push=False,
             print_next_steps=False,
         )
-        log.info("deployed %s", function)
+        log.info("deployed %s", entrypoint)
 
 
 def main() -> None:

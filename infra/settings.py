@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     )
 
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
+    backbone_cron: str = Field("30 2 * * *", description="When a reward backbone is trained and judged.")
+    min_backbone_pairs: int = Field(60, ge=2, description="With fewer comparisons no reward backbone is trained.")
     time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")
     min_new_signals: int = Field(20, ge=1, description="A night with fewer new signals trains nothing.")
     canary_share: float = Field(0.2, gt=0, lt=1, description="Share of users who meet a candidate.")
@@ -126,6 +128,11 @@ class Settings(BaseSettings):
     def adapters_dir(self) -> Path:
         """Registered adapters, one directory per digest."""
         return self.home / "adapters"
+
+    @property
+    def backbones_dir(self) -> Path:
+        """Trained reward backbones, one directory per digest."""
+        return self.home / "backbones"
 
     @property
     def runs_dir(self) -> Path:

@@ -33,6 +33,7 @@ PROMPT_TOKENS = 512
 ANSWER_TOKENS = 1024
 # With these each part varies by about 1 in all (sum of variances, over 160 answers to 160 prompts).
 CONTENT_SCALE = 10.0
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PROMPT_SCALE = 100.0
 
 
@@ -161,7 +162,7 @@ def load_body(model_dir: Path, adapter_dir: Path | None) -> Any:
 
 def adapter_digest(adapter_dir: Path) -> str:
     """Return the SHA-256 over an adapter's weights and configuration."""
-    paths = [adapter_dir / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    paths = [adapter_dir / name for name in ADAPTER_FILES]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise SetupError(

@@ -130,11 +130,12 @@ def replay(
     from infra.ids import new_id
     from infra.log import outbox
     from infra.tables import ConsumedEvent
-    from reward.encoder import open_encoder
+    from reward.encoders import open_active_encoder
 
-    event_id, encoder, sessions = new_id("rb"), open_encoder(load()).name, _sessions()
+    event_id, sessions = new_id("rb"), _sessions()
     started_s = time.monotonic()
     with transaction(sessions) as session:
+        encoder = open_active_encoder(session, load()).name
         event = RebuildRequested(encoder=encoder, reason=reason)
         outbox.append(session, event, key=encoder, event_id=event_id)
     while True:
@@ -162,6 +163,26 @@ def replay(
     report.say(f"learned anew under {encoder} in {seconds:.1f} s")
 
 
+@app.command()
+def backbone(
+    max_pairs: Annotated[int | None, typer.Option("--max-pairs", min=8, help="Newest pairs trained on.")] = None,
+    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Longest training.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Train a reward backbone now, in this process, and judge it against the active encoder."""
+    from reward import backbone
+    from reward.backbone_config import BackboneConfig
+
+    settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=3)
+    given = {"max_pairs": max_pairs, "max_minutes": max_minutes}
+    config = BackboneConfig.model_validate({name: value for name, value in given.items() if value is not None})
+    result = backbone.run(sessions, settings, config, on_phase=report.say)
+    report.write_json(json_path, result)
+    if json_path != "-":
+        _print_contest(result)
+
+
 def _rule(user: str, ruling: Any, reason: str, json_path: str | None) -> None:
     from feedback.tables import User
     from reward.raters import PROGRAM
@@ -182,3 +203,19 @@ def _print(found: dict[str, Any]) -> None:
     for name, value in found.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     report.output.print(table)
+
+
+def _print_contest(result: dict[str, Any]) -> None:
+    contest = result.get("contest")
+    if contest is not None:
+        table = Table("", "encoder", "n", "accuracy", "log loss", box=None)
+        for side in ("active", "candidate"):
+            table.add_row(
+                side,
+                contest[side]["encoder"],
+                str(contest["num_judged"]),
+                f"{contest[side]['accuracy']:.1%}",
+                f"{contest[side]['log_loss']:.4f}",
+            )
+        report.output.print(table)
+    report.output.print(f"[bold]{result['status']}[/bold]: {result['reason']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,22 @@ def contributions(encoder: Encoder, head: BayesianHead, z: Matrix) -> list[dict[
 class Scorer:
     """Scores answers under the newest posterior, or under a pinned snapshot of it.
 
+    Parameters
+    ----------
+    encoder
+        Returns the encoder that is active now.
+    kappa
+        Standard deviations taken off a reward.
+
     Safe to call from several threads; features are computed one request at a time.
     """
 
-    def __init__(self, sessions: Sessions, encoder: Encoder, kappa: float) -> None:
+    def __init__(self, sessions: Sessions, encoder: Callable[[], Encoder], kappa: float) -> None:
         self.sessions = sessions
-        self.encoder = encoder
+        self._encoder = encoder
         self.kappa = kappa
         self._lock = threading.Lock()
-        self._posterior: Posterior | None = None
+        self._known: tuple[str, Posterior] | None = None
 
     def score(
         self, answers: Sequence[Answer], references: Sequence[str | None], snapshot_id: int | None = None
@@ -60,19 +67,20 @@ class Scorer:
             Code ``snapshot_not_found``.
         """
         texts = [*answers, *((answers[i][0], r) for i, r in enumerate(references) if r is not None)]
+        encoder = self._encoder()
         with self._lock:
-            posterior, guards = self._state(snapshot_id)
-            phi = self.encoder.encode(texts).astype(np.float64)
-        z = phi[: len(answers)].copy()
-        behind = iter(phi[len(answers) :])
-        for i, reference in enumerate(references):
-            if reference is not None:
-                z[i] -= next(behind)
-        found = posterior.head.predict_many(z)
-        shares = contributions(self.encoder, posterior.head, z)
+            posterior, guards = self._state(encoder, snapshot_id)
+            phi = encoder.encode(texts).astype(np.float64)
+            z = phi[: len(answers)].copy()
+            behind = iter(phi[len(answers) :])
+            for i, reference in enumerate(references):
+                if reference is not None:
+                    z[i] -= next(behind)
+            found = posterior.head.predict_many(z)
+            shares = contributions(encoder, posterior.head, z)
         rows = zip(found, shares, references, strict=True)
         return {
-            "encoder": self.encoder.name,
+            "encoder": encoder.name,
             "update_seq": posterior.update_seq,
             "snapshot_id": snapshot_id,
             "kappa": self.kappa,
@@ -89,17 +97,19 @@ class Scorer:
             "contributions": share,
         }
 
-    def _state(self, snapshot_id: int | None) -> tuple[Posterior, Guards]:
+    def _state(self, encoder: Encoder, snapshot_id: int | None) -> tuple[Posterior, Guards]:
         with transaction(self.sessions) as session:
-            guards = read_guards(session, self.encoder.name)
+            guards = read_guards(session, encoder.name)
             if snapshot_id is not None:
                 snapshot = session.get(RewardSnapshot, snapshot_id)
-                if snapshot is None or snapshot.encoder != self.encoder.name:
+                if snapshot is None or snapshot.encoder != encoder.name:
                     raise NotFoundError(
-                        f"There is no reward snapshot {snapshot_id} of {self.encoder.name}.",
+                        f"There is no reward snapshot {snapshot_id} of {encoder.name}.",
                         code="snapshot_not_found",
                         param="snapshot_id",
                     )
                 return store.read_snapshot(snapshot), guards
-            self._posterior = store.load_posterior(session, self.encoder.name, self.encoder.dim, self._posterior)
-            return self._posterior, guards
+            known = self._known[1] if self._known and self._known[0] == encoder.name else None
+            posterior = store.load_posterior(session, encoder.name, encoder.dim, known)
+            self._known = encoder.name, posterior
+            return posterior, guards

@@ -176,3 +176,26 @@ class Solicitation(Base):
         sa.CheckConstraint("reason IN ('random', 'informative')", name="reason"),
         sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
     )
+
+
+class RewardEncoder(Base):
+    """A version of the features: a trained backbone, or a frozen encoder that one replaced. At most one is active.
+
+    While none is, the frozen encoder of the settings serves.
+    """
+
+    __tablename__ = "reward_encoders"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    adapter_path: Mapped[str | None]
+    adapter_digest: Mapped[str | None]
+    status: Mapped[str]
+    evaluation: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (
+        sa.CheckConstraint("kind IN ('base-model', 'sentence', 'backbone')", name="kind"),
+        sa.CheckConstraint("status IN ('active', 'candidate', 'rejected', 'retired')", name="status"),
+        sa.Index("ix_reward_encoders_active", "status", unique=True, postgresql_where=sa.text("status = 'active'")),
+    )

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from feedback import erasure
 from feedback.signals import MACHINE_KINDS
 from feedback.tables import Episode, User
-from infra.db import Sessions, connect
+from infra.db import Sessions, connect, transaction
 from infra.events import (
     EpisodeRecorded,
     FeedbackGiven,
@@ -36,8 +36,8 @@ from infra.log.consumer import Consumer, Delivery
 from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
-from reward import asking, history, replay, rulings, state, store
-from reward.encoder import Encoder, open_encoder
+from reward import asking, encoders, history, replay, rulings, state, store
+from reward.encoder import Encoder
 from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
 from reward.online import Score
@@ -62,13 +62,18 @@ class RewardWorker:
     Parameters
     ----------
     encoder
-        Features of answers; only used on cache misses.
+        Features of answers; only used on cache misses. A backbone that has won takes its place (:meth:`recover`).
+    num_threads
+        Threads that torch may use; its own choice, if unset.
     """
 
-    def __init__(self, sessions: Sessions, settings: Settings, encoder: Encoder) -> None:
+    def __init__(
+        self, sessions: Sessions, settings: Settings, encoder: Encoder, num_threads: int | None = None
+    ) -> None:
         self.sessions = sessions
         self.settings = settings
         self.encoder = encoder
+        self.num_threads = num_threads
         self._learner: Learner | None = None
         self.posterior: Posterior
         self._last_seq = 0
@@ -89,6 +94,9 @@ class RewardWorker:
     def recover(self, session: Session) -> None:
         """Have the state in memory, from the database where it is not there."""
         if self._learner is None:
+            active = encoders.open_active_encoder(session, self.settings, self.num_threads)
+            if active.name != self.encoder.name:
+                self.encoder = active
             self._learner, self.posterior = state.load(session, self.encoder.name, self.encoder.dim)
             self._last_seq = history.last_seq(session)
 
@@ -143,6 +151,7 @@ class RewardWorker:
     def on_rebuild(self, session: Session, deliveries: Sequence[Delivery]) -> None:
         """Learn everything anew from the log."""
         for _ in deliveries:
+            self.forget()  # the active encoder may be another now
             replay.rebuild(self, session)
 
     def on_forgotten(self, session: Session, deliveries: Sequence[Delivery]) -> None:
@@ -156,6 +165,7 @@ class RewardWorker:
                 self.note(change)
             self.flush(session)
             self._take_out_of_others(session, signal_ids)
+            encoders.retire_taught_by(session, self.settings, signal_ids)
             key = session.scalar(sa.select(User.key_id).where(User.user_id == event.tombstone))
             if key in self.learner.raters.by_name:
                 self.learner.raters.get(key).block = None
@@ -270,11 +280,12 @@ def main() -> None:
     os.nice(10)  # features may wait; the answer that somebody is reading may not
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
-    encoder = open_encoder(settings, num_threads=1)
+    with transaction(sessions) as session:
+        encoder = encoders.open_active_encoder(session, settings, num_threads=1)
     threading.Thread(target=_load_or_exit, args=[encoder], daemon=True).start()
-    worker = RewardWorker(sessions, settings, encoder)
+    worker = RewardWorker(sessions, settings, encoder, num_threads=1)
     if settings.reward_port is not None:
-        serve(Scorer(sessions, encoder, settings.pessimism_kappa), "127.0.0.1", settings.reward_port)
+        serve(Scorer(sessions, lambda: worker.encoder, settings.pessimism_kappa), "127.0.0.1", settings.reward_port)
     handlers: dict[type[Any], Any] = {
         RaterRuled: worker.on_rulings,
         FeedbackGiven: worker.on_feedback,

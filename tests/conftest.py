@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import sqlalchemy as sa
 
 from infra import settings as settings_module
 from infra.db import Sessions, connect
@@ -99,3 +100,15 @@ def stack(home: Path) -> Iterator[Stack]:
         embedded.down(settings)
         left = stack_processes(home)
         assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture(scope="module")
+def empty_database(stack: Stack) -> Iterator[str]:
+    """The URL of a database of the module's own beside the stack's, without tables."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    engine = stack.sessions.kw["bind"].execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield f"{stack.settings.need('database_url').rpartition('/')[0]}/{name}"
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))

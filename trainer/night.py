@@ -24,7 +24,8 @@ from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
-from reward.encoder import base_model_digest, open_encoder
+from reward.encoder import base_model_digest
+from reward.encoders import open_active_encoder
 from reward.style import num_words
 from trainer import erasure, pairs, snapshot
 from trainer.config import OnlineDPOConfig
@@ -116,8 +117,8 @@ class Night:
                 reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
             )
         data.save(self.record.run_dir / snapshot.DATASET_FILE)
-        encoder = open_encoder(self.settings)
         with self.sessions.begin() as session:
+            encoder = open_active_encoder(session, self.settings)
             snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
             self.record.note_inputs(session, data, snapshot_id)
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
@@ -15,19 +14,6 @@ from feedback.tables import Episode, Feedback
 from infra.db import connect
 from infra.log import reading
 from infra.tables import OutboxRow
-
-
-@pytest.fixture
-def url(stack):
-    """A database of its own beside the stack's."""
-    own = stack.settings.need("database_url")
-    engine = stack.sessions.kw["bind"]
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(sa.text("DROP DATABASE IF EXISTS migration_test"))
-        connection.execute(sa.text("CREATE DATABASE migration_test"))
-    yield own.rpartition("/")[0] + "/migration_test"
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(sa.text("DROP DATABASE migration_test WITH (FORCE)"))
 
 
 def upgrade(url, revision):
@@ -56,7 +42,8 @@ FIRST = """
 """
 
 
-def test_the_first_versions_data_survives_the_upgrade(url):
+def test_the_first_versions_data_survives_the_upgrade(empty_database):
+    url = empty_database
     upgrade(url, "0001")
     sessions = connect(url, pool_size=1)
     with sessions.begin() as session:
