@@ -30,11 +30,15 @@ class Sent:
     latencies_ms: list[float] = field(default_factory=list)
 
 
+MAX_IDLE_S = 3.0
+
+
 class Client:
     """One connection that is kept open."""
 
     def __init__(self, url: str, timeout_s: float = 60.0) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+        self._used_s = time.monotonic()
 
     def exchange(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """Send a JSON body and return the status and the answer.
@@ -44,6 +48,10 @@ class Client:
         OSError, http.client.HTTPException
             Where there is no answer; the next request opens the connection anew.
         """
+        # The server closes what is idle for five seconds; a request on its way just then would be lost.
+        if time.monotonic() - self._used_s > MAX_IDLE_S:
+            self._connection.close()
+        self._used_s = time.monotonic()
         try:
             self._connection.request("POST", path, body, {"Content-Type": "application/json"})
             response = self._connection.getresponse()
