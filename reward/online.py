@@ -20,11 +20,16 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.blas import dsymm, dsymv, dsyr
+from threadpoolctl import ThreadpoolController
 
 from infra.errors import InvalidRequestError
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+
+# With two threads sums are rounded otherwise, and the same history must give the same bits in every process. Updates
+# are bound by memory, so nothing is lost. torch brings its own libraries, which keep their threads.
+ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
 
 NEWTON_STEPS = 30  # five or six are usual
 MIN_PRECISION = 1e-9

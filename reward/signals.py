@@ -40,8 +40,8 @@ def answers_of(signal: Standing | FeedbackGiven, episodes: Mapping[str, Episode]
     answers = [(episode, episode.answer)]
     if signal.over:
         answers.append((episodes[signal.over], episodes[signal.over].answer))
-    if signal.kind == "correction":
-        answers.append((episode, signal.text or ""))
+    if signal.kind == "correction" and signal.text:
+        answers.append((episode, signal.text))
     return answers
 
 
@@ -150,7 +150,7 @@ class Signals:
     ) -> list[RewardUpdated | SignalSetAside]:
         """Add the newest signal of its slot, or nothing where it withdrew; report the answer's new score."""
         phis = [self.features[store.digest_of(*answer)] for answer in answers_of(signal, self.episodes)]
-        seen = observation(signal, phis)
+        seen = observation(signal, phis) if stands else None  # a withdrawal says nothing itself
         if stands and seen is None:
             return [_set_aside(event, "says_neither_good_nor_bad")]
         if not stands or seen is None or signal.feedback_id in self.latest:

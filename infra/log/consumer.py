@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from infra import kafka
 from infra.db import Sessions
+from infra.errors import InvalidRequestError
 from infra.events import Event
 from infra.kafka import TopicPartition
 from infra.log import dead_letters, outbox, reading
@@ -251,8 +252,9 @@ class Consumer:
             except Exception as error:
                 self.on_rollback()
                 log.error("%s: %s at %s/%d", self.name, type(error).__name__, record.topic, record.offset)
-                # An event that cannot be read will not be readable later; anything else may pass.
-                if attempt == MAX_TRIES or isinstance(error, UnreadableEventError | ValidationError):
+                # What cannot be read, or is refused, will be later too; anything else may pass.
+                hopeless = isinstance(error, UnreadableEventError | ValidationError | InvalidRequestError)
+                if attempt == MAX_TRIES or hopeless:
                     self._give_up(partition, record, error, attempt)
                     return
                 time.sleep(RETRY_PAUSE_S * attempt)
