@@ -27,8 +27,8 @@ from infra.errors import InvalidRequestError
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-# With two threads sums are rounded otherwise, and the same history must give the same bits in every process. Updates
-# are bound by memory, so nothing is lost. torch brings its own libraries, which keep their threads.
+# With two threads sums are rounded otherwise, and the same history must give the same bits in every process.
+# Updates are bound by memory, so nothing is lost. torch brings its own libraries, which keep their threads.
 ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
 
 NEWTON_STEPS = 30  # five or six are usual

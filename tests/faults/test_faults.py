@@ -14,6 +14,7 @@ from feedback.tables import Episode, Feedback
 from flows.accounting import backlog
 from infra.tables import ConsumedEvent, OutboxRow
 from reward import store
+from reward.history import Posterior
 from reward.online import BayesianHead
 from reward.tables import RewardUpdate
 from tests.conftest import wait_until
@@ -68,9 +69,9 @@ def test_the_recovered_posterior_is_that_of_the_recorded_sites(stack):
         assert updates, "the tests before this one give feedback"
         dim = len(np.frombuffer(updates[0].z, np.float64))
         recovered = store.load_posterior(session, updates[0].encoder, dim)
-    fresh = store.Posterior(BayesianHead.prior(dim), 0, 0)
+    fresh = Posterior(BayesianHead.prior(dim), 0, 0)
     for update in updates:
-        store.replay(fresh, update)
+        fresh.replay(update)
     assert recovered.head.digest() == fresh.head.digest()
     assert recovered.num_signals == fresh.num_signals
 
