@@ -26,6 +26,8 @@ GUESSES: Mapping[str, float] = {
     "abandoned": 0.1,
     "contradicted": 0.4,
 }
+# Whoever writes an answer anew prefers the new one, however they voted on the old.
+LEAST: Mapping[str, float] = {"correction": 0.2}
 GOOD_REASONS = frozenset({"well_explained", "exactly_right"})
 BEST_RATING = 5
 
@@ -84,7 +86,7 @@ class Kinds:
 
     def weight(self, key: str) -> float:
         """Return the weight of a kind or act."""
-        return 1.0 if key in EXPLICIT else self.agreements[key].weight
+        return 1.0 if key in EXPLICIT else max(self.agreements[key].weight, LEAST.get(key, 0.0))
 
     def compare(self, signal: Standing, others: list[Standing]) -> None:
         """Learn from the other signals about the same answer, where one of two is explicit."""
@@ -104,6 +106,10 @@ class Kinds:
     def report(self) -> dict[str, dict[str, float]]:
         """Return the weight of each kind, and how many comparisons it rests on."""
         return {
-            key: {"weight": a.weight, "guess": GUESSES[key], "compared": a.agreed + a.disagreed - GUESS_STRENGTH}
+            key: {
+                "weight": self.weight(key),
+                "guess": GUESSES[key],
+                "compared": a.agreed + a.disagreed - GUESS_STRENGTH,
+            }
             for key, a in sorted(self.agreements.items())
         }

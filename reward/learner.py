@@ -242,7 +242,7 @@ class Learner:
             for change in book.of_rater(rater.name):
                 if rater.set_aside and change.action == "add":
                     changes.append(self._out("hold", change))
-                elif not rater.set_aside and change.action == "hold":
+                elif not rater.set_aside and change.action == "hold" and change.weight >= MIN_WEIGHT:
                     c = change
                     site = self.head.learn_one(c.z, c.verdict, c.weight)
                     changes.append(self._added(c.feedback_id, c.key, c.verdict, c.weight, site))

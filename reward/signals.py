@@ -224,7 +224,9 @@ def why(rater: Rater) -> str:
     """Return why what a rater says is held, as a stable key."""
     if rater.ruling == "banned":
         return "rater_banned"
-    return "rater_quarantined" if rater.quarantine else "rater_set_aside"
+    if rater.quarantine:
+        return "rater_quarantined"
+    return "rater_set_aside" if rater.set_aside else "kind_says_nothing"
 
 
 def _set_aside(event: FeedbackGiven, reason: str) -> SignalSetAside:

@@ -203,6 +203,21 @@ def test_a_kind_is_worth_what_it_agrees_with_people():
     assert kinds.report()["copied"]["compared"] == pytest.approx(0.0)
 
 
+def test_a_kind_that_says_nothing_is_held_and_does_not_come_back_with_its_rater():
+    learner, kept = fresh()
+    held = say(learner, kept, "nothing", "ada", rows(1)[0], weight=0.0)
+    assert [change.action for change in held] == ["hold"]
+    learner.rule(["ada"], "banned", kept)
+    assert learner.rule(["ada"], "cleared", kept) == []
+
+
+def test_who_corrects_says_something_however_they_voted():
+    kinds = Kinds()
+    for _ in range(200):
+        kinds.compare(signal("correction", text="Better."), [signal("thumb", value=1)])
+    assert kinds.weight("correction") == 0.2
+
+
 def test_reasons_that_point_both_ways_say_nothing():
     assert verdict_of(signal("reasons", reasons=("too_long", "exactly_right"))) is None
     assert verdict_of(signal("reasons", reasons=("too_long",))) == 0.0
