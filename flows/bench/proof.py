@@ -76,7 +76,8 @@ def account(session: Session, accepted: Mapping[str, str], encoder: str, dim: in
         num_updates=len(updates),
         num_standing=len(expected),
         same_bits=recovered.head.digest() == _undisturbed(session, updates, signals, encoder, dim).digest(),
-        same_signals=set(standing) == expected and recovered.num_signals == len(expected),
+        same_signals=set(standing) == expected
+        and recovered.num_signals == sum(change.action == "add" for change in standing.values()),
     )
 
 
@@ -166,6 +167,6 @@ def _undisturbed(
             assert seen is not None and seen[1] == update.verdict
             site = learner.head.learn_one(*seen, update.weight)
             changes[update.feedback_id] = replace(history.change_of(update), z=seen[0], site=site)
-        else:
+        elif update.precision:  # what was held from the first was never in
             learner.withdraw(changes[update.feedback_id])
     return learner.head

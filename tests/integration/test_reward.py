@@ -186,8 +186,10 @@ def test_learning_anew_ends_where_learning_ended(stack):
     with stack.sessions() as session:
         assert not session.scalar(consumed)
         again, after = state.load(session, encoder.name, encoder.dim)
-    assert after.num_signals == before.num_signals and after.update_seq > before.update_seq
-    # Withdrawn and held votes were never in now, so that sites stand at other points: near, not equal.
+    assert after.update_seq > before.update_seq
+    # What kinds weigh is learned anew too, so that a signal may be held now that was not; and withdrawn votes were
+    # never in, so that sites stand at other points: near, not equal.
+    assert abs(after.num_signals - before.num_signals) <= 0.05 * before.num_signals + 1
     x = np.random.default_rng(0).normal(size=(50, encoder.dim)) * 0.2
     old, new = ([s.mean for s in some.head.predict_many(x)] for some in (learner, again))
-    assert np.corrcoef(old, new)[0, 1] > 0.98
+    assert np.corrcoef(old, new)[0, 1] > 0.95
