@@ -10,6 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from feedback.signals import MACHINE_KINDS
 from feedback.tables import Feedback, User
 from infra.db import among
 from infra.errors import IntegrityError
@@ -140,9 +141,10 @@ class DatabaseBook:
             .where(RewardUpdate.encoder == self.encoder)
             .order_by(RewardUpdate.seq)
         )
+        by_program = Feedback.kind.in_(MACHINE_KINDS)
         if rater.startswith(PROGRAM):
-            return found.where(Feedback.user_id == rater.removeprefix(PROGRAM))
-        return found.join(User, User.user_id == Feedback.user_id).where(User.key_id == rater)
+            return found.where(by_program, Feedback.user_id == rater.removeprefix(PROGRAM))
+        return found.join(User, User.user_id == Feedback.user_id).where(~by_program, User.key_id == rater)
 
 
 def last_seq(session: Session) -> int:

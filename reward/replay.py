@@ -70,8 +70,8 @@ def rebuild(worker: RewardWorker, session: Session) -> Rebuilt:
 
 def _start_over(worker: RewardWorker, session: Session) -> None:
     """Put the prior in place of what was learned; numbers of updates go on from where they were."""
-    encoder = worker.encoder
     worker.recover(session)
+    encoder = worker.encoder  # only now: recovery takes up the one that is active
     old, seq = worker.learner, history.last_seq(session) + 1
     head = BayesianHead.prior(encoder.dim)
     guards = Guards(propensity=old.guards.propensity, anchor=old.guards.anchor)

@@ -110,9 +110,9 @@ def judge(worker: RewardWorker, session: Session, event: ProbeJudged) -> None:
     names = worker.rater_names(session, {(signal.user_id, signal.kind) for signal in signals})
     for signal in signals:
         right = verdict_of_gold([probe], signal)
-        if right is not None and signal.user_id in names:
-            book = worker.book(session)
-            worker.report(session, worker.learner.check(names[signal.user_id], right=right, book=book))
+        name = names.get((signal.user_id, signal.kind))
+        if right is not None and name is not None:
+            worker.report(session, worker.learner.check(name, right=right, book=worker.book(session)))
 
 
 def settled(
@@ -135,7 +135,7 @@ def settled(
     scores = {}
     for signal, episode in rows:
         if moved[signal.id].action == "hold":
-            rater = worker.learner.raters.by_name.get(names.get(signal.user_id, ""), Rater(""))
+            rater = worker.learner.raters.by_name.get(names.get((signal.user_id, signal.kind), ""), Rater(""))
             reports.append(SignalSetAside(feedback_id=signal.id, episode_id=episode.id, reason=why(rater)))
             continue
         phi = features[store.digest_of(episode, episode.answer)]

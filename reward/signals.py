@@ -176,7 +176,7 @@ class Signals:
         learner, key = self.worker.learner, key_of(signal)
         earlier = [s for s in fold(self.about[signal.episode_id]) if s.seq < signal.seq]
         learner.guards.kinds.compare(signal, earlier)
-        rater = self.raters[signal.user_id]
+        rater = self.raters[signal.user_id, signal.kind]
         weight = learner.guards.kinds.weight(key)
         choice = self.choices.get(signal.episode_id)
         if signal.kind in BY_CHOICE and choice is not None:

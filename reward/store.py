@@ -204,6 +204,12 @@ def encoders_of(session: Session, feedback_ids: Sequence[str]) -> list[str]:
     return sorted(session.scalars(query))
 
 
+def probes_about(session: Session, episode_ids: Sequence[str]) -> list[str]:
+    """Return the gold probes about answers, alone or compared."""
+    about = sa.or_(GoldProbe.episode_id.in_(episode_ids), GoldProbe.over.in_(episode_ids))
+    return list(session.scalars(sa.select(GoldProbe.id).where(about).order_by(GoldProbe.id)))
+
+
 def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[str]) -> dict[str, Any]:
     """Erase features, scores and the vectors of updates; the caller has taken their effect out and snapshotted.
 
@@ -216,8 +222,9 @@ def erase(session: Session, episode_ids: Sequence[str], feedback_ids: Sequence[s
     first, last = session.execute(
         sa.select(sa.func.min(seq), sa.func.max(seq)).where(RewardUpdate.feedback_id.in_(feedback_ids))
     ).one()
-    for table in (RatingChoice, Solicitation, GoldProbe):
+    for table in (RatingChoice, Solicitation):
         session.execute(sa.delete(table).where(table.episode_id.in_(episode_ids)))
+    session.execute(sa.delete(GoldProbe).where(GoldProbe.id.in_(feedback_ids)))
     touched = sa.select(RewardSnapshot.id).where(RewardSnapshot.update_seq.between(first, (last or 0) - 1))
     emptied = session.execute(
         sa.update(RewardUpdate).where(RewardUpdate.feedback_id.in_(feedback_ids)).values(z=b"")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,9 +119,8 @@ class RewardWorker:
         found = self.learner.head.predict_many(np.stack([phi[store.digest_of(a, a.answer)] for a in answers]))
         scores = {answer.id: score for answer, score in zip(answers, found, strict=True)}
         names = self.rater_names(session, {(answer.user_id, "thumb") for answer in answers})
-        asking.note_answers(
-            session, self.learner, answers, scores, {user: names[user] for user in names}, self.settings
-        )
+        raters = {user: name for (user, _), name in names.items()}
+        asking.note_answers(session, self.learner, answers, scores, raters, self.settings)
         store.save_scores(session, {i: self.scored(score) for i, score in scores.items()}, self.encoder.name)
         for score in scores.values():
             self.learner.note_usual(score.sd)
@@ -159,6 +158,8 @@ class RewardWorker:
         self.recover(session)
         for event in (delivery.event for delivery in deliveries):
             episode_ids, signal_ids = erasure.concerned(session, event.tombstone)
+            # What operators judged of their answers is made of those answers.
+            signal_ids += store.probes_about(session, episode_ids)
             changes = history.latest_of(session, self.encoder.name, signal_ids)
             taken = [self.learner.withdraw(change) for change in changes.values()]
             for change in taken:
@@ -222,12 +223,16 @@ class RewardWorker:
             update_seq=scored.update_seq,
         )
 
-    def rater_names(self, session: Session, who: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Return the rater's name of each user (the id of their key) or program, given (user, kind of signal)."""
-        programs = {user: PROGRAM + user for user, kind in who if kind in MACHINE_KINDS}
+    def rater_names(self, session: Session, who: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Return the rater's name by (user, kind of signal): a person's key's id, or what a program goes by.
+
+        A program may bear a person's name; what it says is not theirs.
+        """
         people = {user for user, kind in who if kind not in MACHINE_KINDS}
         rows = session.execute(sa.select(User.user_id, User.key_id).where(User.user_id.in_(people)))
-        return {**programs, **{user: key for user, key in rows}}  # noqa: C416
+        keys = {user: key for user, key in rows}  # noqa: C416
+        names = {pair: PROGRAM + pair[0] if pair[1] in MACHINE_KINDS else keys.get(pair[0]) for pair in who}
+        return {pair: name for pair, name in names.items() if name is not None}
 
     def report(self, session: Session, changes: Sequence[Change]) -> None:
         """Keep changes that nobody waits for, and say what became of their signals."""

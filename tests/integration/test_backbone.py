@@ -22,15 +22,17 @@ from infra.db import advisory_lock, connect
 from infra.errors import ConflictError, IntegrityError
 from infra.events import RebuildRequested
 from infra.log import reading
+from infra.log.consumer import Delivery
 from infra.settings import Settings
 from infra.stack.embedded import _migrate
 from infra.tables import OutboxRow
-from reward import backbone, encoders
+from reward import backbone, encoders, state
 from reward.backbone_config import BackboneConfig
 from reward.encoder import open_encoder
 from reward.feature_cache import answers_concerned
 from reward.style import STYLE_NAMES
-from reward.tables import Features, RewardEncoder
+from reward.tables import Features, RewardEncoder, RewardUpdate
+from reward.worker import RewardWorker
 
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 44
@@ -187,6 +189,27 @@ def test_a_run_killed_after_the_training_is_finished_by_the_next(world, verdict,
     with world.sessions.begin() as session:
         assert encoders.activate(session, left[0].name, open_encoder(world.settings), {"reason": "again"})
     assert world.rebuilds() == [left[0].name], "one event, however often it is asked for"
+
+
+def test_the_worker_learns_anew_under_the_backbone_that_won(world, monkeypatch):
+    frozen, won = open_encoder(world.settings), world.active().name
+    worker = RewardWorker(world.sessions, world.settings, frozen)
+    asked = [Delivery(RebuildRequested(encoder=won, reason="a test"), "rb_1")]
+
+    def learned(encoder):
+        with world.sessions() as session:
+            return session.query(RewardUpdate).filter_by(encoder=encoder, action="add").count()
+
+    with monkeypatch.context() as before_it_won, world.sessions.begin() as session:
+        before_it_won.setattr(encoders, "open_active_encoder", lambda *_: frozen)
+        worker.on_rebuild(session, asked)
+    assert (learned(frozen.name), learned(won)) == (NUM_PROMPTS, 0)
+    with world.sessions.begin() as session:
+        worker.on_rebuild(session, asked)
+    assert worker.encoder.name == won
+    assert (learned(frozen.name), learned(won)) == (NUM_PROMPTS, NUM_PROMPTS), "the other's history stays"
+    with world.sessions() as session:
+        assert state.load(session, won, worker.encoder.dim)[1].num_signals == NUM_PROMPTS
 
 
 def test_the_active_backbones_files_are_checked(world):

@@ -13,10 +13,11 @@ import sqlalchemy as sa
 import trainer.erasure
 from feedback.tables import Erasure, Feedback, SelfEvaluation, User
 from infra import kafka
+from infra.db import transaction
 from infra.events import TOPICS, dead_letter_topic
-from reward import history, store
+from reward import history, rulings, store
 from reward.online import BayesianHead
-from reward.tables import RewardUpdate
+from reward.tables import GoldProbe, RewardUpdate
 from tests.conftest import wait_until
 from trainer.snapshot import DATASET_FILE, Example, Snapshot, episode_of
 
@@ -159,6 +160,23 @@ def test_what_they_taught_is_taken_out_of_the_reward_model(stack, person):
             fresh.apply(history.site_of(update))
     np.testing.assert_allclose(recovered.head.theta, fresh.theta, atol=1e-6)
     np.testing.assert_allclose(recovered.head.covariance, fresh.covariance, atol=1e-6)
+
+
+def test_what_operators_judged_of_their_answers_goes_too(stack, person):
+    user, _, ids, _ = person
+    with transaction(stack.sessions) as session:
+        probes = [
+            rulings.give_probe(session, ids[0], good=True, operator="test", reason="a test"),
+            rulings.give_probe(session, ids[1], over=ids[0], good=False, operator="test", reason="a test"),
+        ]
+    wait_until(lambda: all(was_learned(stack, probe) for probe in probes), what="the probes were not learned")
+    answer = stack.http.delete("/v1/me", headers={"X-Everloop-User": user})
+    assert complete(stack, answer.json()["erasure_id"])["found"]["reward"]["sites_removed"] == 6
+    with stack.sessions() as session:
+        rows = session.scalars(sa.select(RewardUpdate).where(RewardUpdate.feedback_id.in_(probes))).all()
+        assert sorted(row.action for row in rows) == ["add"] * 2 + ["remove"] * 2
+        assert all(row.z == b"" for row in rows)
+        assert not session.scalars(sa.select(GoldProbe).where(GoldProbe.id.in_(probes))).all()
 
 
 def test_what_everybody_said_without_a_name_is_nobodys_to_forget(stack):

@@ -130,6 +130,16 @@ def test_a_banned_rater_is_out_within_a_second_and_back_when_reinstated(stack):
     assert took_s < 2.0  # it is a second on a quiet machine
 
 
+def test_a_program_that_bears_a_persons_name_is_somebody_else(stack):
+    user = f"namesake-{uuid.uuid4().hex}"
+    [(episode, thumb)] = vote(stack, user)
+    judged = stack.feedback(episode, user=user, kind="judge", score=0.9).json()["id"]
+    wait_until(lambda: judged in latest(stack, [judged]), what="the judge was not heard")
+    rule(stack, user, "banned")
+    wait_until(lambda: latest(stack, [thumb]) == {thumb: "hold"}, what="the ban had no effect")
+    assert latest(stack, [judged]) == {judged: "add"}
+
+
 def test_a_rater_who_is_wrong_on_gold_probes_no_longer_counts(stack):
     user = f"wrong-{uuid.uuid4().hex}"
     votes = vote(stack, user, value=-1, count=6)
