@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from feedback import episodes
 from feedback.signals import MACHINE_KINDS, BaseSignal
 from feedback.tables import Episode, Feedback, User
+from infra.db import unnest
 from infra.errors import ConflictError, EverloopError, InvalidRequestError
 from infra.events import FeedbackGiven
 from infra.ids import new_id
@@ -183,9 +184,8 @@ _NAMES = ", ".join(COLUMN_TYPES)
 # Arrays of arrays cannot be told apart by unnest, so reasons travel as one text each.
 _SELECTED = _NAMES.replace("reasons", "string_to_array(reasons, ',')")
 _WRITE = sa.text(
-    f"WITH fresh AS (INSERT INTO feedback ({_NAMES}) SELECT {_SELECTED} FROM unnest("
-    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in COLUMN_TYPES.items())
-    + f") AS row({_NAMES}) ORDER BY user_id, idempotency_key "
+    f"WITH fresh AS (INSERT INTO feedback ({_NAMES}) SELECT {_SELECTED} FROM {unnest(COLUMN_TYPES)} "
+    "ORDER BY user_id, idempotency_key "
     "ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id) "
     f"INSERT INTO outbox (event_id, topic, key, value) SELECT event.event_id, topic, key, event.value "
     f"FROM {outbox.UNNEST} JOIN fresh ON fresh.id = event.event_id ORDER BY event.place RETURNING event_id"

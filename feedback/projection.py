@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import Feedback, ReceiptFate, ReceiptRow, ReceiptRun, ReceiptUse
+from infra.db import ManyRows
 from infra.events import (
     DeploymentChanged,
     Event,
@@ -61,10 +62,26 @@ _NOTE_GIVEN = sa.text(
 )
 
 
+# What another event wrote gives way.
+_RECEIPTS = ManyRows(
+    "receipts",
+    {
+        "feedback_id": "text",
+        "episode_id": "text",
+        "status": "text",
+        "reason": "text",
+        "update_seq": "bigint",
+        "p_before": "float8",
+        "p_after": "float8",
+    },
+    key="feedback_id",
+)
+
+
 def on_learned(session: Session, deliveries: Sequence[Delivery]) -> None:
     """Note what the reward model learned from."""
     newest = {d.event.feedback_id: d.event for d in deliveries if d.event.feedback_id is not None}
-    _merge(
+    _RECEIPTS.write(
         session,
         [
             {
@@ -83,38 +100,13 @@ def on_learned(session: Session, deliveries: Sequence[Delivery]) -> None:
 def on_set_aside(session: Session, deliveries: Sequence[Delivery]) -> None:
     """Note what the reward model did not use, and why."""
     newest = {d.event.feedback_id: d.event for d in deliveries}
-    _merge(
+    _RECEIPTS.write(
         session,
         [
             {"feedback_id": e.feedback_id, "episode_id": e.episode_id, "status": "set_aside", "reason": e.reason}
             for e in newest.values()
         ],
     )
-
-
-def _merge(session: Session, rows: list[dict[str, Any]]) -> None:
-    """Write receipts, one statement for all of them; what another event wrote gives way."""
-    if rows:
-        session.execute(_MERGE, {name: [row.get(name) for row in rows] for name in _TYPES})
-
-
-_TYPES = {
-    "feedback_id": "text",
-    "episode_id": "text",
-    "status": "text",
-    "reason": "text",
-    "update_seq": "bigint",
-    "p_before": "float8",
-    "p_after": "float8",
-}
-_COLUMNS = ", ".join(_TYPES)
-# In the order of the key: two that write the same rows wait for each other rather than deadlock.
-_MERGE = sa.text(
-    f"INSERT INTO receipts ({_COLUMNS}) SELECT {_COLUMNS} "
-    f"FROM unnest({', '.join(f'CAST(:{name} AS {kind}[])' for name, kind in _TYPES.items())}) AS row({_COLUMNS}) "
-    f"ORDER BY feedback_id ON CONFLICT (feedback_id) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _TYPES if name != "feedback_id")
-)
 
 
 def on_used(session: Session, deliveries: Sequence[Delivery]) -> None:

@@ -11,8 +11,7 @@ from feedback.tables import Episode, Feedback
 from flows.population import Acknowledged
 from infra.events import EpisodeRecorded, FeedbackGiven
 from infra.tables import ConsumedEvent, OutboxRow
-
-CONSUMER = "reward"
+from reward import CONSUMER
 
 
 def backlog(session: Session) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -108,3 +108,41 @@ def among(column: Any, values: Iterable[str]) -> sa.ColumnElement[bool]:
     A parameter for each value makes long statements that differ in length: they are neither prepared nor cached.
     """
     return cast(sa.ColumnElement[bool], column == sa.any_(sa.literal(sorted(set(values)), ARRAY(sa.Text))))
+
+
+def unnest(types: Mapping[str, str]) -> str:
+    """Return a FROM item of rows that come as one parameter per column: its name, and the type of its values."""
+    arrays = ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in types.items())
+    return f"unnest({arrays}) AS row({', '.join(types)})"
+
+
+class ManyRows:
+    """Writes rows of one table by one statement: a statement per row would cost more than all the rest.
+
+    Parameters
+    ----------
+    types
+        The columns that are written, and their types.
+    key
+        The primary key. A row that is there already gives way; without a key, it is an error.
+    stamp
+        A column that is set to the present time where a row gave way.
+    """
+
+    def __init__(
+        self, table: str, types: Mapping[str, str], *, key: str | None = None, stamp: str | None = None
+    ) -> None:
+        self.types = types
+        names = ", ".join(types)
+        statement = f"INSERT INTO {table} ({names}) SELECT {names} FROM {unnest(types)}"
+        if key is not None:
+            changes = [f"{name} = excluded.{name}" for name in types if name != key]
+            changes += [f"{stamp} = now()"] if stamp else []
+            # In the order of the key: two that write the same rows wait for each other rather than deadlock.
+            statement += f" ORDER BY {key} ON CONFLICT ({key}) DO UPDATE SET {', '.join(changes)}"
+        self._statement = sa.text(statement)
+
+    def write(self, session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows; a column that one does not name is null in it."""
+        if rows:
+            session.execute(self._statement, {name: [row.get(name) for row in rows] for name in self.types})

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 JsonPath = Annotated[str | None, typer.Option("--json", help="Write the report here; - is standard output.")]
 
@@ -40,6 +41,16 @@ def write_json(path: str | None, report: dict[str, Any]) -> None:
         sys.stdout.write(text)
     else:
         Path(path).write_text(text)
+
+
+def print_fields(path: str | None, found: dict[str, Any]) -> None:
+    """Write a report to `path`, and unless that is standard output print its fields, a line each."""
+    write_json(path, found)
+    if path != "-":
+        table = Table("", "", box=None, show_header=False)
+        for name, value in found.items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        output.print(table)
 
 
 LINE_EVERY_S = 10.0

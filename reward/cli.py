@@ -15,6 +15,7 @@ from infra.db import Sessions, connect, transaction
 from infra.errors import ConflictError, InvalidRequestError, NotFoundError
 from infra.report import JsonPath
 from infra.settings import load
+from reward import CONSUMER
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept with the decision.")]
@@ -32,9 +33,7 @@ def status(json_path: JsonPath = None) -> None:
 
     with transaction(_sessions()) as session:
         found = summary(session)
-    report.write_json(json_path, found)
-    if json_path != "-":
-        _print(found)
+    report.print_fields(json_path, found)
 
 
 @app.command()
@@ -114,9 +113,7 @@ def quarantine(
             found = {
                 "ruling": give_ruling(session, quarantine=name, ruling=ruling, operator=who, reason=reason)  # type: ignore[arg-type]
             }
-    report.write_json(json_path, found)
-    if json_path != "-":
-        _print(found)
+    report.print_fields(json_path, found)
 
 
 @app.command()
@@ -142,7 +139,7 @@ def replay(
         with transaction(sessions) as session:
             done = session.scalar(
                 sa.select(ConsumedEvent.dead_letter).where(
-                    ConsumedEvent.event_id == event_id, ConsumedEvent.consumer == "reward"
+                    ConsumedEvent.event_id == event_id, ConsumedEvent.consumer == CONSUMER
                 )
             )
         if done is not None:
@@ -196,13 +193,6 @@ def _rule(user: str, ruling: Any, reason: str, json_path: str | None) -> None:
         found = give_ruling(session, rater=rater, ruling=ruling, operator=getpass.getuser(), reason=reason)
     report.write_json(json_path, {"ruling": found})
     report.say(f"{user}: {ruling or 'as their record says'}")
-
-
-def _print(found: dict[str, Any]) -> None:
-    table = Table("", "", box=None, show_header=False)
-    for name, value in found.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    report.output.print(table)
 
 
 def _print_contest(result: dict[str, Any]) -> None:

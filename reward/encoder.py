@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ Answer = tuple[Sequence[Message], str]
 
 RECIPE = "v3"  # goes into every encoder's name: to be raised with any change of what features are
 BATCH_ANSWERS = 8
+CHUNK_ANSWERS = 4 * BATCH_ANSWERS  # enough to sort by length
 MAX_ANSWER_TOKENS = 8192
 # No prose has as many characters to a token: what is longer need not be tokenised to be refused.
 MAX_ANSWER_CHARS = 16 * MAX_ANSWER_TOKENS
@@ -139,6 +140,24 @@ class Encoder(ABC):
             if (num_tokens := self._num_tokens(answer)) > MAX_ANSWER_TOKENS:
                 return _too_long(f"{num_tokens} tokens")
         return None
+
+    def encode_usable(
+        self, answers: Sequence[Answer], on_done: Callable[[int], None] = lambda done: None
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return features, shape ``(n, dim)``, zeros for answers that are refused, and which ones are not.
+
+        Parameters
+        ----------
+        on_done
+            Told now and then how many answers are done.
+        """
+        usable = np.array([self.refusal(text) is None for _, text in answers], dtype=bool)
+        features = np.zeros((len(answers), self.dim), np.float32)
+        for start in range(0, len(answers), CHUNK_ANSWERS):
+            chosen = (start + np.flatnonzero(usable[start : start + CHUNK_ANSWERS])).tolist()
+            features[chosen] = self.encode([answers[i] for i in chosen])
+            on_done(min(start + CHUNK_ANSWERS, len(answers)))
+        return features, usable
 
     def encode(self, answers: Sequence[Answer]) -> NDArray[np.float32]:
         """Return features of (messages, answer) pairs, shape ``(n, dim)``, in the order of :attr:`layout`.

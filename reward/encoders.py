@@ -6,7 +6,6 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,6 @@ from reward.encoder import Encoder, open_encoder
 from reward.tables import RewardEncoder
 
 log = logging.getLogger("everloop.reward")
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveEncoder:
-    """The encoder whose scores count now; `adapter_dir` is None for the frozen one."""
-
-    name: str
-    adapter_dir: Path | None
-
-
-def active_encoder(session: Session, settings: Settings) -> ActiveEncoder:
-    """Return the encoder that is active, see :func:`open_active_encoder`."""
-    encoder = open_active_encoder(session, settings)
-    return ActiveEncoder(encoder.name, encoder.adapter_dir if isinstance(encoder, BaseModelEncoder) else None)
 
 
 def open_active_encoder(session: Session, settings: Settings, num_threads: int | None = None) -> Encoder:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from feedback.signals import MACHINE_KINDS
 from feedback.tables import Feedback, User
-from infra.db import among
+from infra.db import ManyRows, among
 from infra.errors import IntegrityError
 from reward.learner import Change
 from reward.online import BayesianHead, Site
@@ -152,30 +152,25 @@ def last_seq(session: Session) -> int:
     return session.scalar(sa.select(sa.func.max(RewardUpdate.seq))) or 0
 
 
-_TYPES = {
-    "seq": "bigint",
-    "feedback_id": "text",
-    "action": "text",
-    "encoder": "text",
-    "key": "text",
-    "z": "bytea",
-    "verdict": "float8",
-    "weight": "float8",
-    "precision": "float8",
-    "target": "float8",
-    "inflation": "float8",
-    "p_before": "float8",
-}
-_NAMES = ", ".join(_TYPES)
-# One statement for all of them: a statement per row would cost more than all the rest.
-_INSERT = sa.text(
-    f"INSERT INTO reward_updates ({_NAMES}) SELECT {_NAMES} FROM unnest("
-    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _TYPES.items())
-    + f") AS row({_NAMES})"
+_UPDATES = ManyRows(
+    "reward_updates",
+    {
+        "seq": "bigint",
+        "feedback_id": "text",
+        "action": "text",
+        "encoder": "text",
+        "key": "text",
+        "z": "bytea",
+        "verdict": "float8",
+        "weight": "float8",
+        "precision": "float8",
+        "target": "float8",
+        "inflation": "float8",
+        "p_before": "float8",
+    },
 )
 
 
 def write(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows of :func:`row_of` to the history."""
-    if rows:
-        session.execute(_INSERT, {name: [row[name] for row in rows] for name in _TYPES})
+    _UPDATES.write(session, rows)

@@ -73,12 +73,7 @@ def standing_signals(session: Session) -> tuple[list[Standing], dict[str, Episod
 
 def usable(episode: Episode | None) -> bool:
     """Tell whether an answer may be learned from, and says anything."""
-    return (
-        episode is not None
-        and reason_against(episode) is None
-        and not episode.user_id.startswith(TOMBSTONE)
-        and bool(episode.answer.strip())
-    )
+    return episode is not None and reason_against(episode) is None and not episode.user_id.startswith(TOMBSTONE)
 
 
 def pair_up(signals: Iterable[Standing], episodes: Mapping[str, Episode]) -> list[Judged]:

@@ -180,7 +180,7 @@ class Learner:
         rater = self.raters.get(seen.rater, seen.block, seen.at_s or 0.0)
         involved = [rater, *self._watch_bursts(rater, seen)]
         weight = self.raters.weigh(rater) * seen.weight
-        changes = self._settle([r for r in involved if self.raters.counts(r) == r.set_aside], book)
+        changes = self._settle(involved, book)
         if weight < MIN_WEIGHT:
             s, before = seen, self.head.predict_one(seen.z)
             held = Change("hold", s.feedback_id, s.key, s.z, s.target, s.weight, None, self._inflation)
@@ -204,14 +204,14 @@ class Learner:
     def check(self, rater: str, *, right: bool, book: Book) -> list[Change]:
         """Hold a vote against a gold probe; take out, or in, what raters said who now count for less, or more."""
         self.raters.check(self.raters.get(rater), right=right)
-        return self._settle(self.raters.unsettled(), book)
+        return self._settle(self.raters.by_name.values(), book)
 
     def rule(self, names: Iterable[str], ruling: Ruling | None, book: Book) -> list[Change]:
         """Follow an operator's decision about raters; None leaves them to their record again."""
         raters = [self.raters.get(name) for name in names]
         for rater in raters:
             rater.ruling, rater.quarantine = ruling, None
-        return self._settle([r for r in raters if self.raters.counts(r) == r.set_aside], book)
+        return self._settle(raters, book)
 
     def p_good(self, score: Score, p_self: float | None = None) -> float:
         """Return the calibrated probability that an answer is good."""
@@ -236,8 +236,9 @@ class Learner:
         return Change("add", feedback_id, key, site.z, target, weight, site, self._inflation, p_before)
 
     def _settle(self, raters: Iterable[Rater], book: Book) -> list[Change]:
+        """Take out what those of them said who no longer count, and in what those did who count again."""
         changes = []
-        for rater in raters:
+        for rater in self.raters.unsettled(raters):
             self.raters.get(rater.name).set_aside = not rater.set_aside
             for change in book.of_rater(rater.name):
                 if rater.set_aside and change.action == "add":

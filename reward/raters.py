@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -171,9 +172,9 @@ class Raters:
             block.num_wrong += not right
         self._changed[rater.name] = rater
 
-    def unsettled(self) -> list[Rater]:
-        """Return the raters whose votes are in and must out, or the other way."""
-        return [r for r in self.by_name.values() if r.num_votes and self.counts(r) == r.set_aside]
+    def unsettled(self, among: Iterable[Rater]) -> list[Rater]:
+        """Return those whose votes are in and must out, or the other way."""
+        return [rater for rater in among if rater.num_votes and self.counts(rater) == rater.set_aside]
 
     def fresh_since(self, at_s: float, block: str | None) -> list[Rater]:
         """Return the fresh raters who first voted after `at_s`, of one block or of all."""
@@ -182,14 +183,6 @@ class Raters:
             for r in self.by_name.values()
             if r.first_at_s > at_s and r.is_fresh and (block is None or r.block == block)
         ]
-
-    def forget(self, name: str, tombstone: str) -> None:
-        """Keep a forgotten rater's counts under a name that says nothing, without their addresses."""
-        rater = self.by_name.pop(name, None)
-        self._changed.pop(name, None)
-        if rater is not None:
-            rater.name, rater.block = tombstone, None
-            self.by_name[tombstone] = self._changed[tombstone] = rater
 
     def _said(self, rater: Rater) -> float:
         """Return what a vote says at this reliability, against one at the default."""

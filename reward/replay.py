@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from feedback.acceptance import EVENT_FIELDS
 from feedback.tables import Feedback
 from infra.events import FeedbackGiven, ProbeJudged
 from reward import history, rulings, state, store
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("everloop.reward")
 
 CHUNK_SIGNALS = 1_000
-COLUMNS = ("seq", "episode_id", "user_id", "kind", "slot", "value", "score", "name", "reasons", "over", "text",
-           "address_block")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +52,7 @@ def rebuild(worker: RewardWorker, session: Session) -> Rebuilt:
     for rows in _chunks(session):
         due = [probe for probe in probes if probe.created_at <= rows[-1].created_at]
         probes = probes[len(due) :]
-        events = [
-            FeedbackGiven(feedback_id=row.id, **{name: getattr(row, name) for name in COLUMNS}) for row in rows
-        ]
+        events = [_event(row) for row in rows]
         Signals(worker, session, events, known_dead=True).learn()
         _judge(worker, session, due)
         worker.flush(session)
@@ -98,7 +95,7 @@ def _chunks(session: Session) -> Iterator[Sequence[Feedback]]:
 
 
 def _event(row: Feedback) -> FeedbackGiven:
-    return FeedbackGiven(feedback_id=row.id, **{name: getattr(row, name) for name in COLUMNS})
+    return FeedbackGiven(feedback_id=row.id, **{name: getattr(row, name) for name in EVENT_FIELDS})
 
 
 def _probes(session: Session) -> list[GoldProbe]:

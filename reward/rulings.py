@@ -94,7 +94,7 @@ def judge(worker: RewardWorker, session: Session, event: ProbeJudged) -> None:
         return  # forgotten in the meantime
     answers = [(episode, episode.answer) for episode in episodes if episode is not None]
     features = worker.features(session, answers)
-    phis = [features[store.digest_of(*answer)] for answer in answers]
+    phis = [features[episode.id, text] for episode, text in answers]
     z = phis[0] - phis[1] if event.over else phis[0]
     change = worker.learner.teach(event.probe_id, z, float(event.good))
     worker.report(session, [change])
@@ -138,7 +138,7 @@ def settled(
             rater = worker.learner.raters.by_name.get(names.get((signal.user_id, signal.kind), ""), Rater(""))
             reports.append(SignalSetAside(feedback_id=signal.id, episode_id=episode.id, reason=why(rater)))
             continue
-        phi = features[store.digest_of(episode, episode.answer)]
+        phi = features[episode.id, episode.answer]
         scored = scores[episode.id] = worker.scored(worker.learner.head.predict_one(phi))
         reports.append(worker.updated(episode.id, signal.id, scored, moved[signal.id].weight))
     store.save_scores(session, scores, worker.encoder.name)

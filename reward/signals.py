@@ -149,7 +149,7 @@ class Signals:
         self, event: FeedbackGiven, signal: Standing, *, stands: bool
     ) -> list[RewardUpdated | SignalSetAside]:
         """Add the newest signal of its slot, or nothing where it withdrew; report the answer's new score."""
-        phis = [self.features[store.digest_of(*answer)] for answer in answers_of(signal, self.episodes)]
+        phis = [self.features[episode.id, text] for episode, text in answers_of(signal, self.episodes)]
         seen = observation(signal, phis) if stands else None  # a withdrawal says nothing itself
         if stands and seen is None:
             return [_set_aside(event, "says_neither_good_nor_bad")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from infra.db import ManyRows
 from infra.errors import IntegrityError
 from reward import store
 from reward.history import Posterior
@@ -27,14 +28,7 @@ _TYPES = {
     "num_seen": "int",
     "num_rated": "int",
 }
-_NAMES = ", ".join(_TYPES)
-# One statement for all of them: a statement per row would cost more than all the rest.
-_RATERS = sa.text(
-    f"INSERT INTO reward_raters ({_NAMES}) SELECT {_NAMES} FROM unnest("
-    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _TYPES.items())
-    + f") AS row({_NAMES}) ON CONFLICT (name) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _TYPES if name != "name")
-)
+_RATERS = ManyRows("reward_raters", _TYPES, key="name")
 
 
 def load(session: Session, encoder: str, dim: int) -> tuple[Learner, Posterior]:
@@ -47,11 +41,11 @@ def load(session: Session, encoder: str, dim: int) -> tuple[Learner, Posterior]:
         ``reward_position_backwards`` where the guards have seen updates that the history does not hold.
     """
     posterior = store.load_posterior(session, encoder, dim)
-    row = session.get(RewardState, encoder, populate_existing=True)
-    if row is not None and row.update_seq > posterior.update_seq:
+    seen = session.scalar(sa.select(RewardState.update_seq).where(RewardState.encoder == encoder)) or 0
+    if seen > posterior.update_seq:
         raise IntegrityError(
-            f"The guards of {encoder} saw update {row.update_seq}, the history ends at {posterior.update_seq}: "
-            "part of it was lost. Restore it from a backup, or run `everloop reward replay`.",
+            f"The guards of {encoder} saw update {seen}, the history ends at {posterior.update_seq}: part of it "
+            "was lost. Restore it from a backup, or run `everloop reward replay`.",
             code="reward_position_backwards",
         )
     return Learner(posterior.head, read_guards(session, encoder), read_raters(session)), posterior
@@ -81,5 +75,4 @@ def save(session: Session, learner: Learner, posterior: Posterior, encoder: str)
         ),
         {"encoder": encoder, "guards": learner.guards.dump().decode(), "seq": posterior.update_seq},
     )
-    if changed := learner.raters.changed():
-        session.execute(_RATERS, {name: [getattr(rater, name) for rater in changed] for name in _TYPES})
+    _RATERS.write(session, [{name: getattr(r, name) for name in _TYPES} for r in learner.raters.changed()])

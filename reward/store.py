@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import Episode
-from infra.db import among
+from infra.db import ManyRows, among
 from infra.errors import IntegrityError
 from reward import history
 from reward.history import Posterior
@@ -165,22 +165,26 @@ class Scored:
 
 def save_scores(session: Session, scores: Mapping[str, Scored], encoder: str) -> None:
     """Write the newest score of each episode."""
-    if not scores:
-        return
-    columns: dict[str, Any] = {name: [getattr(s, name) for s in scores.values()] for name in _SCORE_TYPES}
-    session.execute(_SCORES, {**columns, "episode_id": list(scores), "encoder": encoder})
+    rows = [
+        {"episode_id": episode_id, "encoder": encoder, **{name: getattr(score, name) for name in Scored.__slots__}}
+        for episode_id, score in scores.items()
+    ]
+    _SCORES.write(session, rows)
 
 
-_SCORE_TYPES = {"mean": "float8", "sd": "float8", "p_good": "float8", "abstain": "bool", "update_seq": "bigint"}
-_SCORE_NAMES = ", ".join(_SCORE_TYPES)
-# One statement for all of them: a statement per row would cost more than all the rest.
-_SCORES = sa.text(
-    f"INSERT INTO reward_scores (episode_id, encoder, {_SCORE_NAMES}) "
-    f"SELECT episode_id, :encoder, {_SCORE_NAMES} FROM unnest(CAST(:episode_id AS text[]), "
-    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _SCORE_TYPES.items())
-    + f") AS row(episode_id, {_SCORE_NAMES}) ORDER BY episode_id ON CONFLICT (episode_id) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in (*_SCORE_TYPES, "encoder"))
-    + ", updated_at = now()"
+_SCORES = ManyRows(
+    "reward_scores",
+    {
+        "episode_id": "text",
+        "encoder": "text",
+        "mean": "float8",
+        "sd": "float8",
+        "p_good": "float8",
+        "abstain": "bool",
+        "update_seq": "bigint",
+    },
+    key="episode_id",
+    stamp="updated_at",
 )
 
 

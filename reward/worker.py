@@ -36,7 +36,7 @@ from infra.log.consumer import Consumer, Delivery
 from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
-from reward import asking, encoders, history, replay, rulings, state, store
+from reward import CONSUMER, asking, encoders, history, replay, rulings, state, store
 from reward.encoder import Encoder
 from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
@@ -49,11 +49,10 @@ from reward.store import Scored
 
 log = logging.getLogger("everloop.reward")
 
-CONSUMER = "reward"
 # Features of a new answer cost 0.1 s and more: a large batch would keep the signals behind it waiting.
 BATCH_EVENTS = 64
 
-Features = Mapping[str, NDArray[np.float64]]
+Features = Mapping[tuple[str, str], NDArray[np.float64]]  # by episode and text
 
 
 class RewardWorker:
@@ -95,7 +94,7 @@ class RewardWorker:
         """Have the state in memory, from the database where it is not there."""
         if self._learner is None:
             active = encoders.open_active_encoder(session, self.settings, self.num_threads)
-            if active.name != self.encoder.name:
+            if active.name != self.encoder.name:  # else the one at hand may be loaded already
                 self.encoder = active
             self._learner, self.posterior = state.load(session, self.encoder.name, self.encoder.dim)
             self._last_seq = history.last_seq(session)
@@ -116,7 +115,7 @@ class RewardWorker:
             return
         self.recover(session)
         phi = self.features(session, [(answer, answer.answer) for answer in answers])
-        found = self.learner.head.predict_many(np.stack([phi[store.digest_of(a, a.answer)] for a in answers]))
+        found = self.learner.head.predict_many(np.stack([phi[a.id, a.answer] for a in answers]))
         scores = {answer.id: score for answer, score in zip(answers, found, strict=True)}
         names = self.rater_names(session, {(answer.user_id, "thumb") for answer in answers})
         raters = {user: name for (user, _), name in names.items()}
@@ -246,8 +245,9 @@ class RewardWorker:
         return rulings.settled(self, session, changes)
 
     def features(self, session: Session, answers: Sequence[tuple[Episode, str]]) -> Features:
-        """Return features by digest, computing (and caching) those that are missing."""
-        wanted = {store.digest_of(episode, text): (episode, text) for episode, text in answers}
+        """Return features by episode and text, computing (and caching) those that are missing."""
+        digests = {(episode.id, text): store.digest_of(episode, text) for episode, text in answers}
+        wanted = {digests[episode.id, text]: (episode, text) for episode, text in answers}
         cached = store.cached_features(session, self.encoder.name, wanted)
         missing = [digest for digest in wanted if digest not in cached]
         if missing:
@@ -255,7 +255,7 @@ class RewardWorker:
             rows = {d: (phi, wanted[d][0].id) for d, phi in zip(missing, fresh, strict=True)}
             store.cache_features(session, self.encoder.name, rows)
             cached |= {digest: phi.astype(np.float64) for digest, (phi, _) in rows.items()}
-        return cached
+        return {key: cached[digest] for key, digest in digests.items()}
 
     def commit(self, session: Session) -> None:
         """Write what changed in memory, within the caller's transaction."""

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from reward.encoder import BATCH_ANSWERS, Answer, Encoder
+from reward.encoder import Encoder
 from reward.online import BayesianHead, pessimistic
 
 LOWEST_REWARD = pessimistic(-math.inf, 0.0, 0.0)  # where rewards are clipped
@@ -45,8 +44,8 @@ class PinnedReward:
         """
         flat = [(prompt, a) for prompt, group in zip(prompts, answers, strict=True) for a in group]
         flat += list(zip(prompts, references, strict=True))
-        usable = np.array([self.encoder.refusal(answer) is None for _, answer in flat], dtype=bool)
-        features = self._features(flat, usable, on_done)
+        encoded, usable = self.encoder.encode_usable(flat, on_done)
+        features = encoded.astype(np.float64)
         references_at = len(flat) - len(references)
         rewards, at = [], 0
         for index, group in enumerate(answers):
@@ -59,14 +58,3 @@ class PinnedReward:
                 rewards.append([0.0] * len(group))
             at += len(group)
         return rewards
-
-    def _features(
-        self, answers: Sequence[Answer], usable: NDArray[np.bool_], on_done: Callable[[int], None]
-    ) -> NDArray[np.float64]:
-        """Return features, shape ``(n, dim)``; those of unusable answers are 0."""
-        features = np.zeros((len(answers), self.encoder.dim))
-        for start in range(0, len(answers), 4 * BATCH_ANSWERS):
-            chosen = (start + np.flatnonzero(usable[start : start + 4 * BATCH_ANSWERS])).tolist()
-            features[chosen] = self.encoder.encode([answers[i] for i in chosen])
-            on_done(min(start + 4 * BATCH_ANSWERS, len(answers)))
-        return features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -41,7 +41,7 @@ def log(
     """Signals per second from HTTP to their effect, and the relay beside a plain producer."""
     from flows.bench.log import measure
 
-    _print(measure(seconds), json_path)
+    report.print_fields(json_path, measure(seconds))
 
 
 @app.command()
@@ -54,7 +54,7 @@ def faults(
     from flows.bench.faults import storm
 
     result = storm(kills, seed)
-    _print(result, json_path)
+    report.print_fields(json_path, result)
     if result["lost"] or result["counted_twice"] or not result["reward_state_equal"]:
         raise typer.Exit(1)
 
@@ -70,13 +70,4 @@ def reward(
     """How well the reward model learns, how fast, and what coordinated raters can do to it."""
     from flows.bench.reward import measure
 
-    _print(measure(pairs, with_stack=stack), json_path)
-
-
-def _print(result: dict[str, Any], json_path: str | None) -> None:
-    report.write_json(json_path, result)
-    if json_path != "-":
-        table = Table("", "", box=None, show_header=False)
-        for name, value in result.items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-        report.output.print(table)
+    report.print_fields(json_path, measure(pairs, with_stack=stack))

@@ -19,7 +19,6 @@ import sqlalchemy as sa
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from feedback.projection import CONSUMER as RECEIPTS
-from flows.accounting import CONSUMER as REWARD
 from flows.bench.proof import Account, account
 from flows.bench.raters import Raters, write_pairs
 from flows.bench.stack import log_stack
@@ -30,6 +29,7 @@ from infra.log.outbox import lacked_by_some
 from infra.settings import Settings
 from infra.stack.supervisor import Supervisor
 from infra.tables import ConsumedEvent, OutboxRow
+from reward import CONSUMER as REWARD
 
 TARGETS = ("api", "relay", "reward", "ledger", "broker", "postgres")
 OVERLAPPING_SHARE = 0.2

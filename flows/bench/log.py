@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from feedback.projection import CONSUMER as RECEIPTS
-from flows.accounting import CONSUMER as REWARD
 from flows.accounting import backlog
 from flows.bench import load
 from flows.bench.stack import log_stack, seed, user_of
@@ -28,6 +27,7 @@ from infra.log.relay import Relay
 from infra.sealing import SubjectKey
 from infra.settings import Settings
 from infra.tables import ConsumedEvent, OutboxRow
+from reward import CONSUMER as REWARD
 
 NUM_CLIENTS = 16
 BATCH_SIGNALS = 500

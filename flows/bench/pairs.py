@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from infra import report
 from infra.errors import InvalidRequestError
 from infra.settings import Settings
-from reward.calibration import NUM_BINS, Reliability, log_loss
+from reward.calibration import Reliability, log_loss
 from reward.encoder import Answer, Encoder
 from reward.online import PRIOR_VARIANCE, BayesianHead
 
@@ -28,7 +28,6 @@ SKIPPED_SHARE = 0.25  # predictions of the first quarter are not counted
 SWAP_SEEDS = 5
 FOLDS = 10
 REFIT_EVERY = 8
-CHUNK_ANSWERS = 64
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -80,14 +79,8 @@ def differences(settings: Settings, encoder: Encoder, path: Path) -> Matrix:
 
 def encode(encoder: Encoder, answers: Sequence[Answer], what: str) -> NDArray[np.float32]:
     """Return features, shape ``(n, dim)``; zeros where none can be made."""
-    usable = [i for i, (_, text) in enumerate(answers) if encoder.refusal(text) is None]
-    phi = np.zeros((len(answers), encoder.dim), np.float32)
-    with report.Phase(what, len(usable)) as phase:
-        for start in range(0, len(usable), CHUNK_ANSWERS):
-            chunk = usable[start : start + CHUNK_ANSWERS]
-            phi[chunk] = encoder.encode([answers[i] for i in chunk])
-            phase.update(start + len(chunk))
-    return phi
+    with report.Phase(what, len(answers)) as phase:
+        return encoder.encode_usable(answers, phase.update)[0]
 
 
 def one_pass(z: Matrix, targets: Sequence[float], *, pairs: bool) -> dict[str, float]:
@@ -169,7 +162,7 @@ def _by_luck(p: Vector, seed: int) -> float:
 
 
 def _ece(p: Vector, y: Vector) -> float:
-    tenth = np.minimum((p * NUM_BINS).astype(int), NUM_BINS - 1)
-    return float(
-        sum(np.mean(tenth == k) * abs(p[tenth == k].mean() - y[tenth == k].mean()) for k in np.unique(tenth))
-    )
+    reliability = Reliability()
+    for forecast, outcome in zip(p, y, strict=True):
+        reliability.observe(float(forecast), float(outcome))
+    return reliability.ece or 0.0

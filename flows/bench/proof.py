@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 from feedback.fold import Standing, as_standing, fold
 from feedback.projection import CONSUMER as RECEIPTS
 from feedback.tables import Episode, Feedback, ReceiptRow
-from flows.accounting import CONSUMER as REWARD
 from infra.events import RewardUpdated
 from infra.tables import ConsumedEvent, DeadLetter, OutboxRow
+from reward import CONSUMER as REWARD
 from reward import history, store
 from reward.learner import Change, Learner
 from reward.observations import LEARNED_KINDS, observation

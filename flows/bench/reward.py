@@ -10,11 +10,10 @@ from typing import Any
 import httpx
 import numpy as np
 import sqlalchemy as sa
-from threadpoolctl import threadpool_limits
 
 from feedback.acceptance import accept_many
 from feedback.signals import read_signal
-from flows.accounting import CONSUMER, backlog
+from flows.accounting import backlog
 from flows.bench import attacks, sources
 from flows.bench.log import wait_for
 from flows.bench.pairs import batch_accuracy, differences, one_pass
@@ -22,7 +21,7 @@ from flows.bench.stack import log_stack, seed, user_of
 from infra import report
 from infra.db import Sessions
 from infra.settings import Settings, load
-from reward import replay
+from reward import CONSUMER, replay
 from reward.encoder import open_encoder
 from reward.online import BayesianHead
 from reward.tables import RewardUpdate
@@ -50,17 +49,15 @@ def measure(pairs: Path | None, *, with_stack: bool = True) -> dict[str, Any]:
     encoder = open_encoder(settings)
     found: dict[str, Any] = {"encoder": encoder.name}
     z = None if pairs is None else differences(settings, encoder, pairs)
-    # Updates are memory-bound: a second thread only makes them wait for each other.
-    with threadpool_limits(1):
-        found |= _updates()
-        if z is not None:
-            report.say("one pass over the pairs")
-            found |= one_pass(z, [1.0] * len(z), pairs=True)
-            found |= batch_accuracy(z)
-            report.say("attacks")
-            found |= attacks.measure(z)
-        report.say("other sources")
-        found["arena"] = sources.arena()
+    found |= _updates()
+    if z is not None:
+        report.say("one pass over the pairs")
+        found |= one_pass(z, [1.0] * len(z), pairs=True)
+        found |= batch_accuracy(z)
+        report.say("attacks")
+        found |= attacks.measure(z)
+    report.say("other sources")
+    found["arena"] = sources.arena()
     found["conversations"] = sources.conversations(settings, encoder)
     if with_stack:
         found |= _on_a_stack()
@@ -94,7 +91,7 @@ def _on_a_stack() -> dict[str, float]:
                 accept_many(session, [_thumb(n, ids[n]) for n in range(start, start + CHUNK_SIGNALS)])
         report.say("learning them from nothing")
         worker = RewardWorker(sessions, settings, open_encoder(settings))
-        with threadpool_limits(1), sessions.begin() as session:
+        with sessions.begin() as session:
             rebuilt = replay.rebuild(worker, session)
         return {**found, "replay_per_s": rebuilt.num_events / rebuilt.seconds, "replayed": rebuilt.num_signals}
 

@@ -44,6 +44,14 @@ def config(seed):
     return BackboneConfig(seed=seed, epochs=1.5, max_pair_tokens=64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Active:
+    """The encoder whose scores count now; `adapter_dir` is None for the frozen one."""
+
+    name: str
+    adapter_dir: Path | None
+
+
 @dataclasses.dataclass
 class World:
     """A database of its own, with comparisons of warm answers and curt ones."""
@@ -60,7 +68,8 @@ class World:
 
     def active(self):
         with self.sessions() as session:
-            return encoders.active_encoder(session, self.settings)
+            encoder = encoders.open_active_encoder(session, self.settings)
+            return Active(encoder.name, encoder.adapter_dir)
 
     def rebuilds(self):
         with self.sessions() as session:
@@ -131,7 +140,7 @@ def test_a_backbone_that_loses_changes_nothing(world, verdict):
     assert 0 < contest["active"]["log_loss"] < 1 and 0 <= contest["candidate"]["accuracy"] <= 1
     row = world.rows()[result["encoder"]]
     assert row.status == "rejected" and row.evaluation["contest"]["verdict"] == "lose"
-    assert world.active() == encoders.ActiveEncoder(frozen.name, None) and not world.rebuilds()
+    assert world.active() == Active(frozen.name, None) and not world.rebuilds()
     with world.sessions() as session:
         assert session.scalars(sa.select(Features.encoder).distinct()).all() == [frozen.name]
 
@@ -177,7 +186,7 @@ def test_a_run_killed_after_the_training_is_finished_by_the_next(world, verdict,
     verdict("win")
     result = world.run(seed=1)
     assert result["status"] == "activated" and result["encoder"] == left[0].name
-    assert world.active() == encoders.ActiveEncoder(left[0].name, Path(left[0].adapter_path))
+    assert world.active() == Active(left[0].name, Path(left[0].adapter_path))
     assert world.rebuilds() == [left[0].name]
     assert [path.name for path in world.settings.backbones_dir.iterdir()] == [left[0].adapter_digest]
     with world.sessions() as session:
@@ -262,7 +271,7 @@ def test_what_learned_from_a_forgotten_user_is_neither_activated_nor_kept(world,
         _, signal_ids = erasure.concerned(session, tombstone)
         assert before.name in encoders.retire_taught_by(session, world.settings, signal_ids)
     frozen = open_encoder(world.settings).name
-    assert world.active() == encoders.ActiveEncoder(frozen, None)
+    assert world.active() == Active(frozen, None)
     assert world.rebuilds() == [before.name, frozen]
     assert world.rows()[before.name].status == "retired"
     skipped = backbone.run(
