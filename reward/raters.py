@@ -111,6 +111,7 @@ class Raters:
     by_name: dict[str, Rater] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
     num_votes: int = 0
+    num_voters: int = 0
     num_established: int = 0
     _changed: dict[str, Rater] = field(default_factory=dict)
 
@@ -149,6 +150,7 @@ class Raters:
         """Count a vote of theirs and return its weight, in [0, 1]; 0 where it must be set aside."""
         rater.num_votes += 1
         self.num_votes += 1
+        self.num_voters += rater.num_votes == 1
         self.num_established += rater.num_votes == FRESH_VOTES
         if rater.block is not None:
             self.blocks[rater.block].num_votes += 1
@@ -193,9 +195,9 @@ class Raters:
 
     def _heard(self, rater: Rater) -> float:
         """Return what is left of a vote after the caps: of fresh accounts, of loud raters, of loud blocks."""
-        if len(self.by_name) < CROWD or rater.ruling == "cleared" or rater.is_program:
+        if self.num_voters < CROWD or rater.ruling == "cleared" or rater.is_program:
             return 1.0
-        others = (self.num_votes - rater.num_votes) / (len(self.by_name) - 1)
+        others = (self.num_votes - rater.num_votes) / (self.num_voters - 1)
         limit = max(LOUD * others, LEAST_LOUD) * (1 + rater.num_right)
         heard = _diminished(rater.num_votes, limit)
         if rater.is_fresh:
@@ -212,6 +214,7 @@ class Raters:
         """Take in a rater with their record."""
         self.by_name[rater.name] = rater
         self.num_votes += rater.num_votes
+        self.num_voters += rater.num_votes > 0
         self.num_established += rater.num_votes >= FRESH_VOTES
         if rater.block is not None:
             block = self.blocks.setdefault(rater.block, Block())

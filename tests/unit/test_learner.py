@@ -131,6 +131,13 @@ def test_in_a_small_house_nobody_is_too_loud():
     assert {raters.weigh(raters.get("ada")) for _ in range(300)} == {1.0}
 
 
+def test_who_only_asks_is_no_part_of_the_crowd():
+    raters = Raters()
+    for n in range(3 * CROWD):
+        raters.get(f"asks-{n}").num_seen += 1
+    assert {raters.weigh(raters.get("ada")) for _ in range(300)} == {1.0}
+
+
 def test_a_pool_known_to_be_wrong_is_set_aside_before_it_is_checked_itself():
     raters = Raters()
     for n in range(30):
