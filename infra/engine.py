@@ -179,11 +179,11 @@ class EngineClient:
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     try:
-        async for line in response.aiter_lines():
-            if not line.startswith("data: "):
+        async for line in _lines(response):
+            if not line.startswith(b"data: "):
                 continue
-            data = line.removeprefix("data: ")
-            if data == "[DONE]":
+            data = line.removeprefix(b"data: ")
+            if data == b"[DONE]":
                 return
             chunk = json.loads(data)
             if "error" in chunk:
@@ -191,6 +191,19 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield chunk
     except httpx.TransportError as error:
         raise EngineError("The engine went away in mid-answer.", code="engine_failed") from error
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the lines of an event stream.
+
+    httpx's own lines also end at U+2028, U+0085 and others that an answer may hold as they are, within its JSON.
+    """
+    rest = b""
+    async for block in response.aiter_bytes():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    yield rest
 
 
 def _unavailable() -> UnavailableError:

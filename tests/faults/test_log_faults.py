@@ -71,7 +71,11 @@ def test_processes_of_one_consumer_share_the_partitions_and_hand_them_over(log):
             wait_until(lambda: working(log, name, "shared", [first.pid, second.pid]), what="they do not share")
             assert shares(log, name) == [2, 1]
             first.send_signal(signal.SIGKILL)
-            wait_until(lambda: working(log, name, "shared", [second.pid]), 10, "nobody took the dead one's part")
+            wait_until(
+                lambda: working(log, name, "shared", [second.pid]) and shares(log, name) == [3],
+                10,
+                "nobody took the dead one's part",
+            )
             assert shares(log, name) == [3]
             with process("tests.faults.tally", name, SLOW) as third:
                 wait_until(lambda: working(log, name, "shared", [second.pid, third.pid]), what="no share")
