@@ -104,10 +104,11 @@ def note_rating(
 ) -> float:
     """Learn that an answer was rated, if that is new; return the weight of the rating."""
     x, ask_propensity = np.array(choice.inputs[:-1]), choice.inputs[-1]
-    weight = learner.guards.propensity.weight(x, ask_propensity)
+    if choice.weight is None:
+        choice.weight = learner.guards.propensity.weight(x, ask_propensity)
     if choice.rated is None:
         choice.rated = True
         learner.guards.propensity.learn(x, rated=True)
-        learner.guards.anchor.observe(verdict, weight, asked_at_random=asked_at_random)
+        learner.guards.anchor.observe(verdict, choice.weight, asked_at_random=asked_at_random)
         learner.raters.get(rater).num_rated += 1
-    return weight
+    return choice.weight

@@ -56,6 +56,7 @@ def rebuild(worker: RewardWorker, session: Session) -> Rebuilt:
         Signals(worker, session, events, known_dead=True).learn()
         _judge(worker, session, due)
         worker.flush(session)
+        session.flush()
         session.expunge_all()
         num_events += len(events) + len(due)
     _judge(worker, session, probes)

@@ -151,13 +151,18 @@ class Ruling(Base):
 
 
 class RatingChoice(Base):
-    """Whether an answer was rated, and what the choice may have depended on; `rated` is null until it is known."""
+    """Whether an answer was rated, and what the choice may have depended on.
+
+    `rated` is null until it is known. `weight` is what its ratings weigh, decided at the first of them: a later
+    one, and learning anew, find the same.
+    """
 
     __tablename__ = "rating_choices"
 
     episode_id: Mapped[str] = mapped_column(primary_key=True)
     inputs: Mapped[list[float]] = mapped_column(ARRAY(sa.Float))
     rated: Mapped[bool | None]
+    weight: Mapped[float | None]
 
     __table_args__ = (sa.Index("ix_rating_choices_open", "episode_id", postgresql_where=sa.text("rated IS NULL")),)
 
