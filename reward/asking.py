@@ -25,7 +25,7 @@ from reward.online import Score
 from reward.style import style_features
 from reward.tables import RatingChoice, Solicitation
 
-OPEN_ANSWERS = 200  # this many answers later, one that was not rated counts as not rated
+OPEN_ANSWERS = 200  # this many answers later, one counts as rated or not rated
 
 
 def expected_gain(score: Score) -> float:
@@ -56,7 +56,7 @@ def note_answers(
     raters: Mapping[str, str],
     settings: Settings,
 ) -> None:
-    """Ask for ratings of new answers, and learn who did not rate the older ones.
+    """Ask for ratings of new answers, and learn which of the older ones were rated.
 
     Parameters
     ----------
@@ -93,22 +93,20 @@ def note_answers(
 
 
 def _close_old_ones(session: Session, learner: Learner) -> None:
+    """Learn who rated and who did not, both at one age: ratings come early, and would otherwise count alone."""
     still_open = sa.select(RatingChoice).where(RatingChoice.rated.is_(None))
     for choice in session.scalars(still_open.order_by(RatingChoice.episode_id.desc()).offset(OPEN_ANSWERS)):
-        choice.rated = False
-        learner.guards.propensity.learn(np.array(choice.inputs[:-1]), rated=False)
+        choice.rated = choice.weight is not None
+        learner.guards.propensity.learn(np.array(choice.inputs[:-1]), rated=choice.rated)
 
 
 def note_rating(
     learner: Learner, choice: RatingChoice, rater: str, verdict: float, *, asked_at_random: bool
 ) -> float:
-    """Learn that an answer was rated, if that is new; return the weight of the rating."""
-    x, ask_propensity = np.array(choice.inputs[:-1]), choice.inputs[-1]
+    """Return the weight of a rating; take note that the answer is rated, if that is new."""
     if choice.weight is None:
+        x, ask_propensity = np.array(choice.inputs[:-1]), choice.inputs[-1]
         choice.weight = learner.guards.propensity.weight(x, ask_propensity)
-    if choice.rated is None:
-        choice.rated = True
-        learner.guards.propensity.learn(x, rated=True)
         learner.guards.anchor.observe(verdict, choice.weight, asked_at_random=asked_at_random)
         learner.raters.get(rater).num_rated += 1
     return choice.weight

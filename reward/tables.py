@@ -153,8 +153,8 @@ class Ruling(Base):
 class RatingChoice(Base):
     """Whether an answer was rated, and what the choice may have depended on.
 
-    `rated` is null until it is known. `weight` is what its ratings weigh, decided at the first of them: a later
-    one, and learning anew, find the same.
+    `weight` is what its ratings weigh, decided at the first of them: a later one, and learning anew, find the same.
+    `rated` is null while the answer is new; then, whether there was a rating by that time.
     """
 
     __tablename__ = "rating_choices"

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from feedback.tables import User
+from feedback.tables import Episode, User
 from infra.db import transaction
 from infra.events import RebuildRequested
 from infra.ids import new_id
 from infra.log import outbox
 from infra.tables import ConsumedEvent, DeadLetter
-from reward import history, rulings, state, store
+from reward import asking, history, rulings, state, store
 from reward.encoder import open_encoder
-from reward.tables import RewardSnapshot, RewardUpdate
+from reward.learner import Learner
+from reward.online import BayesianHead, Score
+from reward.tables import RatingChoice, RewardSnapshot, RewardUpdate
 from tests.conftest import wait_until
 
 ANSWER = "Rain is water that falls from clouds. It forms when vapour cools."
@@ -203,3 +205,30 @@ def test_learning_anew_ends_where_learning_ended(stack):
     x = np.random.default_rng(0).normal(size=(50, encoder.dim)) * 0.2
     old, new = ([s.mean for s in some.head.predict_many(x)] for some in (learner, again))
     assert np.corrcoef(old, new)[0, 1] > 0.95
+
+
+def test_who_rates_is_learned_at_one_age_from_those_who_did_and_those_who_did_not(stack):
+    learner = Learner(BayesianHead.prior(4))
+    early, late = (
+        [Episode(id=f"z{n:04d}", user_id="ada", answer="Rain.") for n in range(start, start + asking.OPEN_ANSWERS)]
+        for start in (0, asking.OPEN_ANSWERS)
+    )
+
+    def note(session, answers):
+        scores = {answer.id: Score(0.0, 1.0, 0.5) for answer in answers}
+        asking.note_answers(session, learner, answers, scores, {"ada": "key"}, stack.settings)
+
+    with stack.sessions() as session:  # rolled back
+        session.execute(sa.update(RatingChoice).where(RatingChoice.rated.is_(None)).values(rated=False))
+        note(session, early)
+        for answer in (*early[:10], early[0]):
+            choice = session.get_one(RatingChoice, answer.id)
+            asking.note_rating(learner, choice, "key", 1.0, asked_at_random=False)
+        known = learner.guards.propensity
+        assert known.num_seen == 0, "a rating is learned before it is known who did not rate"
+        assert learner.raters.get("key").num_rated == 10
+        note(session, late[:-1])
+        assert (known.num_seen, known.num_rated) == (asking.OPEN_ANSWERS - 1, 10)
+        asking.note_rating(learner, session.get_one(RatingChoice, early[20].id), "key", 1.0, asked_at_random=False)
+        note(session, late[-1:])
+        assert (known.num_seen, known.num_rated) == (asking.OPEN_ANSWERS, 10), "late ratings do not change it"
