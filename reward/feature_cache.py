@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from feedback.tables import Episode
 from feedback.users import TOMBSTONE
 from infra.db import Sessions
-from infra.errors import InvalidRequestError
 from reward import store
 from reward.encoder import Encoder
 from reward.judged import standing_signals
@@ -47,24 +44,12 @@ def fill(sessions: Sessions, encoder: Encoder, answers: Collection[Answer]) -> N
         with sessions() as session:
             known = store.cached_features(session, encoder.name, batch)
         missing = [wanted[digest] for digest in batch if digest not in known]
-        features = _encode(encoder, missing)
+        features, usable = encoder.encode_usable([(a.messages, a.text) for a in missing])
+        computed = [(a, phi) for a, phi, ok in zip(missing, features, usable, strict=True) if ok]
         with sessions.begin() as session:
-            present = _present(session, {answer.episode_id for answer, _ in features})
-            rows = {a.digest: (phi, a.episode_id) for a, phi in features if a.episode_id in present}
+            present = _present(session, {answer.episode_id for answer, _ in computed})
+            rows = {a.digest: (phi, a.episode_id) for a, phi in computed if a.episode_id in present}
             store.cache_features(session, encoder.name, rows)
-
-
-def _encode(encoder: Encoder, answers: Sequence[Answer]) -> list[tuple[Answer, NDArray[np.float32]]]:
-    """Return the features of those answers that the encoder does not refuse."""
-    if not answers:
-        return []
-    try:
-        return list(zip(answers, encoder.encode([(a.messages, a.text) for a in answers]), strict=True))
-    except InvalidRequestError:
-        if len(answers) == 1:
-            return []
-        middle = len(answers) // 2
-        return _encode(encoder, answers[:middle]) + _encode(encoder, answers[middle:])
 
 
 def _present(session: Session, episode_ids: Collection[str]) -> set[str]:
