@@ -1,6 +1,10 @@
 """The Bayesian head: learning, unlearning, and agreement with a batch fit."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,3 +106,35 @@ def test_pessimistic_reward_falls_with_uncertainty_and_is_clipped():
     assert pessimistic(1.0, 1.0, 0.5) > pessimistic(1.0, 2.0, 0.5)
     assert pessimistic(1e9, 0.0, 0.5) == 8.0
     assert math.isfinite(sigmoid(-1e4))
+
+
+FOLD = """
+import json, sys
+import numpy as np
+from reward.online import BayesianHead, ThreadpoolController
+rng = np.random.default_rng(0)
+head = BayesianHead.prior(577)
+sites = [head.learn_one(z, float(rng.random() < 0.6)) for z in rng.normal(size=(1000, 577)) * 0.1]
+for site in sites[::10]:
+    head.unlearn_one(site)
+head.inflate(1.2)
+kernels = {lib["architecture"] for lib in ThreadpoolController().info() if lib["internal_api"] == "openblas"}
+json.dump([sorted(kernels), head.theta.tolist(), head.covariance.ravel().tolist()], sys.stdout)
+"""
+
+
+def test_another_build_of_the_arithmetic_recovers_the_same_within_1e_9():
+    # OpenBLAS has its own code for every processor: on another machine sums are taken in another order.
+    builds = []
+    for kernel in ("Nehalem", "Haswell"):
+        environment = {**os.environ, "OPENBLAS_CORETYPE": kernel}
+        ran = subprocess.run(
+            [sys.executable, "-c", FOLD], env=environment, capture_output=True, text=True, check=True
+        )
+        builds.append(json.loads(ran.stdout))
+    (one, theta, covariance), (other, other_theta, other_covariance) = builds
+    if one == other:
+        pytest.skip(f"this OpenBLAS knows one processor only: {one}")
+    assert theta != other_theta, "the same bits: not another build"
+    np.testing.assert_allclose(theta, other_theta, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(covariance, other_covariance, rtol=0, atol=1e-9)
