@@ -71,3 +71,19 @@ def reward(
     from flows.bench.reward import measure
 
     report.print_fields(json_path, measure(pairs, with_stack=stack))
+
+
+@app.command()
+def backbone(
+    pairs: Annotated[Path, typer.Option("--pairs", help="A gzip'd JSONL of {chosen, rejected} transcripts.")],
+    max_pairs: Annotated[int, typer.Option("--max-pairs", min=8, help="Newest pairs trained on.")] = 320,
+    max_minutes: Annotated[float, typer.Option("--max-minutes", min=0.1, help="Longest training.")] = 10.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.1, help="Passes over them.")] = 1.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Train a reward backbone on older pairs of a file, and judge it on the newest tenth."""
+    from flows.bench.backbone import measure
+    from reward.backbone_config import BackboneConfig
+
+    config = BackboneConfig(max_pairs=max_pairs, max_minutes=max_minutes, epochs=epochs)
+    report.print_fields(json_path, measure(pairs, config))

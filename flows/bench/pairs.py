@@ -26,7 +26,7 @@ Vector = NDArray[np.float64]
 
 SKIPPED_SHARE = 0.25  # predictions of the first quarter are not counted
 SWAP_SEEDS = 5
-FOLDS = 10
+FOLDS = (3, 10)  # the one pass has on average seen as much as three folds leave to learn from
 REFIT_EVERY = 8
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -117,25 +117,32 @@ def scores(forecasts: Sequence[float], targets: Sequence[float], *, pairs: bool)
 def batch_accuracy(z: Matrix) -> dict[str, float]:
     """Return the accuracy of batch fits on what the one pass is judged on.
 
-    ``batch_accuracy``: cross-validation in time, refitted every few pairs on what came before, as much as the one
-    pass has seen. ``batch_10_fold``: shuffled folds, each predicted from nine tenths of the file.
+    ``batch_accuracy``: in time, refitted every few pairs on what came before, as much as the one pass has seen.
+    ``batch_K_fold``: shuffled folds, each predicted from all the others, that is also from later ones.
     """
     first = int(len(z) * SKIPPED_SHARE)
-    with report.Phase("batch fits", len(z) - first + FOLDS) as phase:
+    found = {}
+    with report.Phase("batch fits", len(z) - first + len(FOLDS)) as phase:
         ahead = np.zeros(len(z))
         for start in range(first, len(z), REFIT_EVERY):
             ahead[start : start + REFIT_EVERY] = z[start : start + REFIT_EVERY] @ _fit(z[:start])
             phase.update(start - first)
-        folds = np.zeros(len(z))
-        order = np.random.default_rng(0).permutation(len(z))
-        for fold in range(FOLDS):
-            held_out = order[fold::FOLDS]
-            folds[held_out] = z[held_out] @ _fit(np.delete(z, held_out, axis=0))
-            phase.update(len(z) - first + fold)
-    return {
-        "batch_accuracy": float(np.mean(ahead[first:] > 0)),
-        "batch_10_fold": float(np.mean(folds[first:] > 0)),
-    }
+        found["batch_accuracy"] = float(np.mean(ahead[first:] > 0))
+        for number, num_folds in enumerate(FOLDS):
+            phase.update(len(z) - first + number)
+            folds = _cross_validated(z, num_folds)
+            found[f"batch_{num_folds}_fold"] = float(np.mean(folds[first:] > 0))
+    return found
+
+
+def _cross_validated(z: Matrix, num_folds: int) -> Vector:
+    """Return the logit of each pair, from a fit on the folds that it is not in."""
+    logits = np.zeros(len(z))
+    order = np.random.default_rng(0).permutation(len(z))
+    for fold in range(num_folds):
+        held_out = order[fold::num_folds]
+        logits[held_out] = z[held_out] @ _fit(np.delete(z, held_out, axis=0))
+    return logits
 
 
 def _fit(z: Matrix) -> Vector:
