@@ -174,9 +174,8 @@ class Signals:
 
     def _observation(self, event: FeedbackGiven, signal: Standing, z: Vector, target: float) -> Observation:
         learner, key = self.worker.learner, key_of(signal)
-        earlier = [s for s in fold(self.about[signal.episode_id]) if s.seq < signal.seq]
-        learner.guards.kinds.compare(signal, earlier)
         rater = self.raters[signal.user_id, signal.kind]
+        self._compare(signal, rater)
         weight = learner.guards.kinds.weight(key)
         choice = self.choices.get(signal.episode_id)
         if signal.kind in BY_CHOICE and choice is not None:
@@ -194,6 +193,19 @@ class Signals:
             block=event.address_block,
             at_s=said_at_s(signal.feedback_id),
         )
+
+    def _compare(self, signal: Standing, rater: str) -> None:
+        """Learn from it what its kind is worth, or another; who does not count has no say in that either."""
+        learner = self.worker.learner
+        if key_of(signal) in EXPLICIT and not learner.raters.counts(learner.raters.get(rater)):
+            return
+        earlier = [s for s in fold(self.about[signal.episode_id]) if s.seq < signal.seq]
+        heard = [s for s in earlier if key_of(s) not in EXPLICIT or self._is_in(s)]
+        learner.guards.kinds.compare(signal, heard)
+
+    def _is_in(self, signal: Standing) -> bool:
+        change = self.latest.get(signal.feedback_id)
+        return change is not None and change.action == "add"
 
     def _keep(self, changes: Sequence[Change], but: str | None = None) -> list[RewardUpdated | SignalSetAside]:
         """Keep changes; return what there is to say of those signals that they took out, or in."""

@@ -142,6 +142,32 @@ def test_a_program_that_bears_a_persons_name_is_somebody_else(stack):
     assert latest(stack, [judged]) == {judged: "add"}
 
 
+def test_who_does_not_count_has_no_say_in_what_a_kind_is_worth(stack):
+    def compared():
+        with stack.sessions() as session:
+            return state.read_guards(session, encoder).kinds.report()["verifier"]["compared"]
+
+    encoder, user = open_encoder(stack.settings).name, f"unheard-{uuid.uuid4().hex}"
+    [(episode, thumb)] = vote(stack, user)
+    before = compared()
+    verified = stack.feedback(episode, user="some-tests", kind="verifier", value=1).json()["id"]
+    wait_until(lambda: verified in latest(stack, [verified]), what="the verifier was not heard")
+    assert compared() == before + 1
+    rule(stack, user, "banned")
+    wait_until(lambda: latest(stack, [thumb]) == {thumb: "hold"}, what="the ban had no effect")
+    others = [stack.ask(f"Name colour {n}.", user=user, max_tokens=8).id for n in range(2)]
+    sent = [
+        stack.feedback(others[0], user=user, kind="thumb", value=-1),
+        stack.feedback(others[0], user="some-tests", kind="verifier", value=1),
+        stack.feedback(others[1], user="some-tests", kind="verifier", value=1),
+        stack.feedback(others[1], user=user, kind="thumb", value=-1),
+    ]
+    ids = [answer.json()["id"] for answer in sent]
+    wait_until(lambda: len(latest(stack, ids)) == len(ids), what="they were not heard")
+    assert compared() == before + 1
+    rule(stack, user, None)
+
+
 def test_a_rater_who_is_wrong_on_gold_probes_no_longer_counts(stack):
     user = f"wrong-{uuid.uuid4().hex}"
     votes = vote(stack, user, value=-1, count=6)
