@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -48,9 +49,27 @@ def print_fields(path: str | None, found: dict[str, Any]) -> None:
     write_json(path, found)
     if path != "-":
         table = Table("", "", box=None, show_header=False)
-        for name, value in found.items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in _flat(found):
+            table.add_row(name, value)
         output.print(table)
+
+
+def _flat(fields: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield names and values, those of fields within fields as ``outer.inner``, and a line for each of a list."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        elif isinstance(value, list) and any(isinstance(row, dict) for row in value):
+            for row in value:
+                yield before + name, ", ".join(f"{key} {text}" for key, text in _flat(row))
+        elif isinstance(value, list):
+            yield before + name, ", ".join(map(_text, value))
+        else:
+            yield before + name, _text(value)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 LINE_EVERY_S = 10.0
