@@ -20,8 +20,9 @@ from flows.bench.pairs import batch_accuracy, differences, one_pass
 from flows.bench.stack import log_stack, seed, user_of
 from infra import report
 from infra.db import Sessions
+from infra.events import RaterRuled
 from infra.settings import Settings, load
-from reward import CONSUMER, replay
+from reward import CONSUMER, replay, rulings
 from reward.encoder import open_encoder
 from reward.online import BayesianHead
 from reward.tables import RewardUpdate
@@ -93,7 +94,21 @@ def _on_a_stack() -> dict[str, float]:
         worker = RewardWorker(sessions, settings, open_encoder(settings))
         with sessions.begin() as session:
             rebuilt = replay.rebuild(worker, session)
-        return {**found, "replay_per_s": rebuilt.num_events / rebuilt.seconds, "replayed": rebuilt.num_signals}
+        found |= {"replay_per_s": rebuilt.num_events / rebuilt.seconds, "replayed": rebuilt.num_signals}
+        return found | _ban(worker, sessions)
+
+
+def _ban(worker: RewardWorker, sessions: Sessions) -> dict[str, float]:
+    """Time how long it takes until nothing of the loudest rater is in the posterior, committed."""
+    loudest = max(worker.learner.raters.by_name.values(), key=lambda rater: rater.num_votes)
+    started_s = time.perf_counter()
+    with sessions.begin() as session:
+        changes = rulings.follow(
+            worker.learner, RaterRuled(rater=loudest.name, ruling="banned"), worker.book(session)
+        )
+        worker.report(session, changes)
+        worker.commit(session)
+    return {"ban_ms": (time.perf_counter() - started_s) * 1000.0, "ban_votes": len(changes)}
 
 
 def _thumb(number: int, episode_id: str) -> Any:
