@@ -86,16 +86,21 @@ class BaseModelEncoder(Encoder):
 
         check_digest(self.model_dir, self._digest)
         self._tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
-        body = load_body(self.model_dir, self.adapter_dir)
-        if self.layer >= len(body.layers):
+        model = _open_model(self.model_dir, self.adapter_dir)
+        if self.layer >= len(model.model.layers):
             raise SetupError(
-                f"The base model has {len(body.layers)} layers; encoder_layer={self.layer} is too deep.",
+                f"The base model has {len(model.model.layers)} layers; encoder_layer={self.layer} is too deep.",
                 code="encoder_layer_too_deep",
             )
-        self._norm = body.layers[self.layer].input_layernorm
-        body.layers = body.layers[: self.layer]
-        body.norm = torch.nn.Identity()
-        self._body = body.eval()
+        self._norm = model.model.layers[self.layer].input_layernorm
+        # Before the adapter comes: one that was trained on these layers alone lacks nothing then.
+        model.model.layers = model.model.layers[: self.layer]
+        model.model.norm = torch.nn.Identity()
+        if self.adapter_dir is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter_dir).merge_and_unload()
+        self._body = model.model.eval()
 
     def _num_tokens(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -139,25 +144,19 @@ class BaseModelEncoder(Encoder):
             return torch.stack([torch.stack(rows) for rows in means]).numpy()  # type: ignore[no-any-return]
 
 
-def load_body(model_dir: Path, adapter_dir: Path | None) -> Any:
-    """Return the model's layers without a head, in bfloat16, with an adapter merged in if one is given.
+def _open_model(model_dir: Path, adapter_dir: Path | None) -> Any:
+    """Return the base model in bfloat16, as what the adapter was made for.
 
-    The adapter of a reward model (task type ``SEQ_CLS``) carries the score head that it was trained under;
-    that is loaded with it, and left behind.
+    The adapter of a reward model (task type ``SEQ_CLS``) carries the score head that it was trained under; that is
+    loaded with it, and left behind.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if adapter_dir is None:
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).model
-    from peft import PeftModel
-
-    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    config = {} if adapter_dir is None else json.loads((adapter_dir / "adapter_config.json").read_text())
     if config.get("task_type") == "SEQ_CLS":
-        model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=torch.bfloat16)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-    return PeftModel.from_pretrained(model, adapter_dir).merge_and_unload().model
+        return AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 
 
 def adapter_digest(adapter_dir: Path) -> str:

@@ -34,6 +34,8 @@ from reward.style import STYLE_NAMES
 from reward.tables import Features, RewardEncoder, RewardUpdate
 from reward.worker import RewardWorker
 
+pytestmark = pytest.mark.filterwarnings("error:Found missing adapter keys")
+
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 44
 SAMPLE = [([{"role": "user", "content": "Name a colour."}], "Blue is a colour. I hope that this helps!")]

@@ -94,11 +94,27 @@ def test_one_pass_agrees_with_a_batch_fit():
     np.testing.assert_allclose(head.theta, theta, atol=0.06)
 
 
-def test_probability_is_drawn_towards_one_half_by_uncertainty():
+def test_the_probability_is_the_mean_over_what_the_logit_may_be():
     head = BayesianHead(np.array([2.0]), np.array([[4.0]]))
     score = head.predict_one(np.array([1.0]))
-    assert 0.5 < score.p_good < sigmoid(2.0)
+    logits = np.random.default_rng(0).normal(2.0, 2.0, size=200_000)
+    # MacKay's approximation is good to about .01 here; the standard error of the mean is .0006.
+    assert score.p_good == pytest.approx(float(np.mean(1 / (1 + np.exp(-logits)))), abs=0.01)
     assert score.sd == pytest.approx(2.0)
+
+
+@given(signals)
+@settings(max_examples=40, deadline=None)
+def test_the_scores_that_come_with_learning_are_those_before_and_after(given_signals):
+    head = BayesianHead.prior(DIM)
+    for z, t, w in given_signals:
+        expected = [head.predict_one(z)]
+        _, before, after = head.learn_scored(z, float(t), w)
+        expected.append(head.predict_one(z))
+        for found, asked in zip((before, after), expected, strict=True):
+            np.testing.assert_allclose(
+                [found.mean, found.sd, found.p_good], [asked.mean, asked.sd, asked.p_good], atol=1e-9
+            )
 
 
 def test_pessimistic_reward_falls_with_uncertainty_and_is_clipped():
