@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from infra.errors import InvalidRequestError
 from reward.online import PRIOR_VARIANCE, BayesianHead, pessimistic, sigmoid
 
 DIM = 4
@@ -45,14 +46,28 @@ def test_a_withdrawn_signal_leaves_what_its_absence_from_the_sites_would(given_s
     np.testing.assert_allclose(head.covariance, fresh.covariance, atol=1e-7)
 
 
-@given(vectors, st.booleans())
+@given(vectors, st.booleans(), st.floats(0.1, 3.0))
 @settings(max_examples=60, deadline=None)
-def test_one_signal_finds_the_mode_of_the_logistic_posterior(z, good):
+def test_one_signal_finds_the_mode_and_the_curvature_of_the_logistic_posterior(z, good, weight):
     head = BayesianHead.prior(DIM)
-    head.learn_one(z, float(good))
-    # The gradient of log prior + log likelihood vanishes at the mode.
-    gradient = -head.theta / PRIOR_VARIANCE + z * (float(good) - sigmoid(float(z @ head.theta)))
+    head.learn_one(z, float(good), weight)
+    # The gradient of log prior + log likelihood vanishes at the mode; the covariance is the inverse Hessian there.
+    q = sigmoid(float(z @ head.theta))
+    gradient = -head.theta / PRIOR_VARIANCE + weight * z * (float(good) - q)
     np.testing.assert_allclose(gradient, np.zeros(DIM), atol=1e-6)
+    hessian = np.eye(DIM) / PRIOR_VARIANCE + weight * q * (1 - q) * np.outer(z, z)
+    np.testing.assert_allclose(head.covariance @ hessian, np.eye(DIM), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "weight"), [(1.5, 1.0), (-0.1, 1.0), (math.nan, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, math.inf)]
+)
+def test_what_is_no_observation_is_refused(target, weight):
+    head = BayesianHead.prior(DIM)
+    before = head.digest()
+    with pytest.raises(InvalidRequestError) as caught:
+        head.learn_one(np.ones(DIM), target, weight)
+    assert caught.value.code == "observation_out_of_range" and head.digest() == before
 
 
 @pytest.mark.parametrize(
