@@ -47,6 +47,11 @@ def test_a_liked_answer_stands_against_a_disliked_one_to_the_same_prompt_only():
     assert pairs_of(signals, *episodes) == [("contrast", "Answer a.", "Answer b.", ("fb_1", "fb_2"))]
 
 
+def test_four_stars_like_an_answer_and_two_dislike_it():
+    found = pairs_of([said(1, "a", "rating", 4), said(2, "b", "rating", 2)], episode("a"), episode("b"))
+    assert found == [("contrast", "Answer a.", "Answer b.", ("fb_1", "fb_2"))]
+
+
 def test_each_answer_is_contrasted_once_and_later_votes_leave_earlier_pairs_as_they_are():
     names = "abcdef"
     episodes = [episode(name) for name in names]

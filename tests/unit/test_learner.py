@@ -13,7 +13,7 @@ from infra.settings import Settings
 from reward import asking, propensity
 from reward.drift import MAX_LOSS, Adwin
 from reward.learner import Guards, Learner, Observation, Threshold, abstains
-from reward.online import PRIOR_VARIANCE, BayesianHead
+from reward.online import PRIOR_VARIANCE, BayesianHead, Score
 
 DIM = 8
 
@@ -200,6 +200,15 @@ def test_who_is_asked_is_chance_that_repeats_itself_with_the_logged_probability(
     share = sum(reason is not None for reason, _ in informative) / 20_000
     assert all(p == pytest.approx(0.51) for _, p in informative)
     assert abs(share - 0.51) < 5 * math.sqrt(0.25 / 20_000)
+
+
+def test_a_vote_teaches_most_where_the_outcome_is_open_and_little_is_known():
+    score = {
+        name: asking.expected_gain(Score(0.0, sd, p))
+        for name, sd, p in (("open", 1.0, 0.5), ("decided", 1.0, 0.95), ("known", 0.2, 0.5), ("sure", 0.0, 0.5))
+    }
+    assert score["open"] > score["decided"] > 0.0 and score["open"] > score["known"] > 0.0 == score["sure"]
+    assert score["open"] == pytest.approx(0.5 * math.log(1.25))
 
 
 def test_the_threshold_lets_one_of_twenty_pass_once_it_knows_what_is_usual():
