@@ -180,6 +180,14 @@ def test_ratings_of_answers_that_are_seldom_rated_weigh_more_but_never_too_much(
     assert model.loss < model.constant_loss
 
 
+def test_while_little_is_known_of_who_rates_every_rating_weighs_the_same():
+    model, x = propensity.Propensity(), propensity.inputs(0.95, 0.5, 0.0, 10, 5, asked=False)
+    for n in range(propensity.MIN_SEEN):
+        assert model.weight(x, 0.02) == 1.0
+        model.learn(x, rated=n < 60)
+    assert model.weight(propensity.inputs(0.05, 0.5, 0.0, 10, 1, asked=False), 0.02) != 1.0
+
+
 def test_whether_a_rating_was_asked_for_is_averaged_over():
     model, rng = propensity.Propensity(), random.Random(1)
     asked, unasked = (propensity.inputs(0.5, 0.5, 0.0, 10, 5, asked=asked) for asked in (True, False))
