@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from infra import report
-from infra.db import connect
+from infra.db import connect, transaction
 from infra.report import JsonPath
 from infra.settings import Settings, load
 from infra.stack import embedded
@@ -133,18 +133,40 @@ def _print(result: Result) -> None:
 
 
 def train(
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML with the recipe and its settings, instead of the night's.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Only another recipe.")] = None,
     canary_share: Annotated[float | None, typer.Option("--canary-share", min=0.01, max=0.99)] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes, and start nothing.")] = False,
+    cancel: Annotated[str | None, typer.Option("--cancel", help="End this run after its current step.")] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Start a night run now and follow it to its end."""
+    from trainer.config import read_toml
+    from trainer.recipe import names, open_recipe, resolve
+
+    if list_recipes:
+        report.print_fields(json_path, {name: open_recipe(name).summary for name in names()})
+        return
     settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=2)
+    if cancel is not None:
+        from trainer.record import request_cancel
+
+        with transaction(sessions) as session:
+            request_cancel(session, cancel)
+        report.say(f"{cancel} ends after its current step")
+        return
+    file = config_file or settings.training_config_file
+    given = {**(read_toml(file) if file else {}), **({"recipe": recipe} if recipe else {})}
+    resolve(given)  # what is wrong with it is said here, and not by a run that fails
     os.environ.update(prefect_environment(settings))
     from flows.follow import run_night
 
-    sessions = connect(settings.need("database_url"), pool_size=2)
-    run = asyncio.run(run_night(sessions, {"canary_share": canary_share}))
+    run = asyncio.run(run_night(sessions, {"canary_share": canary_share, "config": given}))
     outcome = {"run": run.id, "status": run.status, "release": run.release, **(run.result or {})}
     report.write_json(json_path, outcome)
     report.say(f"{run.id}: {run.status} {run.release or ''} {outcome.get('reason', '')}")
-    if run.status == "failed":
+    if run.status in ("failed", "cancelled"):
         raise typer.Exit(1)

@@ -70,7 +70,8 @@ class Ledger:
         """Have trainer and deploy erase their part."""
         for event in (delivery.event for delivery in deliveries):
             episode_ids, _ = feedback.erasure.concerned(session, event.tombstone)
-            in_training = trainer.erasure.erase(session, self.settings.runs_dir, episode_ids)
+            datasets, runs = self.settings.datasets_dir, self.settings.runs_dir
+            in_training = trainer.erasure.erase(session, datasets, runs, episode_ids)
             feedback.erasure.report(session, event.erasure_id, "trainer", in_training)
             policy = session.get_one(Erasure, event.erasure_id).policy
             in_service = deploy.erasure.mark(session, in_training["runs_marked"], policy)

@@ -30,16 +30,16 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
     canary_share
         Share of users who meet the candidate; the setting's, if unset.
     config
-        Overrides of the recipe's settings.
+        The recipe and its settings, instead of the file that `training_config` names.
     """
-    from trainer.config import OnlineDPOConfig
+    from trainer.config import read_toml
     from trainer.night import Night
 
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
-    night = Night(
-        sessions, settings, OnlineDPOConfig.model_validate(config or {}), canary_share or settings.canary_share
-    )
+    if config is None:
+        config = read_toml(settings.training_config_file) if settings.training_config_file else {}
+    night = Night(sessions, settings, config, canary_share or settings.canary_share)
     result = night.run()
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
     if result["status"] == "canary":

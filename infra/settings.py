@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     )
 
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
+    training_config: Path | None = Field(
+        None,
+        description="TOML file with the recipe of the night and its settings; training.toml in the home if unset.",
+    )
     backbone_cron: str = Field("30 2 * * *", description="When a reward backbone is trained and judged.")
     min_backbone_pairs: int = Field(60, ge=2, description="With fewer comparisons no reward backbone is trained.")
     time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")
@@ -135,8 +139,21 @@ class Settings(BaseSettings):
         return self.home / "backbones"
 
     @property
+    def training_config_file(self) -> Path | None:
+        """The file with the recipe of the night; None where there is none and the defaults hold."""
+        if self.training_config is not None:
+            return self.training_config.expanduser()
+        found = self.home / "training.toml"
+        return found if found.exists() else None
+
+    @property
+    def datasets_dir(self) -> Path:
+        """What runs learned from, one directory per digest."""
+        return self.home / "datasets"
+
+    @property
     def runs_dir(self) -> Path:
-        """Training runs: configuration, metrics, snapshot."""
+        """Training runs: configuration, metrics, adapter."""
         return self.home / "runs"
 
     @property

@@ -74,6 +74,15 @@ class Rater:
         """Whether next to nothing is known of them."""
         return self.num_votes < FRESH_VOTES and not self.num_right and self.ruling != "cleared"
 
+    @property
+    def reason_against(self) -> str | None:
+        """Why their votes are held, as a stable key, or None."""
+        if self.ruling is not None:
+            return "rater_banned" if self.ruling == "banned" else None
+        if self.quarantine:
+            return "rater_quarantined"
+        return "rater_set_aside" if self.set_aside else None
+
 
 @dataclass(slots=True)
 class Block:

@@ -233,12 +233,8 @@ def said_at_s(feedback_id: str) -> float | None:
 
 
 def why(rater: Rater) -> str:
-    """Return why what a rater says is held, as a stable key."""
-    if rater.ruling == "banned":
-        return "rater_banned"
-    if rater.quarantine:
-        return "rater_quarantined"
-    return "rater_set_aside" if rater.set_aside else "kind_says_nothing"
+    """Return why a signal is held: for its rater's sake, or for its kind's. As a stable key."""
+    return rater.reason_against or "kind_says_nothing"
 
 
 def _set_aside(event: FeedbackGiven, reason: str) -> SignalSetAside:

@@ -57,6 +57,11 @@ def read_raters(session: Session) -> Iterator[Rater]:
         yield Rater(**dict(zip(_TYPES, found, strict=True)))
 
 
+def reasons_against_raters(session: Session) -> dict[str, str]:
+    """Return why those raters do not count who do not, as a stable key, by name."""
+    return {rater.name: reason for rater in read_raters(session) if (reason := rater.reason_against)}
+
+
 def read_guards(session: Session, encoder: str) -> Guards:
     """Return the guards as they are stored; new ones where nothing was learned yet."""
     # As text: no JSON parser in between that could round a number.

@@ -1,33 +1,98 @@
-"""What a run is told: plain data, stored with the run. Imports nothing heavy."""
+"""What a run is told: plain data, from a TOML file, stored with the run. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.errors import InvalidRequestError
+
+DEFAULT_RECIPE = "online-dpo"
 
 
-class OnlineDPOConfig(BaseModel):
-    """Settings of the ``online-dpo`` recipe.
+class RunConfig(BaseModel):
+    """Settings that every recipe has. The defaults are what two cores do in a night (docs/log.md).
 
-    The defaults are what a 2-core machine does in a night of under six minutes (docs/log.md).
+    A recipe adds its own in a subclass; the file may set any of them, and nothing else.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    num_prompts: int = Field(48, ge=1, description="Prompts that get fresh samples.")
-    samples_per_prompt: int = Field(4, ge=2, description="K: best against worst of these.")
-    max_answer_tokens: int = Field(96, ge=8, description="Longest sample.")
-    temperature: float = Field(1.0, gt=0, description="Of the samples.")
-    max_corrections: int = Field(32, ge=0, description="Newest corrections used as pairs.")
-    max_pairs: int = Field(48, ge=8, description="Pairs trained on, corrections first.")
-    num_gate_prompts: int = Field(24, ge=8, description="Held-out prompts of the win-rate gate.")
-    min_margin: float = Field(0.3, ge=0, description="Least reward difference within a pair.")
-    beta: float = Field(0.1, gt=0, description="DPO's KL strength.")
-    sft_weight: float = Field(0.0, ge=0, description="Weight of likelihood on the chosen answer.")
-    learning_rate: float = Field(3e-4, gt=0)
-    batch_pairs: int = Field(8, ge=1, description="Pairs per optimiser step.")
-    micro_batch_pairs: int = Field(4, ge=1, description="Pairs per forward pass.")
-    max_pair_tokens: int = Field(144, ge=32, description="Prompt and answer are cut to this in training.")
-    epochs: float = Field(1.0, gt=0)
+    recipe: str = Field(DEFAULT_RECIPE, description="Which recipe; `everloop train --list` names them.")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    batch_rows: int = Field(8, ge=1, description="Rows (pairs, answers) per optimiser step.")
+    micro_batch_rows: int = Field(4, ge=1, description="Rows per forward pass.")
+    max_row_tokens: int = Field(144, ge=32, description="Prompt and answer are cut to this in training.")
+    max_rows: int = Field(48, ge=8, description="Most rows that are trained on.")
+    epochs: float = Field(1.0, gt=0)
     seed: int = 0
+
+    num_gate_prompts: int = Field(24, ge=8, description="Held-out prompts of the win-rate gate.")
+    max_answer_tokens: int = Field(96, ge=8, description="Longest sample, in rollouts and at the gates.")
+    temperature: float = Field(1.0, gt=0, description="Of the samples.")
+
+    max_train_minutes: float = Field(30.0, gt=0, description="The training ends here, with what it has learned.")
+    max_train_tokens: int | None = Field(None, ge=1, description="Likewise, after this many tokens.")
+    max_memory_gib: float | None = Field(None, gt=0, description="A run that needs more fails, before the machine.")
+    checkpoint_steps: int = Field(4, ge=1, description="Steps between checkpoints; a killed run goes on from one.")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """Return the configuration that was given, completed with defaults.
+
+        Raises
+        ------
+        InvalidRequestError
+            Code ``config_invalid``: an unknown key is named with the nearest there is, a bad value with what it
+            should be.
+        """
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            raise InvalidRequestError(_explain(cls, error), code="config_invalid") from error
+
+    def to_toml(self) -> str:
+        """Return every setting as TOML, the ones that are unset left out."""
+        values = self.model_dump(exclude_none=True)
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the settings of a file.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``config_unreadable``.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequestError(
+            f"{path.name} cannot be read as TOML: {error}", code="config_unreadable"
+        ) from error
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return a sentence about the known name that is nearest to an unknown one, or about all of them."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {found[0]!r}?" if found else f"There are: {', '.join(sorted(known))}."
+
+
+def _explain(config: type[RunConfig], error: ValidationError) -> str:
+    sentences = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"There is no setting {name!r}. {nearest(name, list(config.model_fields))}")
+        else:
+            sentences.append(f"{name}: {problem['msg']}, not {problem['input']!r}.")
+    return " ".join(sentences)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from sqlalchemy.orm import Session
 
 from deploy.registry import lock_out_erasures
 from infra.db import Sessions
-from trainer.snapshot import DATASET_FILE, episode_of, forgotten, write_lines
+from trainer import prepared
+from trainer.collect import forgotten
+from trainer.snapshot import episode_of, write_lines
 from trainer.tables import TrainingRun
 
 log = logging.getLogger("everloop.night")
@@ -21,7 +25,7 @@ log = logging.getLogger("everloop.night")
 ERASED_FILE = "erased_episodes.txt"
 
 
-def erase(session: Session, runs_dir: Path, episode_ids: Collection[str]) -> dict[str, Any]:
+def erase(session: Session, datasets_dir: Path, runs_dir: Path, episode_ids: Collection[str]) -> dict[str, Any]:
     """Take the episodes out of every stored dataset; mark and return the runs that held them.
 
     The datasets themselves are searched, so nothing depends on what was reported of them. The digest of a dataset
@@ -29,36 +33,48 @@ def erase(session: Session, runs_dir: Path, episode_ids: Collection[str]) -> dic
     """
     lock_out_erasures(session)  # two at once would write each other's lines back
     wanted = set(episode_ids)
-    removed = {
-        path.parent.name: count
-        for path in sorted(runs_dir.glob(f"*/{DATASET_FILE}"))
-        if (count := _without(path, wanted))
-    }
-    session.execute(sa.update(TrainingRun).where(TrainingRun.id.in_(removed)).values(retrain_required=True))
-    digests = session.scalars(
-        sa.select(TrainingRun.dataset_digest).where(TrainingRun.id.in_(removed)).order_by(TrainingRun.id)
-    )
+    removed: Counter[str] = Counter()
+    for path in _datasets(datasets_dir):
+        removed[_digest_of(path)] += _without(path, wanted)
+    removed = +removed
+    of_them = TrainingRun.dataset_digest.in_(removed)
+    session.execute(sa.update(TrainingRun).where(of_them).values(retrain_required=True))
+    runs = session.scalars(sa.select(TrainingRun.id).where(of_them).order_by(TrainingRun.id)).all()
+    for run_id in runs:  # rows quote the dataset; a killed run that needs them may not go on now
+        prepared.discard(runs_dir / run_id)
     return {
-        "runs_marked": sorted(removed),
-        "dataset_lines_removed": sum(removed.values()),
-        "datasets": list(digests),
+        "runs_marked": list(runs),
+        "dataset_lines_removed": removed.total(),
+        "datasets": sorted(removed),
     }
 
 
-def sweep(sessions: Sessions, runs_dir: Path) -> None:
+def sweep(sessions: Sessions, datasets_dir: Path) -> None:
     """Take forgotten users out of datasets that were written after the erasure had looked at them.
 
-    With the database away it is left to the next night: the run that it ends must not fail for it.
+    Call it under the lock of the training run: what a killed run had only begun to write goes altogether. With the
+    database away it is left to the next night: the run that it ends must not fail for it.
     """
     try:
         with sessions.begin() as session:
             lock_out_erasures(session)
-            for path in sorted(runs_dir.glob(f"*/{DATASET_FILE}")):
+            for path in _datasets(datasets_dir):
                 ids = [episode_id for line in _lines(path) if (episode_id := episode_of(line)) is not None]
                 if gone := forgotten(session, ids):
                     _without(path, gone)
+        for unfinished in datasets_dir.glob(".*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     except (OperationalError, InterfaceError):
         log.warning("the datasets could not be swept")
+
+
+def _datasets(datasets_dir: Path) -> list[Path]:
+    """Return the files of all datasets, also of those that a killed run had only begun to write."""
+    return sorted(datasets_dir.glob("*/dataset.*"))
+
+
+def _digest_of(path: Path) -> str:
+    return path.parent.name.lstrip(".").partition(".")[0]
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,33 +1,57 @@
-"""Preference pairs: best against worst of fresh samples, and corrections against what they correct."""
+"""Rows of answers: comparisons that people made, and best against worst of fresh samples."""
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from reward.style import num_words
+from trainer.recipe import Messages, Row, Rows
 from trainer.rollout import Sample
 from trainer.snapshot import Example
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two answers to one prompt, the first preferred."""
-
-    messages: list[dict[str, Any]]
-    chosen: str
-    rejected: str
-    source: str
+def answer_of(messages: Messages, answer: str, name: str) -> Row:
+    """Return a row with a prompt and one answer under `name`."""
+    return {"prompt": messages, name: [{"role": "assistant", "content": answer}]}
 
 
-@dataclass(slots=True)
-class PairSet:
-    """Pairs, and what was set aside on the way, by reason."""
+def pair_of(messages: Messages, chosen: str, rejected: str) -> Row:
+    """Return a row with two answers to one prompt, the first preferred."""
+    return answer_of(messages, chosen, "chosen") | answer_of(messages, rejected, "rejected")
 
-    pairs: list[Pair] = field(default_factory=list)
-    set_aside: Counter[str] = field(default_factory=Counter)
+
+def compared(examples: Sequence[Example]) -> Rows:
+    """Return all comparisons, those that say most last: liked against disliked, preferences, corrections."""
+    contrasts, preferences = Rows(), Rows()
+    by_prompt: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        by_prompt[json.dumps(example.messages)].append(example)
+        for other in example.preferred_over:
+            if other.strip() != example.answer.strip():
+                preferences.add("preferences", pair_of(example.messages, example.answer, other))
+    for group in by_prompt.values():
+        liked = [example for example in group if example.balance > 0]
+        disliked = [example for example in group if example.balance < 0]
+        # The first against the first and so on: no popular prompt outweighs the rest.
+        for good, bad in zip(liked, disliked, strict=False):
+            if good.answer.strip() != bad.answer.strip():
+                contrasts.add("contrasts", pair_of(good.messages, good.answer, bad.answer))
+    return contrasts.then(preferences).then(corrections(examples))
+
+
+def corrections(examples: Sequence[Example]) -> Rows:
+    """Pair corrections with the answers that they correct."""
+    found = Rows()
+    for example in examples:
+        for text in example.corrections:
+            if text.strip() == example.answer.strip():
+                found.set_aside["correction_changes_nothing"] += 1
+            else:
+                found.add("corrections", pair_of(example.messages, text, example.answer))
+    return found
 
 
 def best_against_worst(
@@ -37,40 +61,25 @@ def best_against_worst(
     *,
     min_margin: float,
     words_range: tuple[int, int],
-) -> PairSet:
+) -> Rows:
     """Pair the best sample of each prompt with its worst.
 
     The best must have ended by itself, and its length must lie in `words_range`: otherwise the policy
     drifts to whatever length the reward extrapolates best.
     """
-    result = PairSet()
+    found = Rows()
     for messages, group, scores in zip(prompts, samples, rewards, strict=True):
         allowed = [i for i, s in enumerate(group) if s.finish_reason == "stop" and _within(s.text, words_range)]
         if not allowed:
-            result.set_aside["no_sample_of_allowed_length"] += 1
+            found.set_aside["no_sample_of_allowed_length"] += 1
             continue
         best = max(allowed, key=lambda i: scores[i])
         worst = min(range(len(group)), key=lambda i: scores[i])
         if scores[best] - scores[worst] < min_margin or group[best].text == group[worst].text:
-            result.set_aside["margin_too_small"] += 1
+            found.set_aside["margin_too_small"] += 1
             continue
-        result.pairs.append(Pair(messages, group[best].text, group[worst].text, "samples"))
-    return result
-
-
-def corrections(examples: Sequence[Example], limit: int) -> PairSet:
-    """Pair the newest corrections with the answers that they correct."""
-    result = PairSet()
-    pairs = [
-        Pair(e.messages, text, e.answer, "correction")
-        for e in examples
-        for text in e.corrections
-        if text.strip() != e.answer.strip()
-    ]
-    result.pairs = pairs[-limit:] if limit else []
-    if len(pairs) > limit:
-        result.set_aside["older_corrections"] = len(pairs) - limit
-    return result
+        found.add("samples", pair_of(messages, group[best].text, group[worst].text))
+    return found
 
 
 def _within(text: str, words_range: tuple[int, int]) -> bool:

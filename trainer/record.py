@@ -16,14 +16,17 @@ from sqlalchemy.orm import Session
 
 from deploy import registry
 from infra.db import Sessions
+from infra.errors import ConflictError, NotFoundError
 from infra.events import RunEnded, TrainingUsed
 from infra.log import outbox
+from trainer.config import RunConfig
 from trainer.snapshot import Snapshot
 from trainer.tables import TrainingRun
 
 log = logging.getLogger("everloop.night")
 
 IDS_PER_EVENT = 500
+CONFIG_FILE = "config.toml"
 
 
 class RunRecord:
@@ -43,25 +46,34 @@ class RunRecord:
         self._phase_started_s = time.monotonic()
         self._seconds: dict[str, float] = {}
 
-    def create(self, recipe: str, config: dict[str, Any]) -> None:
-        """Make the run's directory and row."""
+    def create(self, config: RunConfig) -> None:
+        """Make the run's directory and row; the resolved configuration stands in both."""
         self.run_dir.mkdir(parents=True)
+        (self.run_dir / CONFIG_FILE).write_text(config.to_toml())
         with self.sessions.begin() as session:
-            # Runs of a process that died hold no lock any more; they are not running.
-            session.execute(
-                sa.update(TrainingRun)
-                .where(TrainingRun.status == "running")
-                .values(status="failed", result={"reason": "the process died"}, ended_at=sa.func.now())
-            )
             session.add(
                 TrainingRun(
                     id=self.run_id,
-                    recipe=recipe,
+                    recipe=config.recipe,
                     status="running",
                     phase="snapshot",
-                    config=config,
+                    config=config.model_dump(),
                 )
             )
+
+    def take_over(self, run_id: str) -> None:
+        """Go on with the record of a run whose process died."""
+        self.run_dir = self.run_dir.with_name(run_id)
+        self.run_id = run_id
+
+    def is_cancelled(self) -> bool:
+        """Tell whether somebody asked for the end of the run; with the database away, nobody has."""
+        try:
+            with self.sessions() as session:
+                query = sa.select(TrainingRun.cancel_requested).where(TrainingRun.id == self.run_id)
+                return bool(session.scalar(query))
+        except (OperationalError, InterfaceError):
+            return False
 
     def phase(self, name: str, total: int) -> None:
         """Begin a phase of `total` steps."""
@@ -137,3 +149,21 @@ class RunRecord:
                     feedback_ids=ids[start : start + IDS_PER_EVENT],
                 )
                 outbox.append(session, event, key="deployment")
+
+
+def request_cancel(session: Session, run_id: str) -> None:
+    """Ask a run to end; it does after its current step, and registers nothing.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``run_not_found``.
+    ConflictError
+        Code ``run_ended``.
+    """
+    run = session.get(TrainingRun, run_id)
+    if run is None:
+        raise NotFoundError(f"There is no run {run_id!r}.", code="run_not_found")
+    if run.status != "running":
+        raise ConflictError(f"The run has ended already: {run.status}.", code="run_ended")
+    run.cancel_requested = True

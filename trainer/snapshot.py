@@ -1,53 +1,81 @@
-"""Dataset snapshots: what a run may learn from, frozen, with a digest.
-
-The split is by prompt and depends on nothing else, so a prompt that trains once never gates later.
-"""
+"""Dataset snapshots: what a run may learn from, frozen, and kept under the digest of its bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Collection
+import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import sqlalchemy as sa
-from sqlalchemy.orm import Session
-
-from feedback.fold import Standing, standing_of
-from feedback.tables import Episode, Feedback
-from feedback.users import TOMBSTONE
+from infra.errors import IntegrityError
 from reward.style import num_words
-from trainer.redactor import Redactor
+from trainer import data_card
 
 DATASET_FILE = "dataset.jsonl"
-TRAINED_KINDS = frozenset({"thumb", "correction"})
-GATE_PART = 5  # one prompt in five is kept for gates
+CARD_FILE = "card.json"
+CARD_PAGE = "README.md"
+
+Split = Literal["train", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An answer that people said something of."""
+    """An answer that people said something of.
+
+    Attributes
+    ----------
+    conversation
+        Digest of how the conversation began: its episodes are never split.
+    verdicts
+        What people said of the answer, 0 (bad) to 1 (good): thumbs and ratings.
+    corrections
+        How people would have had it.
+    preferred_over
+        Answers to the same messages that it was preferred to.
+    feedback_ids
+        The signals that all this is taken from.
+    """
 
     episode_id: str
+    conversation: str
     messages: list[dict[str, Any]]
     answer: str
-    thumbs: list[int]
-    corrections: list[str]
-    feedback_ids: list[str]
+    verdicts: list[float] = field(default_factory=list)
+    corrections: list[str] = field(default_factory=list)
+    preferred_over: list[str] = field(default_factory=list)
+    feedback_ids: list[str] = field(default_factory=list)
+
+    @property
+    def balance(self) -> float:
+        """Good minus bad verdicts, from -n to n."""
+        return sum(2.0 * verdict - 1.0 for verdict in self.verdicts)
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """The frozen data of one run."""
+    """The frozen data of one run.
+
+    Attributes
+    ----------
+    set_aside
+        What is not in it, counted by reason.
+    last_signal_seq
+        The range: signals up to this number were looked at.
+    num_new_signals
+        Those above the number that was asked for.
+    num_users
+        People whose answers train.
+    """
 
     train: list[Example] = field(default_factory=list)
     gate: list[Example] = field(default_factory=list)
     set_aside: dict[str, int] = field(default_factory=dict)
     last_signal_seq: int = 0
     num_new_signals: int = 0
+    num_users: int = 0
 
     @property
     def num_signals(self) -> int:
@@ -68,9 +96,23 @@ class Snapshot:
         """SHA-256 of the JSON lines."""
         return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
 
-    def save(self, path: Path) -> None:
-        """Write the JSON lines, whole or not at all."""
-        write_lines(path, self.to_jsonl())
+    def save(self, datasets_dir: Path) -> Path:
+        """Write lines and card under the digest, whole or not at all; return the directory.
+
+        What is there already stays as it is: it has the same bytes, or somebody was erased from it since.
+        """
+        target = datasets_dir / self.digest
+        if target.exists():
+            return target
+        staging = datasets_dir / f".{self.digest}.{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        card = data_card.card_of(self)
+        (staging / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+        (staging / CARD_PAGE).write_text(data_card.page_of(card))
+        write_lines(staging / DATASET_FILE, self.to_jsonl())
+        staging.rename(target)
+        return target
 
     def well_rated_words(self, tail: float = 0.05) -> tuple[int, int]:
         """Return the range of lengths (words) that people rated well or wrote themselves.
@@ -83,13 +125,39 @@ class Snapshot:
             Part of the answers left out at either end.
         """
         words = sorted(
-            [num_words(e.answer) for e in self.train if sum(e.thumbs) > 0]
+            [num_words(e.answer) for e in self.train if e.balance > 0 or e.preferred_over]
             + [num_words(text) for e in self.train for text in e.corrections]
         )
         if not words:
             return 0, 1_000_000
         cut = int(len(words) * tail)
         return words[cut], words[-1 - cut]
+
+
+def read(dataset_dir: Path) -> Snapshot:
+    """Return a snapshot that was saved, after checking its bytes against the digest in its name.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``dataset_corrupt``: altered, cut short, or somebody was erased from it since.
+    """
+    raw = (dataset_dir / DATASET_FILE).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != dataset_dir.name:
+        raise IntegrityError(
+            f"The dataset {dataset_dir.name[:12]} is not what its digest names: it was altered, or a user was "
+            "erased from it. Take a new snapshot.",
+            code="dataset_corrupt",
+        )
+    found = Snapshot()
+    for line in raw.decode().split("\n"):  # not splitlines: a text may hold U+2028
+        if line:
+            row = json.loads(line)
+            (found.train if row.pop("split") == "train" else found.gate).append(Example(**row))
+    card = json.loads((dataset_dir / CARD_FILE).read_text())
+    found.set_aside, found.last_signal_seq = card["set_aside"], card["last_signal_seq"]
+    found.num_users = card["users"]
+    return found
 
 
 def write_lines(path: Path, text: str) -> None:
@@ -105,78 +173,3 @@ def episode_of(line: str) -> str | None:
         return str(json.loads(line)["episode_id"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def is_gate_prompt(messages: list[dict[str, Any]]) -> bool:
-    """Tell whether a prompt is kept for gates, by its digest alone."""
-    text = json.dumps([message["content"] for message in messages], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).digest()[0] % GATE_PART == 0
-
-
-def take(session: Session, redactor: Redactor, after_seq: int = 0) -> Snapshot:
-    """Freeze what may be learned from now: consenting, whole answers with signals that stand.
-
-    Parameters
-    ----------
-    redactor
-        Takes personal data out of every text.
-    after_seq
-        Signals above this number count as new.
-    """
-    rows = session.execute(
-        sa.select(Feedback, Episode)
-        .join(Episode, Episode.id == Feedback.episode_id)
-        .order_by(Episode.created_at, Episode.id, Feedback.seq)
-    ).all()
-    episodes = {episode.id: episode for _, episode in rows}
-    standing = standing_of(signal for signal, _ in rows)
-    set_aside = Counter({"superseded_or_withdrawn": len(rows) - len(standing)})
-    by_episode: dict[str, list[Standing]] = {episode_id: [] for episode_id in episodes}
-    for signal in standing:
-        by_episode[signal.episode_id].append(signal)
-    snapshot = Snapshot()
-    for episode_id, signals in by_episode.items():
-        reason = _reason_against(episodes[episode_id])
-        if reason:
-            set_aside[reason] += len(signals)
-            continue
-        used = [signal for signal in signals if signal.kind in TRAINED_KINDS]
-        set_aside["kind_not_trained"] += len(signals) - len(used)
-        if not used:
-            continue
-        example = _example(episodes[episode_id], used, redactor)
-        set_aside.update({f"redacted_{what}": n for what, n in redactor.pop_counts().items()})
-        if is_gate_prompt(example.messages):
-            set_aside["prompt_kept_for_gates"] += len(example.feedback_ids)
-            snapshot.gate.append(example)
-        else:
-            snapshot.train.append(example)
-    snapshot.last_signal_seq = max((signal.seq for signal, _ in rows), default=0)
-    snapshot.num_new_signals = sum(signal.seq > after_seq for signal, _ in rows)
-    snapshot.set_aside = {reason: n for reason, n in sorted(set_aside.items()) if n}
-    return snapshot
-
-
-def _reason_against(episode: Episode) -> str | None:
-    if not episode.learn:
-        return "no_consent"
-    if episode.status != "complete":
-        return f"answer_{episode.status}"
-    return None if episode.answer.strip() else "answer_empty"
-
-
-def _example(episode: Episode, signals: list[Standing], redactor: Redactor) -> Example:
-    return Example(
-        episode_id=episode.id,
-        messages=redactor.messages(episode.messages),
-        answer=redactor.text(episode.answer),
-        thumbs=[s.value for s in signals if s.kind == "thumb" and s.value is not None],
-        corrections=[redactor.text(s.text) for s in signals if s.kind == "correction" and s.text],
-        feedback_ids=[s.feedback_id for s in signals],
-    )
-
-
-def forgotten(session: Session, episode_ids: Collection[str]) -> set[str]:
-    """Return which of the episodes are of users who were forgotten since."""
-    query = sa.select(Episode.id).where(Episode.id.in_(episode_ids), Episode.user_id.startswith(TOMBSTONE))
-    return set(session.scalars(query))

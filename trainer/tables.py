@@ -31,10 +31,13 @@ class TrainingRun(Base):
     canary_id: Mapped[int | None]
     last_signal_seq: Mapped[int | None] = mapped_column(sa.BigInteger)
     result: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    cancel_requested: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     retrain_required: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (
-        sa.CheckConstraint("status IN ('running', 'canary', 'held', 'skipped', 'failed')", name="status"),
+        sa.CheckConstraint(
+            "status IN ('running', 'canary', 'held', 'skipped', 'failed', 'cancelled')", name="status"
+        ),
     )

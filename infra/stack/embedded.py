@@ -49,6 +49,7 @@ def up(settings: Settings, say: Say, only: Collection[str] | None = None) -> Set
         settings.log_dir,
         settings.adapters_dir,
         settings.runs_dir,
+        settings.datasets_dir,
     ):
         directory.mkdir(parents=True, exist_ok=True)
     settings.run_dir.chmod(0o700)

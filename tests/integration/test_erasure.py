@@ -248,26 +248,26 @@ def test_the_name_of_a_tombstone_is_nobodys(stack, person):
 def test_datasets_are_cleaned_whatever_line_ends_their_texts_hold_and_however_they_were_cut(stack, tmp_path):
     data = Snapshot(
         train=[
-            Example(
-                f"ep_{n}", [{"role": "user", "content": "Why?\u2028How?\u0085"}], f"So {n}.", [1], [], [f"fb_{n}"]
-            )
+            Example(f"ep_{n}", "c", [{"role": "user", "content": "Why?\u2028How?\u0085"}], f"So {n}.", [1.0])
             for n in range(3)
         ]
     )
-    (tmp_path / "run_1").mkdir()
-    path = tmp_path / "run_1" / DATASET_FILE
-    data.save(path)
+    path = data.save(tmp_path) / DATASET_FILE
     with path.open("a") as file:
         file.write('{"episode_id": "ep_3", "answ')  # a process of the first version died here
-    (tmp_path / "run_2").mkdir()
-    (tmp_path / "run_2" / DATASET_FILE).write_text("\n")
+    unfinished = tmp_path / f".{'0' * 64}.123" / "dataset.new"  # and another one here
+    for other, text in ((tmp_path / "other" / DATASET_FILE, "\n"), (unfinished, path.read_text())):
+        other.parent.mkdir()
+        other.write_text(text)
     for _ in range(2):  # the second time finds what the first did
         with stack.sessions() as session:
-            found = trainer.erasure.erase(session, tmp_path, {"ep_1", "ep_9"})
+            found = trainer.erasure.erase(session, tmp_path, tmp_path / "runs", {"ep_1", "ep_9"})
             session.rollback()
-        assert found["runs_marked"] == ["run_1"] and found["dataset_lines_removed"] == 1
-    assert [episode_of(line) for line in path.read_text().split("\n")[:-1]] == ["ep_0", "ep_2"]
+        assert found["datasets"] == sorted(["0" * 64, data.digest]) and found["dataset_lines_removed"] == 2
+    for file in (path, unfinished):
+        assert [episode_of(line) for line in file.read_text().split("\n")[:-1]] == ["ep_0", "ep_2"]
     trainer.erasure.sweep(stack.sessions, tmp_path)
+    assert not unfinished.exists() and path.exists()
 
 
 def test_what_was_learned_under_another_encoder_is_taken_out_there_too(stack, person):

@@ -22,11 +22,10 @@ from flows.accounting import backlog
 from flows.rater import as_it_should_be
 from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
-from trainer import snapshot
-from trainer.config import OnlineDPOConfig
+from trainer import collect
 from trainer.night import Night
 from trainer.redactor import Redactor
-from trainer.snapshot import is_gate_prompt
+from trainer.snapshot import DATASET_FILE
 from trainer.tables import TrainingRun
 
 SMALL = {
@@ -96,6 +95,10 @@ def release(stack, night):
     return night.release
 
 
+def dataset_of(stack, night):
+    return stack.settings.datasets_dir / night.dataset_digest / DATASET_FILE
+
+
 def test_the_night_trains_and_judges_by_what_is_really_served(stack, night):
     assert night.status in ("canary", "held"), night.result
     gates = {gate["gate"]: gate for gate in night.result["gates"]}
@@ -106,10 +109,10 @@ def test_the_night_trains_and_judges_by_what_is_really_served(stack, night):
 
 
 def test_the_snapshot_holds_no_gate_prompt_and_only_what_may_be_learned(stack, night):
-    lines = (stack.settings.runs_dir / night.id / "dataset.jsonl").read_text().splitlines()
+    lines = dataset_of(stack, night).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["split"] for row in rows} == {"train", "gate"}
-    assert all(is_gate_prompt(row["messages"]) == (row["split"] == "gate") for row in rows)
+    assert all(collect.is_held_out(row["conversation"]) == (row["split"] == "gate") for row in rows)
     with stack.sessions() as session:
         silent = set(session.scalars(sa.select(Episode.id).where(~Episode.learn)))
     assert not silent & {row["episode_id"] for row in rows}
@@ -246,7 +249,7 @@ def test_releases_are_never_renamed_or_reused(stack, night):
 
 
 def test_forgetting_a_teacher_scrubs_datasets_marks_what_learned_and_the_next_night_starts_clean(stack, night):
-    dataset = stack.settings.runs_dir / night.id / "dataset.jsonl"
+    dataset = dataset_of(stack, night)
     teacher = "teacher-1"
     with stack.sessions() as session:
         theirs = set(session.scalars(sa.select(Episode.id).where(Episode.user_id == teacher)))
@@ -269,7 +272,7 @@ def test_forgetting_a_teacher_scrubs_datasets_marks_what_learned_and_the_next_ni
     with stack.sessions() as session:
         assert session.get_one(TrainingRun, night.id).retrain_required
         assert registry.clean_ancestor(session, night.release) == "base"
-        data = snapshot.take(session, Redactor())
+        data = collect.take(session, Redactor())
     assert not theirs & {example.episode_id for example in [*data.train, *data.gate]}
 
 
@@ -289,8 +292,8 @@ def test_under_quarantine_what_learned_from_a_forgotten_teacher_is_served_no_mor
 
 
 def test_a_candidate_that_was_marked_while_it_was_judged_meets_nobody(stack, night):
-    judged = Night(stack.sessions, stack.settings, OnlineDPOConfig(), 0.5)
-    judged.record.create("online-dpo", {})
+    judged = Night(stack.sessions, stack.settings, {}, 0.5)
+    judged.record.create(judged.config)
     with stack.sessions() as session:
         release = registry.get_release(session, night.release)
     result = judged._open_canary(release, "base", [])
@@ -301,7 +304,7 @@ def test_a_candidate_that_was_marked_while_it_was_judged_meets_nobody(stack, nig
 
 
 def test_a_receipt_leads_from_a_signal_to_its_run_and_the_release(stack, night):
-    lines = (stack.settings.runs_dir / night.id / "dataset.jsonl").read_text().splitlines()
+    lines = dataset_of(stack, night).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     row = next(row for row in rows if row["split"] == "train")
     with stack.sessions() as session:

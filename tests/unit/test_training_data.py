@@ -1,48 +1,103 @@
 """Snapshots and pairs: what a run may learn from."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+import json
 
-from trainer.pairs import best_against_worst, corrections
+import pytest
+
+from infra.errors import IntegrityError
+from trainer import snapshot
+from trainer.collect import conversation_of, is_held_out, is_held_out_user
+from trainer.pairs import best_against_worst, compared
 from trainer.rollout import Sample
-from trainer.snapshot import Example, Snapshot, is_gate_prompt
+from trainer.snapshot import CARD_FILE, CARD_PAGE, DATASET_FILE, Example, Snapshot
 
 ASK = [{"role": "user", "content": "Why?"}]
 
 
-def example(answer, thumbs=(), fixed=(), prompt="Why?"):
-    return Example("ep", [{"role": "user", "content": prompt}], answer, list(thumbs), list(fixed), ["fb"])
+def example(answer, verdicts=(), fixed=(), prompt="Why?", over=()):
+    messages = [{"role": "user", "content": prompt}]
+    return Example(
+        "ep", conversation_of(messages), messages, answer, list(verdicts), list(fixed), list(over), ["fb"]
+    )
 
 
 def words(n):
     return " ".join(["word"] * n)
 
 
-@given(st.text(min_size=1, max_size=50))
-def test_the_split_depends_on_the_prompt_alone(prompt):
-    messages = [{"role": "user", "content": prompt}]
-    assert is_gate_prompt(messages) == is_gate_prompt([dict(messages[0])])
+def test_a_conversation_is_known_by_how_it_began():
+    asked = [{"role": "system", "content": "Be kind."}, *ASK]
+    later = [*asked, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    assert conversation_of(asked) == conversation_of(later)
+    assert len({conversation_of(m) for m in (asked, ASK, [{"role": "user", "content": "How?"}])}) == 3
+    assert conversation_of([{"role": "user", "content": [{"type": "text", "text": "\u2028"}]}])
 
 
-def test_about_a_fifth_of_prompts_is_kept_for_gates():
-    kept = sum(is_gate_prompt([{"role": "user", "content": f"question {i}"}]) for i in range(2000))
-    assert 0.16 < kept / 2000 < 0.24
+def test_about_a_fifth_of_conversations_and_a_tenth_of_users_are_held_out():
+    conversations = [conversation_of([{"role": "user", "content": f"question {n}"}]) for n in range(2_000)]
+    # Five standard errors: .045 and .034.
+    assert abs(sum(map(is_held_out, conversations)) / 2_000 - 1 / 5) < 0.045
+    assert abs(sum(is_held_out_user(f"key_{n}") for n in range(2_000)) / 2_000 - 26 / 256) < 0.034
 
 
 def test_the_same_snapshot_has_the_same_digest_and_any_change_another():
     one, two = Snapshot(train=[example("a")]), Snapshot(train=[example("a")])
     assert one.digest == two.digest != Snapshot(train=[example("b")]).digest
+    assert one.digest != Snapshot(gate=[example("a")]).digest
 
 
-def test_the_range_of_lengths_comes_from_good_answers_and_corrections():
+def test_a_snapshot_is_kept_under_its_digest_and_comes_back(tmp_path):
+    data = Snapshot(
+        train=[example("One.\u2028Two.", [1.0], ["Three."], over=["Four."])],
+        gate=[example("Five.", [0.0])],
+        set_aside={"no_consent": 3, "redacted_email": 1},
+        last_signal_seq=12,
+        num_users=1,
+    )
+    path = data.save(tmp_path)
+    assert path.name == data.digest and data.save(tmp_path) == path
+    assert snapshot.read(path) == data
+    card = json.loads((path / CARD_FILE).read_text())
+    assert card["train"] == {
+        "answers": 1,
+        "conversations": 1,
+        "signals": 1,
+        "liked": 1,
+        "disliked": 0,
+        "corrections": 1,
+        "preferences": 1,
+        "median_words": 2,
+    }
+    page = (path / CARD_PAGE).read_text()
+    assert "3 signals on answers whose users do not consent" in page and "1 times email" in page
+    assert not any(word in page + json.dumps(card) for word in ("One.", "Three.", "Four.", "Five.", "Why?"))
+    assert not list(tmp_path.glob(".*")), "nothing half-done is left"
+
+
+def test_a_dataset_that_was_altered_is_refused(tmp_path):
+    path = Snapshot(train=[example("a")]).save(tmp_path)
+    lines = path / DATASET_FILE
+    lines.write_text(lines.read_text()[:-5])
+    with pytest.raises(IntegrityError) as refused:
+        snapshot.read(path)
+    assert refused.value.code == "dataset_corrupt"
+
+
+def test_the_range_of_lengths_comes_from_good_answers_preferred_ones_and_corrections():
     data = Snapshot(
         train=[
-            example(words(40), thumbs=[1]),
-            example(words(200), thumbs=[-1], fixed=[words(12)]),
+            example(words(40), [1.0]),
+            example(words(200), [0.0], [words(12)]),
             example(words(3)),
+            example(words(90), [0.5]),
+            example(words(20), over=[words(99)]),
         ]
     )
     assert data.well_rated_words() == (12, 40)
+
+
+def texts(rows):
+    return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
 
 
 def test_best_against_worst_keeps_to_the_range_the_margin_and_whole_answers():
@@ -55,16 +110,28 @@ def test_best_against_worst_keeps_to_the_range_the_margin_and_whole_answers():
     found = best_against_worst(
         [ASK], [[good, short, cut, bad]], [[1.0, 9.0, 5.0, -1.0]], min_margin=0.5, words_range=(5, 50)
     )
-    assert [(p.chosen, p.rejected) for p in found.pairs] == [(good.text, bad.text)]
+    assert texts(found.rows) == [(good.text, bad.text)]
     near = best_against_worst([ASK], [[good, bad]], [[0.1, 0.0]], min_margin=0.5, words_range=(5, 50))
-    assert not near.pairs and near.set_aside["margin_too_small"] == 1
+    assert not near.rows and near.set_aside["margin_too_small"] == 1
     none = best_against_worst([ASK], [[short, cut]], [[1.0, 0.0]], min_margin=0.5, words_range=(5, 50))
-    assert not none.pairs and none.set_aside["no_sample_of_allowed_length"] == 1
+    assert not none.rows and none.set_aside["no_sample_of_allowed_length"] == 1
 
 
-def test_corrections_become_pairs_newest_first_kept():
-    found = corrections(
-        [example("long", fixed=["one"]), example("same", fixed=["same"]), example("x", fixed=["two"])], 1
-    )
-    assert [(p.chosen, p.rejected) for p in found.pairs] == [("two", "x")]
-    assert found.set_aside["older_corrections"] == 1
+def test_people_compare_by_correcting_by_preferring_and_by_liking_one_and_not_the_other():
+    examples = [
+        example("Good.", [1.0]),
+        example("Bad.", [0.0]),
+        example("Worse.", [0.0]),
+        example("Other.", [0.0], prompt="How?"),
+        example("Fixed.", fixed=["Right.", "Fixed."]),
+        example("Preferred.", over=["Not so.", "Preferred."]),
+    ]
+    found = compared(examples)
+    assert list(zip(found.sources, texts(found.rows), strict=True)) == [
+        ("contrasts", ("Good.", "Bad.")),
+        ("preferences", ("Preferred.", "Not so.")),
+        ("corrections", ("Right.", "Fixed.")),
+    ]
+    assert found.set_aside == {"correction_changes_nothing": 1}
+    fewer = found.newest(2)
+    assert fewer.sources == ["preferences", "corrections"] and fewer.set_aside["rows_over_budget"] == 1

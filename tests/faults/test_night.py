@@ -1,0 +1,143 @@
+"""A night whose process is killed in its training, on the running stack."""
+
+import json
+import signal
+import subprocess
+import sys
+import uuid
+
+import pytest
+import sqlalchemy as sa
+
+from deploy import head
+from feedback import episodes
+from feedback.acceptance import accept
+from feedback.episodes import Recording, new_episode_id
+from feedback.signals import read_signal
+from infra.errors import IntegrityError
+from trainer import prepared
+from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.night import Night
+from trainer.record import CONFIG_FILE
+from trainer.tables import TrainingRun
+
+GIVEN = {"recipe": "dpo", "batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 64, "checkpoint_steps": 2}
+GIVEN |= {"max_rows": 12, "num_gate_prompts": 8, "max_answer_tokens": 16}
+
+# The night dies as its third step ends, as the machine would have it: no handler runs.
+KILLED = """
+import json, os, signal, sys
+from infra.db import connect
+from infra.settings import load
+from trainer.night import Night
+from trainer.record import RunRecord
+progress = RunRecord.progress
+def die(self, done, total=None):
+    progress(self, done, total)
+    if self._current == "train" and done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunRecord.progress = die
+settings = load()
+Night(connect(settings.need("database_url")), settings, json.loads(sys.argv[1]), 0.5).run()
+"""
+
+
+def teach(stack, count=40):
+    """Record answers and corrections of one teacher; the newest are trained on."""
+    user = f"teacher-{uuid.uuid4().hex[:8]}"
+    with stack.sessions.begin() as session:
+        for n in range(count):
+            key, learn = episodes.begin(session, user, True)
+            asked = [{"role": "user", "content": f"What is {n} plus {uuid.uuid4().hex[:6]}?"}]
+            recording = Recording(
+                new_episode_id(),
+                user,
+                "base",
+                None,
+                None,
+                "champion",
+                1.0,
+                asked,
+                {},
+                learn,
+                f"It is {n}, I believe.",
+            )
+            recording.status = "complete"
+            assert episodes.record(session, recording, key)
+            said = {"kind": "correction", "text": f"{n}, I hope.", "idempotency_key": f"fix-{n}"}
+            accept(session, read_signal.validate_python({"episode_id": recording.episode_id, "user": user, **said}))
+
+
+def close_canary(stack):
+    with stack.sessions.begin() as session:
+        canary_id = head.read(session).canary_id
+        if canary_id is not None:
+            head.close_canary(session, canary_id, decision="expired", evidence={}, actor="test", reason="a test")
+
+
+def running(stack):
+    with stack.sessions() as session:
+        return session.scalars(sa.select(TrainingRun).where(TrainingRun.status == "running")).all()
+
+
+def test_a_night_that_was_killed_goes_on_where_its_last_checkpoint_was(stack):
+    teach(stack)
+    close_canary(stack)
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(GIVEN)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    [run] = running(stack)
+    run_dir = stack.settings.runs_dir / run.id
+    assert 'recipe = "dpo"' in (run_dir / CONFIG_FILE).read_text()
+    rows = run_dir / prepared.ROWS_FILE
+    kept = rows.read_text()
+    rows.unlink()  # as the erasure of one of its teachers does
+    with stack.sessions() as session, pytest.raises(IntegrityError) as refused:
+        prepared.load(session, stack.settings, run)
+    assert refused.value.code == "run_not_resumable"
+    rows.write_text(kept)
+    try:
+        result = Night(stack.sessions, stack.settings, {}, 0.5).run()
+    finally:
+        close_canary(stack)
+    assert result["run_id"] == run.id and result["status"] in ("held", "canary"), result
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    [trained] = [line for line in lines if line["phase"] == "trained"]
+    assert (trained["resumed_from_step"], trained["steps"]) == (2, 6)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert not rows.exists() and not (run_dir / CHECKPOINTS_DIR).exists() and not running(stack)
+
+
+def test_a_dead_night_that_cannot_go_on_has_failed_and_says_why(stack):
+    teach(stack, 20)
+    close_canary(stack)
+    dead = Night(stack.sessions, stack.settings, GIVEN, 0.5)
+    dead.record.create(dead.config)
+    result = Night(stack.sessions, stack.settings, {**GIVEN, "epochs": 0.1}, 0.5).run()
+    close_canary(stack)
+    assert result["run_id"] != dead.record.run_id
+    with stack.sessions() as session:
+        found = session.get_one(TrainingRun, dead.record.run_id)
+    assert found.status == "failed" and "no whole checkpoint" in found.result["reason"]
+
+
+def test_a_cancelled_night_ends_and_registers_nothing(stack):
+    teach(stack, 20)
+    close_canary(stack)
+    night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
+    phase = night.record.phase
+
+    def cancel_in_training(name, total):
+        phase(name, total)
+        if name == "train":
+            command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
+            subprocess.run(command, check=True)
+
+    night.record.phase = cancel_in_training
+    with pytest.raises(Exception, match="cancelled"):
+        night.run()
+    with stack.sessions() as session:
+        found = session.get_one(TrainingRun, night.record.run_id)
+    assert (found.status, found.release) == ("cancelled", None)
+    command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "[run_ended]" in again.stderr

@@ -1,0 +1,158 @@
+"""The training loop with the real model: every recipe, budgets, cancellation, and a process that is killed."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.unit.test_training_data import example
+from trainer import checkpoints, loop
+from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.loop import METRICS_FILE, TrainingError
+from trainer.recipe import Material, resolve
+from trainer.rollout import Sample
+from trainer.snapshot import Snapshot
+
+SMALL = {"batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 48, "checkpoint_steps": 2, "lora_rank": 4}
+
+
+def prepared(name="dpo", num_rows=12, **more):
+    recipe, config = resolve({"recipe": name, **SMALL, **more})
+    examples = []
+    for n in range(num_rows):
+        # The prompts differ, so that rows do; every second answer was liked.
+        examples.append(
+            example(f"The answer {n} is long and says little.", [float(n % 2)], [f"It is {n}."], f"What is {n}?")
+        )
+    material = Material(
+        Snapshot(train=examples),
+        lambda prompts, num_samples: [[Sample("", "stop")] * num_samples for _ in prompts],
+        lambda prompts, answers, references: [[0.0] * len(group) for group in answers],
+    )
+    rows = recipe.rows(material, config)
+    return recipe, config, rows.newest(num_rows).rows
+
+
+def train(model_dir, run_dir, name="dpo", num_rows=12, start_from=None, settings=None, **more):
+    run_dir.mkdir(exist_ok=True)
+    recipe, config, rows = prepared(name, num_rows, **(settings or {}))
+    return loop.train(recipe, config, rows, model_dir=model_dir, start_from=start_from, run_dir=run_dir, **more)
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(trained):
+    return load_file(trained.adapter_dir / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_model_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    return train(base_model_dir, run_dir), run_dir
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps"),
+    [("dpo", 4), ("kto", 4), ("sft", 4), ("online-dpo", 4), ("self-distill", 8)],  # two samples of each row
+)
+def test_every_recipe_trains_an_adapter_that_plain_peft_loads(base_model_dir, tmp_path, name, num_steps):
+    trained = train(base_model_dir, tmp_path, name, num_rows=8, settings={"max_answer_tokens": 12})
+    assert trained.num_steps == num_steps and trained.stopped_by is None
+    model = AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        carrying = PeftModel.from_pretrained(model, str(trained.adapter_dir))
+        assert (carrying(ids).logits - before).abs().max() > 0
+    assert len(losses(tmp_path)) == num_steps
+
+
+def test_a_run_goes_on_from_the_champions_adapter(base_model_dir, tmp_path, undisturbed):
+    champion, _ = undisturbed
+    settings = {"learning_rate": 1e-12}
+    trained = train(base_model_dir, tmp_path, num_rows=8, start_from=champion.adapter_dir, settings=settings)
+    for name, weight in weights(trained).items():
+        torch.testing.assert_close(weight, weights(champion)[name], atol=1e-6, rtol=0)
+
+
+def _train_until_killed(model_dir, run_dir, at_step):
+    def die(step, _):
+        if step == at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(model_dir, run_dir, on_step=die)
+
+
+@pytest.mark.parametrize("at_step", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(base_model_dir, tmp_path, undisturbed, at_step):
+    whole, whole_dir = undisturbed
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train_until_killed, args=(base_model_dir, tmp_path, at_step)
+    )
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    trained = train(base_model_dir, tmp_path)
+    assert trained.resumed_from_step == at_step - 1 and trained.num_steps == whole.num_steps == 6
+    assert losses(tmp_path) == losses(whole_dir)
+    for name, weight in weights(trained).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before_it(base_model_dir, tmp_path, undisturbed):
+    stopped = []
+    with pytest.raises(TrainingError):
+        train(
+            base_model_dir,
+            tmp_path,
+            is_cancelled=lambda: len(stopped) > 5,
+            on_step=lambda step, _: stopped.append(step),
+        )
+    found = sorted((tmp_path / CHECKPOINTS_DIR).glob("checkpoint-*"))
+    assert [path.name for path in found] == ["checkpoint-4", "checkpoint-6"]
+    adapter = found[-1] / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-9])
+    assert checkpoints.newest(tmp_path / CHECKPOINTS_DIR) == found[0]
+    trained = train(base_model_dir, tmp_path)
+    assert trained.resumed_from_step == 4 and losses(tmp_path) == losses(undisturbed[1])
+
+
+def test_a_checkpoint_that_was_not_sealed_is_none(tmp_path):
+    directory = tmp_path / "checkpoint-2"
+    directory.mkdir()
+    (directory / "adapter_model.safetensors").write_bytes(b"half")
+    assert checkpoints.newest(tmp_path) is None and not directory.exists()
+
+
+def test_a_cancelled_run_leaves_no_adapter(base_model_dir, tmp_path):
+    with pytest.raises(TrainingError) as ended:
+        train(base_model_dir, tmp_path, is_cancelled=lambda: True)
+    assert ended.value.code == "run_cancelled" and not (tmp_path / "adapter").exists()
+    assert len(losses(tmp_path)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "stopped_by"), [({"max_train_minutes": 1e-9}, "time"), ({"max_train_tokens": 60}, "tokens")]
+)
+def test_a_budget_ends_the_training_with_what_it_has_learned(base_model_dir, tmp_path, settings, stopped_by):
+    trained = train(base_model_dir, tmp_path, settings=settings)
+    assert trained.stopped_by == stopped_by and trained.num_steps < 6
+    assert weights(trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"), [({"max_memory_gib": 0.1}, "out_of_memory"), ({"learning_rate": 1e30}, "loss_not_finite")]
+)
+def test_what_makes_a_training_worthless_is_said(base_model_dir, tmp_path, settings, code):
+    with pytest.raises(TrainingError) as ended:
+        train(base_model_dir, tmp_path, settings=settings)
+    assert ended.value.code == code and not (tmp_path / "adapter").exists()

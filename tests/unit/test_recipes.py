@@ -1,0 +1,150 @@
+"""Recipes: how they are chosen, what each makes of what people said. Nothing is trained here."""
+
+import tomllib
+
+import pytest
+
+from infra.errors import InvalidRequestError
+from tests.unit.test_training_data import example
+from trainer import recipe
+from trainer.config import RunConfig, read_toml
+from trainer.recipe import Material, UnusableDataError, names, open_recipe, resolve
+from trainer.rollout import Sample
+from trainer.snapshot import Snapshot
+
+NAMES = ["dpo", "kto", "online-dpo", "self-distill", "sft"]
+
+
+def nothing_fresh(*_):
+    raise AssertionError("this recipe needs no samples")
+
+
+def rows_of(name, examples, sample=nothing_fresh, score=nothing_fresh, **settings):
+    chosen, config = resolve({"recipe": name, **settings})
+    return chosen.rows(Material(Snapshot(train=examples), sample, score), config)
+
+
+def said(rows, name="completion"):
+    return [row[name][0]["content"] for row in rows.rows]
+
+
+def test_every_module_of_the_recipes_is_one():
+    assert set(NAMES) <= set(names())
+    for name in names():
+        found = open_recipe(name)
+        assert found.Config().recipe == name and found.summary
+
+
+def test_the_default_is_a_recipe():
+    found, config = resolve({})
+    assert config.recipe in names() and isinstance(config, found.Config)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        ({"recipe": "online_dpo"}, "recipe_unknown", "Did you mean 'online-dpo'?"),
+        ({"recipe": "zzz"}, "recipe_unknown", "There are: dpo,"),
+        ({"learningrate": 1e-4}, "config_invalid", "no setting 'learningrate'. Did you mean 'learning_rate'?"),
+        ({"recipe": "kto", "num_prompts": 4}, "config_invalid", "no setting 'num_prompts'"),
+        ({"epochs": 0}, "config_invalid", "epochs: Input should be greater than 0, not 0."),
+        ({"epochs": "many", "seed": []}, "config_invalid", "seed:"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration_is_named(given, code, said):
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve(given)
+    assert refused.value.code == code and said in refused.value.message
+
+
+def test_a_resolved_configuration_comes_back_from_its_file(tmp_path):
+    _, config = resolve({"recipe": "dpo", "learning_rate": 1e-5, "max_memory_gib": 4.5})
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert resolve(read_toml(path))[1] == config
+    assert set(tomllib.loads(config.to_toml())) == set(type(config).model_fields) - {"max_train_tokens"}
+
+
+@pytest.mark.parametrize("raw", [b"recipe = ", b"\xff"])
+def test_a_file_that_is_no_toml_is_refused(tmp_path, raw):
+    path = tmp_path / "config.toml"
+    path.write_bytes(raw)
+    with pytest.raises(InvalidRequestError) as refused:
+        read_toml(path)
+    assert refused.value.code == "config_unreadable" and "config.toml" in refused.value.message
+
+
+def test_a_recipe_in_a_new_file_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_own.py").write_text(
+        "from trainer.recipe import Recipe\nfrom trainer.config import RunConfig\n"
+        "class MyConfig(RunConfig):\n    recipe: str = 'my-own'\n"
+        "class Mine(Recipe[MyConfig]):\n    Config = MyConfig\n    summary = 'mine'\n"
+        "    def rows(self, material, config): ...\n    def trainer(self, config, arguments, parts): ...\n"
+        "RECIPE = Mine()\n"
+    )
+    monkeypatch.setattr(recipe.recipes, "__path__", [*recipe.recipes.__path__, str(tmp_path)])
+    found, config = resolve({"recipe": "my-own"})
+    assert found.summary == "mine" and isinstance(config, RunConfig) and "my-own" in names()
+
+
+def test_dpo_takes_the_newest_of_what_says_most():
+    examples = [example(f"Answer {n}.", fixed=[f"Better {n}."]) for n in range(10)]
+    found = rows_of("dpo", [*examples, example("Good.", [1.0]), example("Bad.", [0.0])], max_rows=8)
+    assert said(found, "chosen") == [f"Better {n}." for n in range(2, 10)]
+
+
+def test_kto_takes_single_answers_and_needs_both_kinds():
+    examples = [
+        example("Good.", [1.0, 0.75]),
+        example("Bad.", [0.0]),
+        example("So.", [1.0, 0.0]),
+        example("Wrong.", [1.0], ["Right."]),
+    ]
+    found = rows_of("kto", examples)
+    labels = {text: row["label"] for text, row in zip(said(found), found.rows, strict=True)}
+    assert labels == {"Good.": True, "Bad.": False, "Wrong.": False, "Right.": True}
+    assert found.set_aside["neither_liked_nor_disliked"] == 1
+    for verdict, side in ((1.0, "liked"), (0.0, "disliked")):
+        with pytest.raises(UnusableDataError, match=f"are {side}") as refused:
+            rows_of("kto", [example(f"{n}.", [verdict]) for n in range(9)])
+        assert refused.value.code == "one_sided_data"
+
+
+def test_sft_takes_demonstrations():
+    examples = [
+        example("Good.", [1.0]),
+        example("Bad.", [0.0]),
+        example("Wrong.", [1.0], ["Right."]),
+        example("Preferred.", over=["Other."]),
+    ]
+    assert said(rows_of("sft", examples)) == ["Good.", "Right.", "Preferred."]
+    assert said(rows_of("sft", examples, liked_answers=False)) == ["Right."]
+
+
+def test_self_distillation_shows_the_teacher_what_people_wrote():
+    examples = [example("Wrong.", fixed=["Right."]), example("Good.", [1.0]), example("Bad.", [0.0])]
+    found = rows_of("self-distill", examples)
+    assert [row["privileged_context"] for row in found.rows] == ["Right."]
+    assert found.set_aside["no_demonstration"] == 2
+    assert len(rows_of("self-distill", examples, liked_answers=True).rows) == 2
+
+
+def test_online_dpo_pairs_fresh_samples_and_puts_corrections_first_when_room_is_short():
+    asked = []
+
+    def sample(prompts, num_samples):
+        asked.append((len(prompts), num_samples))
+        return [[Sample(f"{p[0]['content']} {'word ' * n}.", "stop") for n in (3, 4)] for p in prompts]
+
+    def score(prompts, answers, references):
+        assert all(reference.startswith("Answer") for reference in references)
+        return [[1.0, 0.0] for _ in prompts]
+
+    examples = [
+        example(f"Answer {n}.", [1.0], [f"One two three four five six {n}."], f"Why {n}?") for n in range(12)
+    ]
+    examples += [example("Answer newer.", [1.0], ["x " * 9], "Why 1?")]
+    found = rows_of("online-dpo", examples, sample, score, num_prompts=10, max_rows=20, samples_per_prompt=2)
+    assert asked == [(10, 2)]
+    assert found.sources == ["samples"] * 7 + ["corrections"] * 13 and found.set_aside["rows_over_budget"] == 3
+    assert rows_of("online-dpo", examples, sample, score, num_prompts=10, max_rows=20, seed=1).rows != found.rows

@@ -1,0 +1,115 @@
+"""What looks at a training: progress, metrics, budgets, cancellation, losses that are none; and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from infra.errors import EverloopError, IntegrityError
+from trainer import checkpoints
+from trainer.config import RunConfig
+
+GIB = 1024**3
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Ends a training that must end, and remembers why.
+
+    Attributes
+    ----------
+    stopped_by
+        The budget that ended it; what was learned by then counts.
+    failure
+        (code, message) of what makes it worthless.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        metrics_path: Path,
+        on_step: Callable[[int, int], None],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        self.config = config
+        self.metrics_path = metrics_path
+        self.on_step = on_step
+        self.is_cancelled = is_cancelled
+        self.stopped_by: str | None = None
+        self.failure: tuple[str, str] | None = None
+        self._started_s = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the clock, the tokens, the memory and the operator."""
+        self.on_step(state.global_step, state.max_steps)
+        if self.is_cancelled():
+            self.failure = "run_cancelled", "The run was cancelled."
+        elif (limit := self.config.max_memory_gib) and (used := psutil.Process().memory_info().rss / GIB) > limit:
+            self.failure = (
+                "out_of_memory",
+                f"The run uses {used:.1f} GiB; max_memory_gib is {limit:g}. Fewer micro_batch_rows or "
+                "max_row_tokens need less.",
+            )
+        elif time.monotonic() - self._started_s > self.config.max_train_minutes * 60.0:
+            self.stopped_by = "time"
+        elif (most := self.config.max_train_tokens) and state.num_input_tokens_seen >= most:
+            self.stopped_by = "tokens"
+        if self.failure or self.stopped_by:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write a line of metrics; a loss or gradient that is no number ends the training."""
+        logs = dict(logs or {})
+        broken = [k for k in ("loss", "grad_norm") if k in logs and not math.isfinite(float(logs[k]))]
+        if broken:
+            self.failure = (
+                "loss_not_finite",
+                f"At step {state.global_step} the {broken[0].replace('_', ' ')} is no finite number. A lower "
+                "learning_rate may help.",
+            )
+            control.should_training_stop = True
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps({"phase": "train", "step": state.global_step, **logs}) + "\n")
+
+    def raise_if_failed(self, error: type[EverloopError]) -> None:
+        """Raise what makes the training worthless, if anything does."""
+        if self.failure is not None:
+            code, message = self.failure
+            raise error(message, code=code)
+
+
+class Seal(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint when it is written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the seal."""
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Restore(TrainerCallback):  # type: ignore[misc]
+    """Puts the adapter of a checkpoint into the model when the training begins.
+
+    Where TRL keeps a reference beside the policy, transformers takes up the reference's directory alone, and the
+    run would go on from an untrained policy (transformers 5.19; seen as a loss of log 2).
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Load the weights; those that are missing would be an error."""
+        weights = load_file(self.checkpoint / "adapter_model.safetensors")
+        missing = set(get_peft_model_state_dict(model)) - set(weights)
+        if missing:
+            raise IntegrityError(
+                f"The checkpoint lacks {len(missing)} weights of the adapter.", code="checkpoint_incomplete"
+            )
+        set_peft_model_state_dict(model, weights)

@@ -1,0 +1,149 @@
+"""The training of every recipe: an adapter on the base model, by TRL, within budgets, resumable after a SIGKILL.
+
+Imports torch, TRL and PEFT; import it where a run trains, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from infra.errors import EverloopError
+from trainer import checkpoints
+from trainer.callbacks import Restore, Seal, Watch
+from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.config import RunConfig
+from trainer.recipe import Recipe, Row
+
+log = logging.getLogger("everloop.training")
+
+ADAPTER_DIR = "adapter"
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainingError(EverloopError):
+    """The training came to nothing that may be registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An adapter, and how its training went.
+
+    Attributes
+    ----------
+    stopped_by
+        The budget that ended it (``time`` or ``tokens``), or None where it came to its end.
+    resumed_from_step
+        The step of the checkpoint that it went on from; 0 for none.
+    """
+
+    adapter_dir: Path
+    num_steps: int
+    stopped_by: str | None
+    resumed_from_step: int
+
+
+def train(
+    recipe: Recipe[Any],
+    config: RunConfig,
+    rows: Sequence[Row],
+    *,
+    model_dir: Path,
+    start_from: Path | None,
+    run_dir: Path,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Train an adapter on `rows`, going on from a checkpoint of the same run where there is one.
+
+    Parameters
+    ----------
+    start_from
+        The champion's adapter, which the run goes on from and stays close to; None for the base model.
+    run_dir
+        Gets ``adapter``, ``checkpoints`` and lines in ``metrics.jsonl``.
+    on_step
+        Called with (step, number of steps).
+    is_cancelled
+        Asked after every step.
+
+    Raises
+    ------
+    TrainingError
+        Codes ``run_cancelled``, ``out_of_memory``, ``loss_not_finite``.
+    """
+    torch.manual_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    watch = Watch(config, run_dir / METRICS_FILE, on_step, is_cancelled)
+    callbacks: list[Any] = [watch, Seal()]
+    checkpoint = checkpoints.newest(run_dir / CHECKPOINTS_DIR)
+    resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint is not None:
+        log.info("going on from step %d", resumed_from)
+        _forget_steps_after(run_dir / METRICS_FILE, resumed_from)
+        callbacks.append(Restore(checkpoint))
+    trainer = recipe.trainer(
+        config,
+        arguments(config, run_dir),
+        {
+            "model": _model(model_dir, start_from, config),
+            "train_dataset": Dataset.from_list(list(rows)),
+            "processing_class": tokenizer,
+            "callbacks": callbacks,
+        },
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    watch.raise_if_failed(TrainingError)
+    adapter_dir = run_dir / ADAPTER_DIR
+    trainer.model.save_pretrained(str(adapter_dir), selected_adapters=["default"], safe_serialization=True)
+    return Trained(adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from)
+
+
+def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Return what every trainer's configuration is given."""
+    return {
+        "output_dir": str(run_dir / CHECKPOINTS_DIR),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.micro_batch_rows,
+        "gradient_accumulation_steps": max(1, config.batch_rows // config.micro_batch_rows),
+        "bf16": False,  # the weights are bf16 already; autocast only adds copies on the CPU
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "include_num_input_tokens_seen": config.max_train_tokens is not None,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
+        "save_total_limit": 2,  # where the newest is damaged, the one before it is still there
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
+def _model(model_dir: Path, start_from: Path | None, config: RunConfig) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    if start_from is not None:
+        return PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def _forget_steps_after(metrics: Path, step: int) -> None:
+    """Drop what a killed process had logged after its last checkpoint: those steps are taken again."""
+    lines = [line for line in metrics.read_text().split("\n") if line] if metrics.exists() else []
+    kept = [line for line in lines if json.loads(line).get("step", -math.inf) <= step]
+    metrics.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,108 @@
+"""What a run trains on, once that is decided: kept beside its checkpoints, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from deploy import head, registry
+from infra.errors import IntegrityError
+from infra.settings import Settings
+from reward import store
+from reward.encoders import open_active_encoder
+from reward.tables import RewardSnapshot
+from trainer import checkpoints, snapshot
+from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.collect import forgotten
+from trainer.recipe import Rows
+from trainer.scoring import PinnedReward
+from trainer.snapshot import Snapshot
+from trainer.tables import TrainingRun
+
+INPUTS_FILE = "inputs.json"
+ROWS_FILE = "rows.jsonl"
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Data, reward and rows of a run.
+
+    Attributes
+    ----------
+    champion
+        The release that was served when the run began.
+    start_from
+        The release whose adapter it goes on from: the champion, or what is left of it without a forgotten user.
+    """
+
+    data: Snapshot
+    reward: PinnedReward
+    champion: str
+    start_from: str
+    snapshot_id: int
+    rows: Rows = field(default_factory=Rows)
+
+    def save(self, run_dir: Path) -> None:
+        """Write what a later process needs, the inputs last."""
+        rows = (
+            json.dumps({"source": source, "row": row}, ensure_ascii=False)
+            for source, row in zip(self.rows.sources, self.rows.rows, strict=True)
+        )
+        (run_dir / ROWS_FILE).write_text("".join(f"{line}\n" for line in rows))
+        inputs = {
+            "dataset_digest": self.data.digest,
+            "champion": self.champion,
+            "start_from": self.start_from,
+            "reward_snapshot_id": self.snapshot_id,
+            "num_rows": len(self.rows.rows),
+            "set_aside": dict(self.rows.set_aside),
+        }
+        staging = run_dir / f".{INPUTS_FILE}"
+        staging.write_text(json.dumps(inputs, indent=2) + "\n")
+        staging.replace(run_dir / INPUTS_FILE)
+
+
+def discard(run_dir: Path) -> None:
+    """Remove the rows: they quote people, and only a run that may go on needs them."""
+    (run_dir / ROWS_FILE).unlink(missing_ok=True)
+
+
+def load(session: Session, settings: Settings, run: TrainingRun) -> Prepared:
+    """Return what an interrupted run trains on, where nothing that it rests on has changed.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``run_not_resumable``, with the reason.
+    """
+    run_dir = settings.runs_dir / run.id
+    if checkpoints.newest(run_dir / CHECKPOINTS_DIR) is None:
+        raise _not_resumable("it has no whole checkpoint")
+    try:
+        inputs = json.loads((run_dir / INPUTS_FILE).read_text())
+        lines = [json.loads(line) for line in (run_dir / ROWS_FILE).read_text().split("\n") if line]
+        data = snapshot.read(settings.datasets_dir / inputs["dataset_digest"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_resumable("its rows are gone or cut short") from error
+    if len(lines) != inputs["num_rows"]:
+        raise _not_resumable("its rows are cut short")
+    if forgotten(session, [example.episode_id for example in [*data.train, *data.gate]]):
+        raise _not_resumable("it learned from a user who was forgotten meanwhile")
+    champion, start_from = inputs["champion"], inputs["start_from"]
+    if head.read(session).champion != champion or registry.clean_ancestor(session, champion) != start_from:
+        raise _not_resumable("another release is served now")
+    pinned = session.get(RewardSnapshot, inputs["reward_snapshot_id"])
+    encoder = open_active_encoder(session, settings)
+    if pinned is None or pinned.encoder != encoder.name:
+        raise _not_resumable("the reward model has other features now")
+    reward = PinnedReward(encoder, store.read_snapshot(pinned).head, settings.pessimism_kappa)
+    rows = Rows([line["row"] for line in lines], [line["source"] for line in lines], Counter(inputs["set_aside"]))
+    return Prepared(data, reward, champion, start_from, pinned.id, rows)
+
+
+def _not_resumable(reason: str) -> IntegrityError:
+    return IntegrityError(f"The run cannot go on: {reason}.", code="run_not_resumable")

@@ -1,0 +1,146 @@
+"""What a recipe is: the rows that it trains on, and TRL's trainer for them. The rest of a run is shared.
+
+A recipe is one module of :mod:`trainer.recipes`, named as it is (``online_dpo`` is ``online-dpo``), with an object
+``RECIPE``. Nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from infra.errors import EverloopError, InvalidRequestError
+from trainer import recipes
+from trainer.config import DEFAULT_RECIPE, RunConfig, nearest
+from trainer.rollout import Sample
+from trainer.snapshot import Snapshot
+
+C = TypeVar("C", bound=RunConfig)
+Messages = list[dict[str, Any]]
+Row = dict[str, Any]
+
+MIN_ROWS = 8
+
+
+class UnusableDataError(EverloopError):
+    """There is nothing to train on: a reason to hold the run, and none to call it failed."""
+
+    status = 409
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What rows are made from.
+
+    Attributes
+    ----------
+    data
+        The frozen dataset.
+    sample
+        Returns fresh answers of the assistant as it is served: ``sample(prompts, num_samples)``, a list for each
+        prompt.
+    score
+        Returns rewards, pessimistic and against reference answers: ``score(prompts, answers, references)``.
+    """
+
+    data: Snapshot
+    sample: Callable[[Sequence[Messages], int], list[list[Sample]]]
+    score: Callable[[Sequence[Messages], Sequence[Sequence[str]], Sequence[str]], list[list[float]]]
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows to train on, the source of each, and what was set aside on the way, by reason."""
+
+    rows: list[Row] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    set_aside: Counter[str] = field(default_factory=Counter)
+
+    def add(self, source: str, row: Row) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        self.sources.append(source)
+
+    def then(self, others: Rows) -> Rows:
+        """Return these rows and others after them."""
+        return Rows(self.rows + others.rows, self.sources + others.sources, self.set_aside + others.set_aside)
+
+    def newest(self, limit: int) -> Rows:
+        """Return the last `limit` rows; those before them are counted as set aside."""
+        over = max(len(self.rows) - limit, 0)
+        left_out = Counter({"rows_over_budget": over} if over else {})
+        return Rows(self.rows[over:], self.sources[over:], self.set_aside + left_out)
+
+
+class Recipe(ABC, Generic[C]):
+    """A way to train.
+
+    Attributes
+    ----------
+    Config
+        Its settings.
+    summary
+        A sentence for who chooses among them.
+    """
+
+    Config: type[C]
+    summary: str
+
+    @abstractmethod
+    def rows(self, material: Material, config: C) -> Rows:
+        """Return what is trained on.
+
+        Raises
+        ------
+        UnusableDataError
+            With the reason, where the data cannot be trained on.
+        """
+
+    @abstractmethod
+    def trainer(self, config: C, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+        """Return TRL's trainer.
+
+        Parameters
+        ----------
+        arguments
+            What every trainer's configuration is given (:func:`trainer.loop.arguments`).
+        parts
+            What every trainer is given: ``model`` (PEFT), ``train_dataset``, ``processing_class``, ``callbacks``.
+        """
+
+
+def names() -> list[str]:
+    """Return the names of all recipes."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(recipes.__path__))
+
+
+def open_recipe(name: str) -> Recipe[Any]:
+    """Return a recipe.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``recipe_unknown``.
+    """
+    if name not in names():
+        raise InvalidRequestError(f"There is no recipe {name!r}. {nearest(name, names())}", code="recipe_unknown")
+    found: Recipe[Any] = importlib.import_module(f"trainer.recipes.{name.replace('-', '_')}").RECIPE
+    return found
+
+
+def resolve(given: Mapping[str, Any]) -> tuple[Recipe[Any], RunConfig]:
+    """Return the recipe that settings name, and its whole configuration.
+
+    Raises
+    ------
+    InvalidRequestError
+        Codes ``recipe_unknown`` and ``config_invalid``.
+    """
+    recipe = open_recipe(str(given.get("recipe", DEFAULT_RECIPE)))
+    config: RunConfig = recipe.Config.parse(given)
+    return recipe, config

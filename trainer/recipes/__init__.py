@@ -1,0 +1,1 @@
+"""The recipes, a module each; :mod:`trainer.recipe` says what one is."""

@@ -1,0 +1,66 @@
+"""``online-dpo``: best against worst of fresh samples under the learned reward, corrections first.
+
+References
+----------
+Guo et al. (2024), Direct Language Model Alignment from Online AI Feedback, arXiv 2402.04792.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from trainer import pairs
+from trainer.recipe import Material, Recipe, Rows
+from trainer.recipes.dpo import DPOConfig, preference_trainer
+from trainer.snapshot import Example
+
+
+class OnlineDPOConfig(DPOConfig):
+    """Settings of online DPO."""
+
+    recipe: str = "online-dpo"
+    num_prompts: int = Field(48, ge=1, description="Prompts that get fresh samples.")
+    samples_per_prompt: int = Field(4, ge=2, description="K: best against worst of these.")
+    max_corrections: int = Field(32, ge=0, description="Newest corrections used as pairs.")
+    min_margin: float = Field(0.3, ge=0, description="Least reward difference within a pair.")
+
+
+class OnlineDPO(Recipe[OnlineDPOConfig]):
+    """Pairs of fresh samples."""
+
+    Config = OnlineDPOConfig
+    summary = "best against worst of fresh samples under the learned reward, and corrections"
+
+    def rows(self, material: Material, config: OnlineDPOConfig) -> Rows:
+        """Sample, score, and pair."""
+        data = material.data
+        examples = _one_per_prompt(data.train, config.num_prompts, config.seed)
+        prompts = [example.messages for example in examples]
+        samples = material.sample(prompts, config.samples_per_prompt)
+        rewards = material.score(
+            prompts, [[sample.text for sample in group] for group in samples], [e.answer for e in examples]
+        )
+        found = pairs.best_against_worst(
+            prompts, samples, rewards, min_margin=config.min_margin, words_range=data.well_rated_words()
+        )
+        corrected = pairs.corrections(data.train).newest(config.max_corrections)
+        return found.newest(max(config.max_rows - len(corrected.rows), 0)).then(corrected)
+
+    def trainer(self, config: OnlineDPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+        """Return TRL's DPO trainer."""
+        return preference_trainer(config, arguments, parts)
+
+
+def _one_per_prompt(examples: list[Example], limit: int, seed: int) -> list[Example]:
+    """Return one example for each prompt, the newest; a seeded choice where there are more than fit."""
+    found = list({json.dumps(example.messages): example for example in examples}.values())
+    random.Random(seed).shuffle(found)
+    return found[:limit]
+
+
+RECIPE = OnlineDPO()
