@@ -6,18 +6,22 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from deploy import model_card
+from deploy.gates import GateResult
 from deploy.tables import Adapter, Release
 from infra.db import lock_until_commit
 from infra.errors import IntegrityError, NotFoundError
 from infra.settings import BASE_MODEL_NAME
 
 MANIFEST = "everloop.json"
+CARD = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -99,16 +103,27 @@ def get_release(session: Session, name: str) -> Release:
     return release
 
 
-def verified_path(session: Session, digest: str) -> Path:
+def verified_path(session: Session, digest: str, base_digest: str | None = None) -> Path:
     """Return an adapter's directory after checking every file against the digest.
+
+    Parameters
+    ----------
+    base_digest
+        The base model that it must have been trained on; any, if unset.
 
     Raises
     ------
     IntegrityError
         Code ``adapter_changed`` where a file is not what was registered, ``adapter_quarantined`` where it may not
-        be served any more.
+        be served any more, ``adapter_of_another_base``.
     """
     adapter = session.get_one(Adapter, digest)
+    if base_digest not in (None, adapter.base_digest):
+        raise IntegrityError(
+            f"Adapter {digest[:12]} was trained on another base model ({adapter.base_digest[:12]}, not "
+            f"{str(base_digest)[:12]}). Promote `base` first, or set base_model back.",
+            code="adapter_of_another_base",
+        )
     if adapter.mark == "quarantined":
         raise IntegrityError(
             f"Adapter {digest[:12]} is quarantined: it learned from a user who was forgotten.",
@@ -132,6 +147,24 @@ def clean_ancestor(session: Session, release: str) -> str:
             return name
         name = str(adapter.manifest.get("started_from", BASE_MODEL_NAME))
     return name
+
+
+def ancestors(session: Session, release: str) -> list[str]:
+    """Return the releases that a release goes on from, the nearest first, down to the base model."""
+    found, name = [], release
+    while (digest := get_release(session, name).adapter_digest) is not None:
+        name = str(session.get_one(Adapter, digest).manifest.get("started_from", BASE_MODEL_NAME))
+        found.append(name)
+    return found
+
+
+def write_card(session: Session, release: str, base_model: str, gates: Sequence[GateResult]) -> None:
+    """Put a card with lineage and evaluation beside an adapter's files; it is no part of its digest."""
+    adapter = session.get_one(Adapter, get_release(session, release).adapter_digest)
+    page = model_card.page_of(release, base_model, adapter.manifest, gates, ancestors(session, release))
+    staging = Path(adapter.path) / f".{CARD}"
+    staging.write_text(page)
+    staging.replace(staging.with_name(CARD))
 
 
 def lock_out_erasures(session: Session) -> None:

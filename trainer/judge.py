@@ -43,8 +43,11 @@ def judge(
     """Hold a candidate against the champion on held-out prompts, as both are really served."""
     prompts, references = gate_prompts(data, num_prompts)
     probe = asyncio.run(_attest(sessions, settings, release, champion))
-    new = sample(release.name, prompts, 1, 2)
-    old = sample(champion, prompts, 1, 3)
+    arms = [sample(name, prompts, 1, seed) for name, seed in ((release.name, 2), (champion, 3))]
+    # A prompt that the engine refused (one that leaves no room to answer) judges neither.
+    answered = [i for i in range(len(prompts)) if all(arm[i] for arm in arms)]
+    prompts, references = [prompts[i] for i in answered], [references[i] for i in answered]
+    new, old = ([arm[i] for i in answered] for arm in arms)
     scores = [
         [group[0] for group in reward.score(prompts, [[s.text for s in g] for g in answers], references)]
         if prompts

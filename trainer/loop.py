@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import EverloopError
@@ -96,7 +96,7 @@ def train(
         config,
         arguments(config, run_dir),
         {
-            "model": _model(model_dir, start_from, config),
+            **_policy(model_dir, start_from, config),
             "train_dataset": Dataset.from_list(list(rows)),
             "processing_class": tokenizer,
             "callbacks": callbacks,
@@ -132,14 +132,18 @@ def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _model(model_dir: Path, start_from: Path | None, config: RunConfig) -> Any:
+def _policy(model_dir: Path, start_from: Path | None, config: RunConfig) -> dict[str, Any]:
+    """Return the model and, for a new adapter, its configuration.
+
+    TRL then takes the model without the adapter as the reference; of one that is there already it keeps a copy.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     if start_from is not None:
-        return PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+        return {"model": PeftModel.from_pretrained(model, str(start_from), is_trainable=True)}
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, lora)
+    return {"model": model, "peft_config": lora}
 
 
 def _forget_steps_after(metrics: Path, step: int) -> None:

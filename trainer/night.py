@@ -6,7 +6,6 @@ killed in its training goes on from its last checkpoint when the next one starts
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import shutil
 from collections import Counter
@@ -20,7 +19,6 @@ from deploy import audit, head, registry
 from deploy.gates import GateResult
 from deploy.tables import Release
 from infra.db import Sessions, advisory_lock
-from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
@@ -28,11 +26,12 @@ from reward.encoder import base_model_digest
 from reward.encoders import open_active_encoder
 from trainer import collect, erasure, judge, prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.fit import fitting
 from trainer.prepared import Prepared
 from trainer.recipe import MIN_ROWS, Material, Messages, UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
-from trainer.rollout import Sample, sample
+from trainer.rollout import Sample, sample_served
 from trainer.scoring import PinnedReward
 from trainer.tables import TrainingRun
 
@@ -141,6 +140,8 @@ class Night:
         )
         for result in results:
             self.record.metric(phase="gates", **result.as_dict())
+        with self.sessions() as session:
+            registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
         return self._open_canary(release, ready.champion, results)
 
     def _held_for_erasure(self) -> dict[str, Any]:
@@ -180,7 +181,8 @@ class Night:
         reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
         ready = Prepared(data, reward, current.champion, start_from, snapshot_id)
         try:
-            ready.rows = self.recipe.rows(self._material(ready), self.config)
+            made = self.recipe.rows(self._material(ready), self.config)
+            ready.rows = fitting(made, self.settings.base_model_dir, self.config.max_row_tokens)
             if len(ready.rows.rows) < MIN_ROWS:
                 raise UnusableDataError(f"Only {len(ready.rows.rows)} rows to train on; {MIN_ROWS} are needed.")
         except UnusableDataError as error:
@@ -203,28 +205,17 @@ class Night:
         return Material(ready.data, fresh, score)
 
     def _sample(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
-        async def ask() -> list[list[Sample]]:
-            url = self.settings.need("engine_url")
-            async with EngineClient(url, timeout_s=self.settings.engine_timeout_s) as engine:
-                return await sample(
-                    engine,
-                    model,
-                    prompts,
-                    num_samples=num_samples,
-                    max_tokens=self.config.max_answer_tokens,
-                    temperature=self.config.temperature,
-                    seed=self.config.seed + seed,
-                    on_done=self.record.progress,
-                )
-
-        return asyncio.run(ask())
+        return sample_served(
+            self.settings, self.config, model, prompts, num_samples, seed, on_done=self.record.progress
+        )
 
     def _train(self, ready: Prepared) -> Path:
         from trainer import loop
 
         with self.sessions() as session:
             digest = registry.get_release(session, ready.start_from).adapter_digest
-            start_from = registry.verified_path(session, digest) if digest else None
+            base_digest = base_model_digest(self.settings.base_model_dir)
+            start_from = registry.verified_path(session, digest, base_digest) if digest else None
         steps = max(1, round(len(ready.rows.rows) * self.config.epochs / self.config.batch_rows))
         self.record.phase("train", steps)
         trained = loop.train(

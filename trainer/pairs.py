@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,9 @@ def best_against_worst(
     """
     found = Rows()
     for messages, group, scores in zip(prompts, samples, rewards, strict=True):
+        if not group or not all(map(math.isfinite, scores)):
+            found.set_aside["reward_not_finite" if group else "prompt_refused"] += 1
+            continue
         allowed = [i for i, s in enumerate(group) if s.finish_reason == "stop" and _within(s.text, words_range)]
         if not allowed:
             found.set_aside["no_sample_of_allowed_length"] += 1

@@ -110,7 +110,8 @@ class Recipe(ABC, Generic[C]):
         arguments
             What every trainer's configuration is given (:func:`trainer.loop.arguments`).
         parts
-            What every trainer is given: ``model`` (PEFT), ``train_dataset``, ``processing_class``, ``callbacks``.
+            What every trainer is given: ``model`` and, where the adapter is new, ``peft_config``;
+            ``train_dataset``, ``processing_class``, ``callbacks``.
         """
 
 

@@ -47,8 +47,11 @@ class PinnedReward:
         encoded, usable = self.encoder.encode_usable(flat, on_done)
         features = encoded.astype(np.float64)
         references_at = len(flat) - len(references)
-        rewards, at = [], 0
+        rewards, at = list[list[float]](), 0
         for index, group in enumerate(answers):
+            if not group:
+                rewards.append([])
+                continue
             here = slice(at, at + len(group))
             scores = self.head.predict_many(features[here] - features[references_at + index])
             if usable[references_at + index]:

@@ -87,3 +87,15 @@ def backbone(
 
     config = BackboneConfig(max_pairs=max_pairs, max_minutes=max_minutes, epochs=epochs)
     report.print_fields(json_path, measure(pairs, config))
+
+
+@app.command()
+def training(
+    rows: Annotated[int, typer.Option("--rows", min=8, help="Comparisons that each run trains on.")] = 32,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each, in turns.")] = 3,
+    json_path: JsonPath = None,
+) -> None:
+    """Seconds and memory of a platform run beside a bare TRL script, same data and steps (DPO)."""
+    from flows.bench.training import measure
+
+    report.print_fields(json_path, measure(rows, runs))

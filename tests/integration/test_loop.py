@@ -123,7 +123,10 @@ def test_the_adapter_is_registered_whole_and_loads_in_plain_peft(stack, night):
         adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
         path = registry.verified_path(session, adapter.digest)
     assert {"dataset_digest", "reward_snapshot_id", "base_digest", "config", "files"} <= set(adapter.manifest)
-    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".md", ".safetensors"]
+    card = (path / registry.CARD).read_text()
+    assert f"# {night.release}" in card and "goes on from: base" in card and "| win_rate |" in card
+    assert night.id in card and night.dataset_digest[:16] in card and "online-dpo" in card
     model = AutoModelForCausalLM.from_pretrained(stack.settings.base_model_dir)
     loaded = PeftModel.from_pretrained(model, str(path))
     assert any("lora_B" in n and p.abs().sum() > 0 for n, p in loaded.named_parameters())
@@ -236,6 +239,15 @@ def test_every_act_is_in_the_audit_log_which_the_database_keeps(stack, release):
             with pytest.raises(DatabaseError, match="append-only"):
                 session.execute(sa.text(statement))
             session.rollback()
+
+
+def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night):
+    with stack.sessions() as session:
+        adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
+        assert registry.verified_path(session, adapter.digest, adapter.base_digest) == Path(adapter.path)
+        with pytest.raises(IntegrityError) as refused:
+            registry.verified_path(session, adapter.digest, "0" * 64)
+    assert refused.value.code == "adapter_of_another_base"
 
 
 def test_releases_are_never_renamed_or_reused(stack, night):

@@ -4,21 +4,27 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.test_training_data import example
 from trainer import checkpoints, loop
 from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.fit import fitting
 from trainer.loop import METRICS_FILE, TrainingError
-from trainer.recipe import Material, resolve
+from trainer.pairs import pair_of
+from trainer.recipe import Material, Rows, resolve
 from trainer.rollout import Sample
 from trainer.snapshot import Snapshot
 
+ENGINE_PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
 SMALL = {"batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 48, "checkpoint_steps": 2, "lora_rank": 4}
 
 
@@ -156,3 +162,60 @@ def test_what_makes_a_training_worthless_is_said(base_model_dir, tmp_path, setti
     with pytest.raises(TrainingError) as ended:
         train(base_model_dir, tmp_path, settings=settings)
     assert ended.value.code == code and not (tmp_path / "adapter").exists()
+
+
+def test_rows_whose_prompts_leave_no_room_are_counted_and_left_out(base_model_dir):
+    found = Rows()
+    for length in (1, 30, 200, 5_000):
+        found.add("samples", pair_of([{"role": "user", "content": "why " * length}], "So.", "No."))
+    kept = fitting(found, base_model_dir, 144)
+    assert [len(row["prompt"][0]["content"].split()) for row in kept.rows] == [1, 30]
+    assert kept.sources == ["samples"] * 2 and kept.set_aside == {"prompt_too_long": 2}
+
+
+# Everloop's plug-in is left out; of vLLM, only what its own manual shows is used.
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+model, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(model=model, enable_lora=True, max_lora_rank=16, max_model_len=256, enforce_eager=True, dtype="bfloat16")
+found = []
+for lora in (None, LoRARequest("adapter", 1, adapter)):
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    [out] = llm.generate({"prompt_token_ids": ids}, sampling, lora_request=lora)
+    found.append([row[i].logprob for row, i in zip(out.prompt_logprobs[1:], ids[1:])])
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_plain_vllm_serves_the_adapter_as_plain_peft_does(base_model_dir, undisturbed):
+    trained, _ = undisturbed
+    tokenizer = AutoTokenizer.from_pretrained(base_model_dir)
+    ids = tokenizer("What is 3? It is 3. The answer 3 is long and says little.")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.bfloat16)
+
+    def logprobs(model):
+        with torch.inference_mode():
+            rows = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), dim=-1)
+        return rows[torch.arange(len(ids) - 1), ids[1:]].tolist()
+
+    expected = [logprobs(model), logprobs(PeftModel.from_pretrained(model, str(trained.adapter_dir)))]
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [ENGINE_PYTHON, "-c", PLAIN_VLLM, base_model_dir, trained.adapter_dir, json.dumps(ids)]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-2000:]]
+    found = json.loads(line.removeprefix("FOUND "))
+    apart = float(np.mean(np.abs(np.subtract(*expected))))
+    for ours, theirs in zip(expected, found, strict=True):
+        # Both are rounded to bfloat16 on the way, in different orders.
+        assert np.mean(np.abs(np.subtract(ours, theirs))) < 0.1 * apart

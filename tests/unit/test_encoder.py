@@ -244,7 +244,13 @@ def test_a_refused_answer_gets_the_lowest_reward_and_a_refused_reference_says_no
     head = BayesianHead.prior(encoder.dim)
     head.theta = np.ones(encoder.dim)
     answers = [["Light is scattered.", "", "word " * 100_000], ["Light.", ""]]
-    rewards = PinnedReward(encoder, head, 0.5).score([ASK, ASK], answers, ["Why not?", " "])
+    reward = PinnedReward(encoder, head, 0.5)
+    rewards = reward.score([ASK, ASK], answers, ["Why not?", " "])
+    assert reward.score([ASK, ASK, ASK], [answers[0], [], answers[1]], ["Why not?", "So.", " "]) == [
+        rewards[0],
+        [],
+        rewards[1],
+    ]
     alone = encoder.encode([(ASK, "Light is scattered."), (ASK, "Why not?")]).astype(float)
     expected = head.predict_many((alone[0] - alone[1])[None])[0]
     assert rewards[0] == [pessimistic(expected.mean, expected.sd, 0.5), LOWEST_REWARD, LOWEST_REWARD]

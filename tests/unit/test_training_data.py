@@ -1,14 +1,18 @@
 """Snapshots and pairs: what a run may learn from."""
 
+import asyncio
 import json
+import math
 
 import pytest
 
-from infra.errors import IntegrityError
-from trainer import snapshot
+from deploy.attest import ProbeResult
+from deploy.tables import Release
+from infra.errors import IntegrityError, InvalidRequestError
+from trainer import judge, snapshot
 from trainer.collect import conversation_of, is_held_out, is_held_out_user
 from trainer.pairs import best_against_worst, compared
-from trainer.rollout import Sample
+from trainer.rollout import Sample, sample
 from trainer.snapshot import CARD_FILE, CARD_PAGE, DATASET_FILE, Example, Snapshot
 
 ASK = [{"role": "user", "content": "Why?"}]
@@ -115,6 +119,51 @@ def test_best_against_worst_keeps_to_the_range_the_margin_and_whole_answers():
     assert not near.rows and near.set_aside["margin_too_small"] == 1
     none = best_against_worst([ASK], [[short, cut]], [[1.0, 0.0]], min_margin=0.5, words_range=(5, 50))
     assert not none.rows and none.set_aside["no_sample_of_allowed_length"] == 1
+
+
+def test_a_reward_that_is_no_number_and_a_prompt_without_samples_make_no_pair():
+    one, other = Sample(words(10), "stop"), Sample(words(20), "stop")
+    for bad in (math.nan, math.inf):
+        found = best_against_worst(
+            [ASK, ASK], [[one, other], []], [[1.0, bad], []], min_margin=0.0, words_range=(5, 50)
+        )
+        assert not found.rows and found.set_aside == {"reward_not_finite": 1, "prompt_refused": 1}
+
+
+def test_a_prompt_that_the_engine_refuses_has_no_samples_and_the_others_have():
+    class Engine:
+        async def chat(self, payload):
+            if "long" in payload["messages"][0]["content"]:
+                raise InvalidRequestError("Too long.", code="context_length_exceeded")
+            choice = {"message": {"content": "So."}, "finish_reason": "stop"}
+            return {"choices": [choice] * payload["n"]}
+
+    done = []
+    prompts = [[{"role": "user", "content": text}] for text in ("Why?", "long", "How?")]
+    found = asyncio.run(
+        sample(Engine(), "base", prompts, num_samples=2, max_tokens=8, temperature=1.0, seed=0, on_done=done.append)
+    )
+    assert [len(group) for group in found] == [2, 0, 2] and done == [1, 2, 3]
+
+
+def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
+    async def attested(*_):
+        return ProbeResult(probe=[0.0], differs_from_base=1.0, differs_from_champion=1.0)
+
+    class Reward:
+        def score(self, prompts, answers, references):
+            assert references == ["Answer 0.", "Answer 2."]
+            return [[float(len(group[0]))] for group in answers]
+
+    def sample_of(model, prompts, num_samples, seed):
+        text = "Longer." if model == "r1" else "Short."
+        return [[] if n == 1 else [Sample(text, "stop")] for n in range(len(prompts))]
+
+    monkeypatch.setattr(judge, "_attest", attested)
+    data = Snapshot(gate=[example(f"Answer {n}.", prompt=f"Why {n}?") for n in range(3)])
+    results = judge.judge(None, None, Release(name="r1"), "base", data, Reward(), sample_of, 8)
+    gates = {result.gate: result for result in results}
+    assert (gates["win_rate"].n, gates["win_rate"].value) == (2, 1.0)
 
 
 def test_people_compare_by_correcting_by_preferring_and_by_liking_one_and_not_the_other():
