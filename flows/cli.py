@@ -150,17 +150,17 @@ def train(
         report.print_fields(json_path, {name: open_recipe(name).summary for name in names()})
         return
     settings = load()
-    sessions = connect(settings.need("database_url"), pool_size=2)
     if cancel is not None:
         from trainer.record import request_cancel
 
-        with transaction(sessions) as session:
+        with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
             request_cancel(session, cancel)
         report.say(f"{cancel} ends after its current step")
         return
     file = config_file or settings.training_config_file
     given = {**(read_toml(file) if file else {}), **({"recipe": recipe} if recipe else {})}
     resolve(given)  # what is wrong with it is said here, and not by a run that fails
+    sessions = connect(settings.need("database_url"), pool_size=2)
     os.environ.update(prefect_environment(settings))
     from flows.follow import run_night
 
