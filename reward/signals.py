@@ -85,7 +85,9 @@ class Signals:
         named = {e.episode_id for e in events} | {e.over for e in events if e.over}
         self.episodes = {row.id: row for row in session.scalars(sa.select(Episode).where(among(Episode.id, named)))}
         self._read_signals(named)
-        self.raters = worker.rater_names(session, {(event.user_id, event.kind) for event in events})
+        who = {(event.user_id, event.kind) for event in events}
+        who |= {(signal.user_id, signal.kind) for signal in self.by_id.values()}
+        self.raters = worker.rater_names(session, who)
         standing = {id_: s for id_, s in self.by_id.items() if self._refusal(s) is None}
         learned = [standing[e.feedback_id] for e in events if e.feedback_id in standing]
         self.features = worker.features(session, [pair for s in learned for pair in answers_of(s, self.episodes)])
@@ -175,7 +177,7 @@ class Signals:
     def _observation(self, event: FeedbackGiven, signal: Standing, z: Vector, target: float) -> Observation:
         learner, key = self.worker.learner, key_of(signal)
         rater = self.raters[signal.user_id, signal.kind]
-        self._compare(signal, rater)
+        self._compare(signal)
         weight = learner.guards.kinds.weight(key)
         choice = self.choices.get(signal.episode_id)
         if signal.kind in BY_CHOICE and choice is not None:
@@ -194,18 +196,17 @@ class Signals:
             at_s=said_at_s(signal.feedback_id),
         )
 
-    def _compare(self, signal: Standing, rater: str) -> None:
+    def _compare(self, signal: Standing) -> None:
         """Learn from it what its kind is worth, or another; who does not count has no say in that either."""
-        learner = self.worker.learner
-        if key_of(signal) in EXPLICIT and not learner.raters.counts(learner.raters.get(rater)):
-            return
-        earlier = [s for s in fold(self.about[signal.episode_id]) if s.seq < signal.seq]
-        heard = [s for s in earlier if key_of(s) not in EXPLICIT or self._is_in(s)]
-        learner.guards.kinds.compare(signal, heard)
+        # What stood then: learning anew knows also what superseded it later.
+        earlier = fold(s for s in self.about[signal.episode_id] if s.seq < signal.seq)
+        if self._is_heard(signal):
+            self.worker.learner.guards.kinds.compare(signal, [s for s in earlier if self._is_heard(s)])
 
-    def _is_in(self, signal: Standing) -> bool:
-        change = self.latest.get(signal.feedback_id)
-        return change is not None and change.action == "add"
+    def _is_heard(self, signal: Standing) -> bool:
+        raters = self.worker.learner.raters
+        rater = raters.by_name.get(self.raters.get((signal.user_id, signal.kind), ""))
+        return key_of(signal) not in EXPLICIT or rater is None or raters.counts(rater)
 
     def _keep(self, changes: Sequence[Change], but: str | None = None) -> list[RewardUpdated | SignalSetAside]:
         """Keep changes; return what there is to say of those signals that they took out, or in."""
