@@ -12,7 +12,7 @@ from deploy import head
 from deploy.tables import Canary
 from deploy.votes import weigh
 from infra.db import Sessions, advisory_lock, connect
-from infra.errors import ConflictError
+from infra.errors import ConflictError, InvalidRequestError
 from infra.settings import Settings, load
 
 NIGHTLY = "nightly/everloop"
@@ -34,12 +34,19 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
     """
     from trainer.config import read_toml
     from trainer.night import Night
+    from trainer.record import note_refusal
 
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=3)
-    if config is None:
-        config = read_toml(settings.training_config_file) if settings.training_config_file else {}
-    night = Night(sessions, settings, config, canary_share or settings.canary_share)
+    given = config or {}
+    try:
+        if config is None and settings.training_config_file:
+            given = read_toml(settings.training_config_file)
+        night = Night(sessions, settings, given, canary_share or settings.canary_share)
+    except InvalidRequestError as error:
+        with sessions.begin() as session:
+            note_refusal(session, given, error.message)
+        raise
     result = night.run()
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
     if result["status"] == "canary":

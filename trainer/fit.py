@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from trainer.recipe import Messages, Rows
@@ -21,7 +20,4 @@ def fitting(rows: Rows, model_dir: Path, max_row_tokens: int) -> Rows:
         num_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return num_tokens + MIN_ANSWER_TOKENS <= max_row_tokens
 
-    kept = [n for n, row in enumerate(rows.rows) if fits(row["prompt"])]
-    over = len(rows.rows) - len(kept)
-    set_aside = rows.set_aside + Counter({"prompt_too_long": over} if over else {})
-    return Rows([rows.rows[n] for n in kept], [rows.sources[n] for n in kept], set_aside)
+    return rows.only([n for n, row in enumerate(rows.rows) if fits(row["prompt"])], "prompt_too_long")

@@ -189,7 +189,8 @@ class Night:
             self.record.set_aside.update(data.set_aside)
             self.record.set_aside.update(ready.rows.set_aside)
             return self.record.finish("held", reason=error.message)
-        self.record.metric(phase="rows", sources=Counter(ready.rows.sources), set_aside=ready.rows.set_aside)
+        rows = ready.rows
+        self.record.metric(phase="rows", sources=Counter(rows.sources), set_aside=rows.set_aside, **rows.facts)
         ready.save(self.record.run_dir)
         return ready
 

@@ -55,11 +55,22 @@ class Material:
 
 @dataclass(slots=True)
 class Rows:
-    """Rows to train on, the source of each, and what was set aside on the way, by reason."""
+    """Rows to train on.
+
+    Attributes
+    ----------
+    sources
+        Where each row is from.
+    set_aside
+        What was left out on the way, by reason.
+    facts
+        What else the run's metrics should say of them.
+    """
 
     rows: list[Row] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     set_aside: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, float] = field(default_factory=dict)
 
     def add(self, source: str, row: Row) -> None:
         """Add a row."""
@@ -68,13 +79,26 @@ class Rows:
 
     def then(self, others: Rows) -> Rows:
         """Return these rows and others after them."""
-        return Rows(self.rows + others.rows, self.sources + others.sources, self.set_aside + others.set_aside)
+        return Rows(
+            self.rows + others.rows,
+            self.sources + others.sources,
+            self.set_aside + others.set_aside,
+            self.facts | others.facts,
+        )
+
+    def only(self, kept: Sequence[int], reason: str) -> Rows:
+        """Return the rows at some places; the others are counted as set aside."""
+        over = len(self.rows) - len(kept)
+        return Rows(
+            [self.rows[n] for n in kept],
+            [self.sources[n] for n in kept],
+            self.set_aside + Counter({reason: over} if over else {}),
+            self.facts,
+        )
 
     def newest(self, limit: int) -> Rows:
         """Return the last `limit` rows; those before them are counted as set aside."""
-        over = max(len(self.rows) - limit, 0)
-        left_out = Counter({"rows_over_budget": over} if over else {})
-        return Rows(self.rows[over:], self.sources[over:], self.set_aside + left_out)
+        return self.only(range(max(len(self.rows) - limit, 0), len(self.rows)), "rows_over_budget")
 
 
 class Recipe(ABC, Generic[C]):

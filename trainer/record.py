@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from infra.db import Sessions
 from infra.errors import ConflictError, NotFoundError
 from infra.events import RunEnded, TrainingUsed
 from infra.log import outbox
-from trainer.config import RunConfig
+from trainer.config import DEFAULT_RECIPE, RunConfig
 from trainer.snapshot import Snapshot
 from trainer.tables import TrainingRun
 
@@ -40,7 +41,7 @@ class RunRecord:
 
     def __init__(self, sessions: Sessions, runs_dir: Path) -> None:
         self.sessions = sessions
-        self.run_id = f"run_{uuid.uuid4().hex[:12]}"
+        self.run_id = _new_id()
         self.run_dir = runs_dir / self.run_id
         self.set_aside: Counter[str] = Counter()
         self._phase_started_s = time.monotonic()
@@ -149,6 +150,25 @@ class RunRecord:
                     feedback_ids=ids[start : start + IDS_PER_EVENT],
                 )
                 outbox.append(session, event, key="deployment")
+
+
+def note_refusal(session: Session, given: Mapping[str, Any], reason: str) -> None:
+    """Record a run that could not begin, as its configuration is wrong: nobody reads the scheduler's log."""
+    session.add(
+        TrainingRun(
+            id=_new_id(),
+            recipe=str(given.get("recipe", DEFAULT_RECIPE)),
+            status="failed",
+            phase="config",
+            config=dict(given),
+            result={"reason": reason},
+            ended_at=sa.func.now(),
+        )
+    )
+
+
+def _new_id() -> str:
+    return f"run_{uuid.uuid4().hex[:12]}"
 
 
 def request_cancel(session: Session, run_id: str) -> None:

@@ -14,7 +14,7 @@ from feedback import episodes
 from feedback.acceptance import accept
 from feedback.episodes import Recording, new_episode_id
 from feedback.signals import read_signal
-from infra.errors import IntegrityError
+from infra.errors import IntegrityError, InvalidRequestError
 from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.night import Night
@@ -141,3 +141,17 @@ def test_a_cancelled_night_ends_and_registers_nothing(stack):
     command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "[run_ended]" in again.stderr
+
+
+def test_a_night_whose_configuration_is_wrong_says_so_in_its_row(stack, monkeypatch, tmp_path):
+    from flows.nightly import nightly  # Prefect reads its settings at import
+
+    file = tmp_path / "training.toml"
+    file.write_text('recipe = "kto"\nbeta_ = 1\n')
+    monkeypatch.setenv("EVERLOOP_TRAINING_CONFIG", str(file))
+    with pytest.raises(InvalidRequestError):
+        nightly.fn()
+    with stack.sessions() as session:
+        newest = session.scalars(sa.select(TrainingRun).order_by(TrainingRun.started_at.desc()).limit(1)).one()
+    assert (newest.status, newest.recipe) == ("failed", "kto")
+    assert "no setting 'beta_'. Did you mean 'beta'?" in newest.result["reason"]

@@ -148,3 +148,19 @@ def test_online_dpo_pairs_fresh_samples_and_puts_corrections_first_when_room_is_
     assert asked == [(10, 2)]
     assert found.sources == ["samples"] * 7 + ["corrections"] * 13 and found.set_aside["rows_over_budget"] == 3
     assert rows_of("online-dpo", examples, sample, score, num_prompts=10, max_rows=20, seed=1).rows != found.rows
+
+
+def test_samples_whose_rewards_do_not_differ_are_no_reason_to_train():
+    def sample(prompts, num_samples):
+        return [[Sample(f"Sample {n}.", "stop") for n in range(num_samples)] for _ in prompts]
+
+    def score(prompts, answers, references):
+        return [[1.0 + 0.001 * n for n in range(len(group))] for group in answers]
+
+    examples = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(12)]
+    with pytest.raises(UnusableDataError, match="hardly differ") as held:
+        rows_of("online-dpo", examples, sample, score, min_margin=0.0)
+    assert held.value.code == "no_reward_spread"
+    corrected = [*examples, *(example(f"Long {n}.", fixed=[f"Short {n}."], prompt=f"How {n}?") for n in range(8))]
+    found = rows_of("online-dpo", corrected, sample, score)
+    assert found.sources == ["corrections"] * 8 and 0.0 < found.facts["reward_spread"] < 0.01

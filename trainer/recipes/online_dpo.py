@@ -8,16 +8,21 @@ Guo et al. (2024), Direct Language Model Alignment from Online AI Feedback, arXi
 from __future__ import annotations
 
 import json
+import math
 import random
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
 from trainer import pairs
-from trainer.recipe import Material, Recipe, Rows
+from trainer.recipe import MIN_ROWS, Material, Recipe, Rows, UnusableDataError
 from trainer.recipes.dpo import DPOConfig, preference_trainer
 from trainer.snapshot import Example
+
+# With less, samples are as good as each other to the reward (arXiv 2503.15477: low variance, slow learning).
+MIN_SPREAD = 0.01
 
 
 class OnlineDPOConfig(DPOConfig):
@@ -49,11 +54,24 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
             prompts, samples, rewards, min_margin=config.min_margin, words_range=data.well_rated_words()
         )
         corrected = pairs.corrections(data.train).newest(config.max_corrections)
+        found.facts["reward_spread"] = spread = _spread(rewards)
+        if spread < MIN_SPREAD and len(corrected.rows) < MIN_ROWS:
+            raise UnusableDataError(
+                f"The rewards of samples to the same prompt hardly differ (median deviation {spread:.3g}): there "
+                "is nothing to learn from them. More ratings, samples_per_prompt or temperature may help.",
+                code="no_reward_spread",
+            )
         return found.newest(max(config.max_rows - len(corrected.rows), 0)).then(corrected)
 
     def trainer(self, config: OnlineDPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
         """Return TRL's DPO trainer."""
         return preference_trainer(config, arguments, parts)
+
+
+def _spread(rewards: list[list[float]]) -> float:
+    """Return the median over prompts of the standard deviation of their samples' rewards."""
+    spreads = [statistics.pstdev(group) for group in rewards if len(group) > 1 and all(map(math.isfinite, group))]
+    return statistics.median(spreads) if spreads else 0.0
 
 
 def _one_per_prompt(examples: list[Example], limit: int, seed: int) -> list[Example]:
