@@ -85,9 +85,7 @@ class Signals:
         named = {e.episode_id for e in events} | {e.over for e in events if e.over}
         self.episodes = {row.id: row for row in session.scalars(sa.select(Episode).where(among(Episode.id, named)))}
         self._read_signals(named)
-        who = {(event.user_id, event.kind) for event in events}
-        who |= {(signal.user_id, signal.kind) for signal in self.by_id.values()}
-        self.raters = worker.rater_names(session, who)
+        self.raters = worker.rater_names(session, {(s.user_id, s.kind) for s in self.by_id.values()})
         standing = {id_: s for id_, s in self.by_id.items() if self._refusal(s) is None}
         learned = [standing[e.feedback_id] for e in events if e.feedback_id in standing]
         self.features = worker.features(session, [pair for s in learned for pair in answers_of(s, self.episodes)])
