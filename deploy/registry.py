@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +140,22 @@ def verified_path(session: Session, digest: str, base_digest: str | None = None)
 
 def clean_ancestor(session: Session, release: str) -> str:
     """Return `release`, or the newest release behind it that learned from nobody who was forgotten since."""
-    name = release
-    while (digest := get_release(session, name).adapter_digest) is not None:
-        adapter = session.get_one(Adapter, digest)
-        if adapter.mark is None:
-            return name
-        name = str(adapter.manifest.get("started_from", BASE_MODEL_NAME))
-    return name
+    return next(name for name, adapter in _lineage(session, release) if adapter is None or adapter.mark is None)
 
 
 def ancestors(session: Session, release: str) -> list[str]:
     """Return the releases that a release goes on from, the nearest first, down to the base model."""
-    found, name = [], release
+    return [name for name, _ in _lineage(session, release)][1:]
+
+
+def _lineage(session: Session, release: str) -> Iterator[tuple[str, Adapter | None]]:
+    """Yield a release, then what each goes on from, with their adapters; the last is the base model, with None."""
+    name = release
     while (digest := get_release(session, name).adapter_digest) is not None:
-        name = str(session.get_one(Adapter, digest).manifest.get("started_from", BASE_MODEL_NAME))
-        found.append(name)
-    return found
+        adapter = session.get_one(Adapter, digest)
+        yield name, adapter
+        name = str(adapter.manifest.get("started_from", BASE_MODEL_NAME))
+    yield name, None
 
 
 def write_card(session: Session, release: str, base_model: str, gates: Sequence[GateResult]) -> None:
