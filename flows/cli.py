@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from flows.preferences import BUILT_IN_PROMPTS
 from infra import report
 from infra.db import connect, transaction
 from infra.report import JsonPath
@@ -26,7 +27,6 @@ from infra.stack.supervisor import Supervisor
 if TYPE_CHECKING:
     from flows.demo import Result
 
-BUILT_IN_PROMPTS = Path(__file__).parent / "prompts.txt"
 BUILT_IN_RATER = f"{shlex.quote(sys.executable)} -m flows.rater"
 
 
@@ -83,10 +83,11 @@ def _play(
     os.environ.update(prefect_environment(settings))  # Prefect reads its settings at import
     os.environ.setdefault("EVERLOOP_RATER_SEED", str(seed))
     from flows.demo import Demo, Plan
+    from flows.simulation import Simulation
 
     sessions = connect(settings.need("database_url"), pool_size=3)
-    plan = Plan(nights, rated, canary_visits, measured, seed)
-    return asyncio.run(Demo(settings, sessions, rater, prompts, plan).run())
+    simulation = Simulation(settings, sessions, rater, prompts, seed=seed, actor="demo")
+    return asyncio.run(Demo(settings, simulation, Plan(nights, rated, canary_visits, measured)).run())
 
 
 def _print(result: Result) -> None:

@@ -1,17 +1,12 @@
 """The demo: the loop once round (or N times) with a simulated population, and the evidence for it.
 
-Day 1 on the base model; a night; a day with the canary; promotion; a last measurement. Users and prompts
-of the measurements are never trained on: they are other users and other prompts, and their answers are
-marked as not to be learned from.
+Day 1 on the base model; a night; a day with the canary; promotion; a last measurement.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import random
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,17 +19,13 @@ from deploy.votes import weigh
 from feedback.tables import Feedback, ReceiptFate, ReceiptRun, ReceiptUse
 from flows import accounting
 from flows.follow import run_night
-from flows.population import Judgement, Population, Rater
+from flows.simulation import Simulation, mean_words, rate_of
 from infra import report
-from infra.db import Sessions
-from infra.errors import ConflictError, EverloopError
-from infra.settings import BASE_MODEL_NAME, Settings
+from infra.errors import ConflictError
+from infra.settings import Settings
 from trainer.tables import TrainingRun
 
-HELD_OUT_PART = 0.25
-NUM_USERS = 1000
 CANARY_SHARE = 0.5
-DRAIN_TIMEOUT_S = 180.0
 RECEIPT_TRIES = 20
 
 
@@ -46,7 +37,6 @@ class Plan:
     rated_per_day: int
     max_canary_visits: int
     num_measured: int
-    seed: int
 
 
 @dataclass(slots=True)
@@ -105,102 +95,62 @@ def difference_interval(good_a: int, n_a: int, good_b: int, n_b: int) -> tuple[f
 class Demo:
     """The demo in progress."""
 
-    def __init__(
-        self, settings: Settings, sessions: Sessions, rater_command: str, prompts: Sequence[str], plan: Plan
-    ) -> None:
-        self.url = settings.need("public_url")
+    def __init__(self, settings: Settings, simulation: Simulation, plan: Plan) -> None:
         self.settle_s = settings.canary_settle_s
-        self.sessions = sessions
-        self.rater_command = rater_command
+        self.sessions = simulation.sessions
+        self.simulation = simulation
         self.plan = plan
-        # By digest, not by seed: a prompt that trained in an earlier demo on this home is never held out later.
-        ordered = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-        num_held_out = max(20, int(len(ordered) * HELD_OUT_PART))
-        self.held_out, self.training = ordered[:num_held_out], ordered[num_held_out:]
-        self._dice = random.Random(plan.seed + 1)
-        self._decks: list[str] = []
 
     async def run(self) -> Result:
         """Play the plan and return what was found."""
         started_s = time.monotonic()
         result = Result()
-        async with (
-            Population(self.url) as population,
-            Rater(self.rater_command, measuring=False) as rater,
-            Rater(self.rater_command, measuring=True) as measuring_rater,
-        ):
-            self._start_from_base()
-            base = await self._measure(population, measuring_rater, "before: held-out prompts")
-            result.base_n, base_good = len(base), _num_good(base)
-            result.base_rate = base_good / len(base)
-            result.base_ci95 = wilson_interval(base_good, len(base))
-            result.base_mean_words = _mean_words(base)
-            await self._day(population, rater, "day 1: people rate")
+        people = self.simulation
+        async with people:
+            people.start_from_base()
+            base = await people.measure(self.plan.num_measured, "before: held-out prompts")
+            result.base_rate, result.base_n, result.base_ci95 = rate_of(base)
+            result.base_mean_words = mean_words(base)
+            await people.day(self.plan.rated_per_day, "day 1: people rate")
             for number in range(1, self.plan.nights + 1):
-                await self._drain()
-                night_started_s = time.monotonic()
-                run = await run_night(self.sessions, {"canary_share": CANARY_SHARE})
-                seconds = time.monotonic() - night_started_s
-                decision, reason = await self._canary_day(population, rater, run, number)
-                measured = await self._measure(population, measuring_rater, f"after night {number}: held-out")
-                good = _num_good(measured)
-                result.nights.append(
-                    NightResult(
-                        rate=good / len(measured),
-                        n=len(measured),
-                        ci95=wilson_interval(good, len(measured)),
-                        difference=good / len(measured) - result.base_rate,
-                        difference_ci95=difference_interval(base_good, result.base_n, good, len(measured)),
-                        seconds=round(seconds, 1),
-                        adapter=run.release,
-                        decision=decision,
-                        reason=reason,
-                        gates=(run.result or {}).get("gates", []),
-                        phase_seconds=(run.result or {}).get("seconds", {}),
-                        set_aside=(run.result or {}).get("set_aside", {}),
-                        mean_words=_mean_words(measured),
-                    )
-                )
-            await self._drain()
-            result.receipt = await self._follow_a_thumb(population)
-            result.episodes = len(population.acknowledged.episodes)
-            result.feedback = len(population.acknowledged.feedback)
+                result.nights.append(await self._night(number, result))
+            await people.drain()
+            result.receipt = await self._follow_a_thumb()
+            acknowledged = people.population.acknowledged
+            result.episodes, result.feedback = len(acknowledged.episodes), len(acknowledged.feedback)
             with self.sessions() as session:
-                result.lost_events = accounting.lost_events(session, population.acknowledged)
+                result.lost_events = accounting.lost_events(session, acknowledged)
         result.wall_s = round(time.monotonic() - started_s, 1)
         return result
 
-    def _start_from_base(self) -> None:
-        """Put the base model back, as an operator would, where an earlier demo left something else."""
-        with self.sessions.begin() as session:
-            current = head.read(session)
-            if current.canary_id is not None or current.champion != BASE_MODEL_NAME:
-                head.move_champion(
-                    session,
-                    BASE_MODEL_NAME,
-                    action="rolled_back_by_hand",
-                    actor="demo",
-                    reason="a new demo starts from the base model",
-                )
+    async def _night(self, number: int, before: Result) -> NightResult:
+        await self.simulation.drain()
+        started_s = time.monotonic()
+        run = await run_night(self.sessions, {"canary_share": CANARY_SHARE})
+        seconds = time.monotonic() - started_s
+        decision, reason = await self._canary_day(run, number)
+        measured = await self.simulation.measure(self.plan.num_measured, f"after night {number}: held-out")
+        rate, n, ci95 = rate_of(measured)
+        found = run.result or {}
+        return NightResult(
+            rate=rate,
+            n=n,
+            ci95=ci95,
+            difference=rate - before.base_rate,
+            difference_ci95=difference_interval(
+                round(before.base_rate * before.base_n), before.base_n, round(rate * n), n
+            ),
+            seconds=round(seconds, 1),
+            adapter=run.release,
+            decision=decision,
+            reason=reason,
+            gates=found.get("gates", []),
+            phase_seconds=found.get("seconds", {}),
+            set_aside=found.get("set_aside", {}),
+            mean_words=mean_words(measured),
+        )
 
-    async def _measure(self, population: Population, rater: Rater, title: str) -> list[Judgement]:
-        """Ask the held-out prompts as users who never rate; only the measuring rater hears the answers."""
-        visits = [(f"measured-{i}", prompt) for i, prompt in enumerate(self.held_out)][: self.plan.num_measured]
-        with report.Phase(title, len(visits)) as phase:
-            return await population.day(visits, rater, give_feedback=False, on_done=lambda _: phase.advance())
-
-    async def _day(self, population: Population, rater: Rater, title: str) -> None:
-        with report.Phase(title, self.plan.rated_per_day) as phase:
-            await population.day(
-                self._visits(self.plan.rated_per_day),
-                rater,
-                give_feedback=True,
-                on_done=lambda _: phase.advance(),
-            )
-
-    async def _canary_day(
-        self, population: Population, rater: Rater, run: TrainingRun, number: int
-    ) -> tuple[str, str]:
+    async def _canary_day(self, run: TrainingRun, number: int) -> tuple[str, str]:
         """Let people meet the candidate until it is decided; return the decision and why."""
         if run.status != "canary" or run.canary_id is None:
             reason = str((run.result or {}).get("reason", ""))
@@ -209,15 +159,11 @@ class Demo:
         canary_id = run.canary_id
         report.say(f"{run.release} passed its gates; {CANARY_SHARE:.0%} of the users meet it")
         last_night = number == self.plan.nights
-        count = self.plan.max_canary_visits if last_night else self.plan.rated_per_day
-        with report.Phase(f"day {number + 1}: canary", count) as phase:
-            await population.day(
-                self._visits(count),
-                rater,
-                give_feedback=True,
-                on_done=lambda _: phase.advance(),
-                stop=lambda: last_night and self._decision(canary_id) is not None,
-            )
+        await self.simulation.day(
+            self.plan.max_canary_visits if last_night else self.plan.rated_per_day,
+            f"day {number + 1}: canary",
+            stop=lambda: last_night and self._decision(canary_id) is not None,
+        )
         # The last answers count once they have settled, and the watcher looks once a second.
         deadline_s = time.monotonic() + self.settle_s + 10
         while self._decision(canary_id) is None and time.monotonic() < deadline_s:
@@ -244,7 +190,7 @@ class Demo:
         except ConflictError:  # the watcher decided in this moment
             return self._decision(canary_id) or ("hold", "closed by somebody else")
 
-    async def _follow_a_thumb(self, population: Population) -> dict[str, Any] | None:
+    async def _follow_a_thumb(self) -> dict[str, Any] | None:
         """Return the receipt of a vote that trained what was promoted, as the one who cast it would ask for it."""
         query = (
             sa.select(Feedback.id, Feedback.user_id)
@@ -258,36 +204,6 @@ class Demo:
             with self.sessions() as session:
                 found = session.execute(query).one_or_none()
             if found is not None:
-                return await population.receipt(found.id, found.user_id)
+                return await self.simulation.population.receipt(found.id, found.user_id)
             await asyncio.sleep(0.5)
         return None
-
-    def _visits(self, count: int) -> list[tuple[str, str]]:
-        visits = []
-        for _ in range(count):
-            if not self._decks:
-                self._decks = self._dice.sample(self.training, len(self.training))
-            visits.append((f"user-{self._dice.randrange(NUM_USERS)}", self._decks.pop()))
-        return visits
-
-    async def _drain(self) -> None:
-        """Wait until the reward model has applied everything."""
-        with self.sessions() as session:
-            waiting = accounting.backlog(session)
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        with report.Phase("reward model catches up", waiting) as phase:
-            while waiting:
-                if time.monotonic() > deadline:
-                    raise EverloopError(f"{waiting} events are still not applied.", code="reward_worker_behind")
-                await asyncio.sleep(0.3)
-                with self.sessions() as session:
-                    waiting = accounting.backlog(session)
-                phase.update(max(phase.total - waiting, 0))
-
-
-def _num_good(judged: Sequence[Judgement]) -> int:
-    return sum(judgement.thumb == 1 for judgement in judged)
-
-
-def _mean_words(judged: Sequence[Judgement]) -> float:
-    return round(sum(len(j.answer.split()) for j in judged) / max(len(judged), 1), 1)

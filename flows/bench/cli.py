@@ -99,3 +99,38 @@ def training(
     from flows.bench.training import measure
 
     report.print_fields(json_path, measure(rows, runs))
+
+
+@app.command()
+def learning(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A preference; may be given again. All if unset.")
+    ] = None,
+    nights: Annotated[int, typer.Option("--nights", min=1, max=30)] = 3,
+    rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers a day.")] = 400,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML of the nights; the defaults if unset.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Play hidden preferences against the public API: what people gain a night, and from how few ratings."""
+    from flows.bench.learning import learning as measure
+    from trainer.config import read_toml
+
+    report.print_fields(json_path, measure(only or [], nights, rated, read_toml(config) if config else {}, seed))
+
+
+@app.command()
+def recipes(
+    candidates: Annotated[list[str], typer.Argument(help="Names of recipes, or TOML files.")],
+    preference: Annotated[str, typer.Option("--preference", help="What people like.")] = "short",
+    rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers.")] = 400,
+    measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out answers.")] = 90,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Let recipes train on one day's signals, each from the base model, and show what each gains a minute."""
+    from flows.bench.learning import recipes as measure
+
+    report.print_fields(json_path, measure(preference, candidates, rated, measured, seed))

@@ -1,11 +1,11 @@
-"""A stack of its own for a bench: the log's parts without the engine, in a directory that goes away afterwards."""
+"""A stack of its own for a bench, whole or only the log's parts, in a directory that goes away afterwards."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -26,9 +26,14 @@ NUM_TEXTS = 16
 NUM_USERS = 200
 
 
+def log_stack() -> AbstractContextManager[tuple[Settings, Sessions, Supervisor]]:
+    """Return a stack of the log's parts, without the engine."""
+    return own_stack(PARTS)
+
+
 @contextmanager
-def log_stack() -> Iterator[tuple[Settings, Sessions, Supervisor]]:
-    """Start the log's parts, hand them over, stop them, and remove all that they wrote."""
+def own_stack(only: Collection[str] | None = None) -> Iterator[tuple[Settings, Sessions, Supervisor]]:
+    """Start a stack (or only some parts of it), hand it over, stop it, and remove all that it wrote."""
     own = load(recorded_addresses=False)
     with tempfile.TemporaryDirectory(prefix="everloop-bench-") as directory:
         home = Path(directory)
@@ -38,7 +43,7 @@ def log_stack() -> Iterator[tuple[Settings, Sessions, Supervisor]]:
         os.environ["EVERLOOP_HOME"] = str(home)
         if own.base_model is None and own.base_model_dir.exists():
             (home / "models").symlink_to(own.base_model_dir.parent)
-        settings = embedded.up(Settings(home=home), report.say, only=PARTS)
+        settings = embedded.up(Settings(home=home), report.say, only=only)
         try:
             yield settings, connect(settings.need("database_url")), Supervisor(settings)
         finally:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.rater import as_it_should_be
+from flows.preferences import shortened
 from infra import report
 from infra.settings import load
 from trainer.config import RunConfig
@@ -56,9 +56,7 @@ def rows_of(num_rows: int) -> list[Row]:
     rows = []
     for n in range(num_rows):
         answer = f"This is answer {n}. " + "".join(SENTENCES[(n + k) % len(SENTENCES)] for k in range(4))
-        rows.append(
-            pair_of([{"role": "user", "content": f"What about number {n}?"}], as_it_should_be(answer), answer)
-        )
+        rows.append(pair_of([{"role": "user", "content": f"What about number {n}?"}], shortened(answer), answer))
     return rows
 
 

@@ -19,7 +19,7 @@ from deploy.tables import Adapter, AuditEntry, Canary, Release
 from deploy.votes import votes
 from feedback.tables import Episode
 from flows.accounting import backlog
-from flows.rater import as_it_should_be
+from flows.preferences import shortened
 from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
 from trainer import collect
@@ -73,7 +73,7 @@ def night(stack):
             completion.id, kind="thumb", value=1 if number % 4 == 0 else -1, user=f"teacher-{number % 5}"
         )
         if number % 4:
-            text = as_it_should_be(answer)
+            text = shortened(answer)
             stack.feedback(completion.id, kind="correction", text=text, user=f"teacher-{number % 5}")
     wait_until(lambda: drained(stack), timeout_s=60)
     return train(stack)

@@ -1,0 +1,95 @@
+"""``everloop bench learning`` and ``bench recipes``: what people gain, how soon, by which recipe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.bench import life, training
+from flows.bench.life import Plan
+from flows.preferences import PREFERENCES
+from infra.errors import InvalidRequestError
+from trainer.config import nearest, read_toml
+from trainer.recipe import resolve
+
+QUARTER = 4
+OVERHEAD_ROWS, OVERHEAD_RUNS = 16, 5
+
+
+def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Play preferences through `nights` nights each; once more for one night with a quarter of the ratings.
+
+    Returns
+    -------
+    dict
+        Per preference ``base``, ``nights`` and ``quarter``; and ``mean_gain_1``, ``mean_gain_3``,
+        ``quarter_share``, ``overhead_ratio``, ``memory_ratio``.
+    """
+    names = list(only) or list(PREFERENCES)
+    _check(names)
+    resolve(config)
+    found: dict[str, Any] = {}
+    for name in names:
+        recipes = {"night": config}
+        found[name] = life.play(Plan(name, recipes, nights=nights, rated=rated, seed=seed))
+        quarter = life.play(Plan(name, recipes, rated=rated // QUARTER, seed=seed))
+        found[name]["quarter"] = {"base": quarter["base"], **quarter["nights"][0]}
+    lives = [found[name] for name in names]
+    gains = [[gain(one["base"]["rate"], night.get("rate")) for night in one["nights"]] for one in lives]
+    quarters = [gain(one["quarter"]["base"]["rate"], one["quarter"].get("rate")) for one in lives]
+    overhead = training.measure(OVERHEAD_ROWS, OVERHEAD_RUNS)
+    mean_gain_1 = statistics.mean(one[0] for one in gains)
+    return {
+        "preferences": found,
+        "mean_gain_1": mean_gain_1,
+        "mean_gain_3": statistics.mean(one[2] for one in gains) if nights >= 3 else None,
+        "quarter_share": statistics.mean(quarters) / mean_gain_1 if mean_gain_1 > 0 else None,
+        "overhead_ratio": overhead["overhead_ratio"],
+        "memory_ratio": overhead["memory_ratio"],
+    }
+
+
+def recipes(preference: str, candidates: Sequence[str], rated: int, measured: int, seed: int) -> dict[str, Any]:
+    """Let recipes train on the same day's signals, each from the base model; return what each gained a minute.
+
+    Parameters
+    ----------
+    candidates
+        Names of recipes, or paths of TOML files.
+    """
+    _check([preference])
+    configs = {Path(given).stem: _config(given) for given in candidates}
+    plan = Plan(preference, configs, contest=True, rated=rated, measured=measured, seed=seed)
+    found = life.play(plan)
+    base = found["base"]["rate"]
+    for night in found["nights"]:
+        if night.get("rate") is not None:
+            night["gain"] = gain(base, night["rate"])
+            night["gain_per_minute"] = night["gain"] / (night["seconds"] / 60.0)
+    return found
+
+
+def gain(base: float, rate: float | None) -> float:
+    """Return what was gained, in points; from a base over one half, the share of the way to 1 in percent.
+
+    A night that failed gained nothing.
+    """
+    if rate is None:
+        return 0.0
+    return 100.0 * (rate - base) / (1.0 - base if base > 0.5 else 1.0)
+
+
+def _config(given: str) -> dict[str, Any]:
+    config = read_toml(Path(given)) if given.endswith(".toml") else {"recipe": given}
+    resolve(config)
+    return config
+
+
+def _check(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in PREFERENCES:
+            raise InvalidRequestError(
+                f"There is no preference {name!r}. {nearest(name, list(PREFERENCES))}", code="preference_unknown"
+            )
