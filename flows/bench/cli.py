@@ -116,8 +116,10 @@ def learning(
 ) -> None:
     """Play hidden preferences against the public API: what people gain a night, and from how few ratings."""
     from flows.bench.learning import learning as measure
+    from infra.stack.cli import stop_on_sigterm
     from trainer.config import read_toml
 
+    stop_on_sigterm()
     report.print_fields(json_path, measure(only or [], nights, rated, read_toml(config) if config else {}, seed))
 
 
@@ -132,5 +134,7 @@ def recipes(
 ) -> None:
     """Let recipes train on one day's signals, each from the base model, and show what each gains a minute."""
     from flows.bench.learning import recipes as measure
+    from infra.stack.cli import stop_on_sigterm
 
+    stop_on_sigterm()
     report.print_fields(json_path, measure(preference, candidates, rated, measured, seed))

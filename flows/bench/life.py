@@ -27,6 +27,7 @@ from flows.simulation import Simulation, mean_words, rate_of
 from infra import report
 from infra.db import Sessions
 from infra.errors import EverloopError
+from infra.stack.cli import stop_on_sigterm
 from infra.stack.parts import prefect_environment
 from trainer.tables import TrainingRun
 
@@ -126,10 +127,15 @@ def play(plan: Plan) -> dict[str, Any]:
         Code ``bench_failed``.
     """
     command = [sys.executable, "-m", "flows.bench.life", json.dumps(asdict(plan))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode != 0:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # it stops its stack
+            raise
+    if process.returncode != 0:
         raise EverloopError(f"The life of {plan.preference!r} ended with an error (above).", code="bench_failed")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -140,6 +146,7 @@ def _figures(judged: list[Judgement]) -> dict[str, Any]:
 
 def main() -> None:
     """Play the plan that the one argument gives."""
+    stop_on_sigterm()
     plan = Plan(**json.loads(sys.argv[1]))
     with own_stack() as (settings, sessions, _):
         os.environ.update(prefect_environment(settings))
