@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Literal
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -43,6 +44,19 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
+def difference_interval(good_a: float, n_a: int, good_b: float, n_b: int, z: float = Z_95) -> tuple[float, float]:
+    """Return the interval of rate b minus rate a, 95 % by default (Newcombe 1998, method 10)."""
+    if not n_a or not n_b:
+        return -1.0, 1.0
+    p_a, p_b = good_a / n_a, good_b / n_b
+    low_a, high_a = wilson_interval(good_a, n_a, z)
+    low_b, high_b = wilson_interval(good_b, n_b, z)
+    difference = p_b - p_a
+    low = difference - ((p_b - low_b) ** 2 + (high_a - p_a) ** 2) ** 0.5
+    high = difference + ((high_b - p_b) ** 2 + (p_a - low_a) ** 2) ** 0.5
+    return low, high
+
+
 def win_rate_gate(challenger: Sequence[float], champion: Sequence[float]) -> GateResult:
     """Compare pessimistic rewards on held-out prompts, pair by pair; ties count half."""
     wins = sum(
@@ -68,6 +82,37 @@ def length_gate(words: Sequence[int], low_words: float, high_words: float) -> Ga
     median = float(ordered[len(ordered) // 2]) if ordered else 0.0
     verdict: Verdict = "pass" if low_words <= median <= high_words else "fail"
     return GateResult("median_words", median, low_words, len(words), low_words, high_words, verdict)
+
+
+def skill_gates(
+    champion: Mapping[str, Sequence[float]], challenger: Mapping[str, Sequence[float]]
+) -> list[GateResult]:
+    """Require of each skill, and of all together, that it is not worse beyond chance.
+
+    Parameters
+    ----------
+    champion, challenger
+        For each skill, how right answers to its tasks were, from 0 to 1.
+
+    Returns
+    -------
+    list of GateResult
+        ``skills`` first; values are differences of means. The level of each skill's interval is divided by their
+        number (Bonferroni), so that a look at many does not hold a good candidate.
+    """
+    skills = sorted(champion.keys() & challenger.keys())
+    z = NormalDist().inv_cdf(1.0 - 0.025 / max(len(skills), 1))
+    everything = [[score for skill in skills for score in arm[skill]] for arm in (champion, challenger)]
+    return [
+        _not_worse("skills", everything[0], everything[1], Z_95),
+        *(_not_worse(f"skill {skill}", champion[skill], challenger[skill], z) for skill in skills),
+    ]
+
+
+def _not_worse(name: str, old: Sequence[float], new: Sequence[float], z: float) -> GateResult:
+    low, high = difference_interval(sum(old), len(old), sum(new), len(new), z)
+    value = sum(new) / len(new) - sum(old) / len(old) if old and new else 0.0
+    return GateResult(name, value, 0.0, len(new), low, high, "fail" if high < 0.0 else "pass")
 
 
 def overall(results: Sequence[GateResult]) -> Verdict:

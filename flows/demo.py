@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from deploy import head
-from deploy.gates import wilson_interval
+from deploy.gates import difference_interval
 from deploy.tables import Canary
 from deploy.votes import weigh
 from feedback.tables import Feedback, ReceiptFate, ReceiptRun, ReceiptUse
@@ -79,17 +79,6 @@ class Result:
         promoted = any(night.decision == "promote" for night in self.nights)
         better = bool(self.nights) and self.nights[-1].difference_ci95[0] > 0
         return promoted and better and self.lost_events == 0
-
-
-def difference_interval(good_a: int, n_a: int, good_b: int, n_b: int) -> tuple[float, float]:
-    """Return the 95 % interval of rate b minus rate a (Newcombe 1998, method 10)."""
-    p_a, p_b = good_a / n_a, good_b / n_b
-    low_a, high_a = wilson_interval(good_a, n_a)
-    low_b, high_b = wilson_interval(good_b, n_b)
-    difference = p_b - p_a
-    low = difference - ((p_b - low_b) ** 2 + (high_a - p_a) ** 2) ** 0.5
-    high = difference + ((high_b - p_b) ** 2 + (p_a - low_a) ** 2) ** 0.5
-    return low, high
 
 
 class Demo:

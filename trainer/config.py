@@ -39,6 +39,11 @@ class RunConfig(BaseModel):
     max_answer_tokens: int = Field(96, ge=8, description="Longest sample, in rollouts and at the gates.")
     temperature: float = Field(1.0, gt=0, description="Of the samples.")
 
+    verifiers: list[str] = Field(["reasoning", "instructions"], description="Whose tasks train and judge.")
+    verifiable_share: float = Field(0.0, ge=0, lt=1, description="Of the prompts that get samples, share of tasks.")
+    gate_tasks_per_skill: int = Field(4, ge=0, description="Tasks of each skill that judge a candidate.")
+    verifier_timeout_s: float = Field(5.0, gt=0, description="A verifier that takes longer is counted, and killed.")
+
     max_train_minutes: float = Field(30.0, gt=0, description="The training ends here, with what it has learned.")
     max_train_tokens: int | None = Field(None, ge=1, description="Likewise, after this many tokens.")
     max_memory_gib: float | None = Field(None, gt=0, description="A run that needs more fails, before the machine.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from deploy import attest, gates, registry
 from deploy.gates import GateResult
@@ -15,13 +15,21 @@ from infra.db import Sessions
 from infra.engine import EngineClient
 from infra.settings import Settings
 from reward.style import num_words
+from trainer import skills
+from trainer.config import RunConfig
+from trainer.prepared import Prepared
 from trainer.recipe import Messages
 from trainer.rollout import Sample
-from trainer.scoring import PinnedReward
 from trainer.snapshot import Snapshot
+from trainer.verify import Task, Verification
 
-# (model, prompts, samples of each, seed) to samples
-Sampler = Callable[[str, list[Messages], int, int], list[list[Sample]]]
+GATE_TASKS_SEED = 7
+
+
+class Sampler(Protocol):
+    """Samples answers of a model, as it is served."""
+
+    def __call__(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]: ...
 
 
 def gate_prompts(data: Snapshot, limit: int) -> tuple[list[Messages], list[str]]:
@@ -30,36 +38,46 @@ def gate_prompts(data: Snapshot, limit: int) -> tuple[list[Messages], list[str]]
     return [example.messages for example in examples], [example.answer for example in examples]
 
 
+def gate_tasks(verification: Verification, config: RunConfig) -> list[Task]:
+    """Return the tasks that judge candidates: the same for all, and none that a run trains on."""
+    return verification.tasks_per_skill(config.gate_tasks_per_skill, GATE_TASKS_SEED)
+
+
 def judge(
     sessions: Sessions,
     settings: Settings,
+    config: RunConfig,
     release: Release,
-    champion: str,
-    data: Snapshot,
-    reward: PinnedReward,
+    ready: Prepared,
     sample: Sampler,
-    num_prompts: int,
+    verification: Verification,
 ) -> list[GateResult]:
-    """Hold a candidate against the champion on held-out prompts, as both are really served."""
-    prompts, references = gate_prompts(data, num_prompts)
-    probe = asyncio.run(_attest(sessions, settings, release, champion))
-    arms = [sample(name, prompts, 1, seed) for name, seed in ((release.name, 2), (champion, 3))]
+    """Hold a candidate against the champion on held-out prompts and tasks, as both are really served."""
+    prompts, references = gate_prompts(ready.data, config.num_gate_prompts)
+    probe = asyncio.run(_attest(sessions, settings, release, ready.champion))
+    arms = [sample(name, prompts, 1, seed) for name, seed in ((release.name, 2), (ready.champion, 3))]
     # A prompt that the engine refused (one that leaves no room to answer) judges neither.
     answered = [i for i in range(len(prompts)) if all(arm[i] for arm in arms)]
     prompts, references = [prompts[i] for i in answered], [references[i] for i in answered]
     new, old = ([arm[i] for i in answered] for arm in arms)
     scores = [
-        [group[0] for group in reward.score(prompts, [[s.text for s in g] for g in answers], references)]
+        [group[0] for group in ready.reward.score(prompts, [[s.text for s in g] for g in answers], references)]
         if prompts
         else []
         for answers in (new, old)
     ]
-    low, high = data.well_rated_words(tail=0.0)
+    low, high = ready.data.well_rated_words(tail=0.0)
+    tasks = gate_tasks(verification, config)
+    able = [
+        skills.measure(verification, tasks, partial(sample, name, num_samples=1, seed=seed))
+        for name, seed in ((ready.champion, 4), (release.name, 5))
+    ]
     return [
         gates.attestation_gate("base", probe.differs_from_base, len(probe.probe)),
         gates.attestation_gate("champion", probe.differs_from_champion, len(probe.probe)),
         gates.win_rate_gate(scores[0], scores[1]),
         gates.length_gate([num_words(g[0].text) for g in new], low, max(high, _median_words(old))),
+        *gates.skill_gates(*able),
     ]
 
 

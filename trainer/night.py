@@ -15,18 +15,18 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from deploy import audit, head, registry
-from deploy.gates import GateResult
-from deploy.tables import Release
+from deploy import head, registry
 from infra.db import Sessions, advisory_lock
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
 from reward.encoder import base_model_digest
 from reward.encoders import open_active_encoder
-from trainer import collect, erasure, judge, prepared
+from trainer import collect, erasure, prepared
+from trainer.candidate import Candidate
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.fit import fitting
+from trainer.judge import gate_tasks
 from trainer.prepared import Prepared
 from trainer.recipe import MIN_ROWS, Material, Messages, UnusableDataError, resolve
 from trainer.record import RunRecord
@@ -34,10 +34,11 @@ from trainer.redactor import Redactor
 from trainer.rollout import Sample, sample_served
 from trainer.scoring import PinnedReward
 from trainer.tables import TrainingRun
+from trainer.verify import Task, Verification
 
 log = logging.getLogger("everloop.night")
-ACTOR = "nightly"
 ROLLOUT_SEED = 1
+TRAIN_TASKS_SEED = 1000
 
 
 class Night:
@@ -63,6 +64,7 @@ class Night:
         self.settings = settings
         self.recipe, self.config = resolve(given)
         self.canary_share = canary_share
+        self.verification = Verification(self.config.verifiers, self.config.verifier_timeout_s)
         self.record = RunRecord(sessions, settings.runs_dir)
 
     def run(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class Night:
                 self.record.end("cancelled" if is_cancelled else "failed", {"reason": message})
                 raise
             finally:
+                self.verification.close()
                 prepared.discard(self.record.run_dir)
                 shutil.rmtree(self.record.run_dir / CHECKPOINTS_DIR, ignore_errors=True)
                 erasure.sweep(self.sessions, self.settings.datasets_dir)
@@ -113,6 +116,7 @@ class Night:
                     prepared.discard(self.settings.runs_dir / run.id)
                     continue
                 self.recipe, self.config = resolve(run.config)
+                self.verification = Verification(self.config.verifiers, self.config.verifier_timeout_s)
                 self.record.take_over(run.id)
                 return found
         return None
@@ -124,30 +128,8 @@ class Night:
         self.record.set_aside.update(ready.data.set_aside)
         self.record.set_aside.update(ready.rows.set_aside)
         adapter_dir = self._train(ready)
-        release = self._register(adapter_dir, ready)
-        if release is None:
-            return self._held_for_erasure()
-        self.record.phase("gates", 2 * self.config.num_gate_prompts)
-        results = judge.judge(
-            self.sessions,
-            self.settings,
-            release,
-            ready.champion,
-            ready.data,
-            ready.reward,
-            self._sample,
-            self.config.num_gate_prompts,
-        )
-        for result in results:
-            self.record.metric(phase="gates", **result.as_dict())
-        with self.sessions() as session:
-            registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
-        return self._open_canary(release, ready.champion, results)
-
-    def _held_for_erasure(self) -> dict[str, Any]:
-        # Its signals are left to the next night, as if it had not been.
-        self.record.update(last_signal_seq=None)
-        return self.record.finish("held", reason="it learned from a user who was forgotten meanwhile")
+        candidate = Candidate(self.sessions, self.settings, self.config, self.record, ready)
+        return candidate.stand(adapter_dir, self._sample, self.verification, self.canary_share)
 
     def _prepare(self) -> Prepared | dict[str, Any]:
         """Return what is trained on; or how the run ended, where there is nothing."""
@@ -190,6 +172,7 @@ class Night:
             self.record.set_aside.update(ready.rows.set_aside)
             return self.record.finish("held", reason=error.message)
         rows = ready.rows
+        rows.set_aside += self.verification.pop_faults()
         self.record.metric(phase="rows", sources=Counter(rows.sources), set_aside=rows.set_aside, **rows.facts)
         ready.save(self.record.run_dir)
         return ready
@@ -203,7 +186,12 @@ class Night:
             self.record.phase("score", sum(map(len, answers)) + len(prompts))
             return ready.reward.score(prompts, answers, references, self.record.progress)
 
-        return Material(ready.data, fresh, score)
+        def tasks(num_tasks: int) -> list[Task]:
+            judging = [task.messages for task in gate_tasks(self.verification, self.config)]
+            made = self.verification.tasks(num_tasks, self.config.seed + TRAIN_TASKS_SEED)
+            return [task for task in made if task.messages not in judging]
+
+        return Material(ready.data, fresh, score, tasks, self.verification.judge)
 
     def _sample(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
         return sample_served(
@@ -236,59 +224,3 @@ class Night:
             resumed_from_step=trained.resumed_from_step,
         )
         return trained.adapter_dir
-
-    def _register(self, adapter_dir: Path, ready: Prepared) -> Release | None:
-        data = ready.data
-        manifest = {
-            "base_digest": base_model_digest(self.settings.base_model_dir),
-            "recipe": self.config.recipe,
-            "run_id": self.record.run_id,
-            "config": self.config.model_dump(),
-            "dataset_digest": data.digest,
-            "reward_snapshot_id": ready.snapshot_id,
-            "started_from": ready.start_from,
-            "num_rows": len(ready.rows.rows),
-            "num_signals": data.num_signals,
-            "set_aside": dict(self.record.set_aside),
-        }
-        with self.sessions.begin() as session:
-            registry.lock_out_erasures(session)
-            if collect.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
-                return None
-            if registry.clean_ancestor(session, ready.start_from) != ready.start_from:
-                return None
-            release = registry.register(
-                session, adapter_dir, self.settings.adapters_dir, run_id=self.record.run_id, manifest=manifest
-            )
-            audit.write(
-                session,
-                actor=ACTOR,
-                action="registered",
-                subject=release.name,
-                reason=f"trained by {self.record.run_id}",
-            )
-        self.record.update(release=release.name)
-        return release
-
-    def _open_canary(self, release: Release, champion: str, results: list[GateResult]) -> dict[str, Any]:
-        judged = [result.as_dict() for result in results]
-        if reason := judge.failing(results):
-            return self.record.finish("held", release=release.name, gates=judged, reason=reason)
-        with self.sessions.begin() as session:
-            registry.lock_out_erasures(session)
-            if registry.clean_ancestor(session, release.name) != release.name:
-                return self._held_for_erasure()
-            if head.read(session).champion != champion:
-                raise ConflictError("The champion changed during the run.", code="head_moved")
-            canary = head.open_canary(
-                session,
-                challenger=release.name,
-                share=self.canary_share,
-                alpha=self.settings.canary_alpha,
-                gates=judged,
-                actor=ACTOR,
-                reason=f"{self.record.run_id} passed its gates",
-            )
-            canary_id = canary.id
-        self.record.update(canary_id=canary_id)
-        return self.record.finish("canary", release=release.name, gates=judged, canary_id=canary_id)

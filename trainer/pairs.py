@@ -6,12 +6,14 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from reward.style import num_words
 from trainer.recipe import Messages, Row, Rows
 from trainer.rollout import Sample
 from trainer.snapshot import Example
+from trainer.verify import Task
 
 
 def answer_of(messages: Messages, answer: str, name: str) -> Row:
@@ -83,6 +85,24 @@ def best_against_worst(
             found.set_aside["margin_too_small"] += 1
             continue
         found.add("samples", pair_of(messages, group[best].text, group[worst].text))
+    return found
+
+
+def right_against_wrong(
+    tasks: Sequence[Task], samples: Sequence[Sequence[Sample]], verdicts: Sequence[Sequence[float | None]]
+) -> Rows:
+    """Pair the best answer to each task with its worst, where the verifier finds one better than the other."""
+    found = Rows()
+    for task, group, scores in zip(tasks, samples, verdicts, strict=True):
+        told = [(score, sample.text) for score, sample in zip(scores, group, strict=True) if score is not None]
+        if not told:
+            found.set_aside["task_not_judged" if group else "prompt_refused"] += 1
+            continue
+        best, worst = max(told, key=itemgetter(0)), min(told, key=itemgetter(0))
+        if best[0] == worst[0]:
+            found.set_aside["task_all_right" if best[0] > 0 else "task_all_wrong"] += 1
+            continue
+        found.add("tasks", pair_of(task.messages, best[1], worst[1]))
     return found
 
 

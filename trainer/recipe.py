@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from infra.errors import EverloopError, InvalidRequestError
-from trainer import recipes
+from trainer import recipes, verify
 from trainer.config import DEFAULT_RECIPE, RunConfig, nearest
 from trainer.rollout import Sample
 from trainer.snapshot import Snapshot
+from trainer.verify import Task
 
 C = TypeVar("C", bound=RunConfig)
 Messages = list[dict[str, Any]]
@@ -46,11 +47,18 @@ class Material:
         prompt.
     score
         Returns rewards, pessimistic and against reference answers: ``score(prompts, answers, references)``.
+    tasks
+        Returns tasks that can be checked, as many as asked for.
+    verify
+        Returns how right answers to tasks are, from 0 to 1, None where that cannot be told:
+        ``verify(tasks, answers)``.
     """
 
     data: Snapshot
     sample: Callable[[Sequence[Messages], int], list[list[Sample]]]
     score: Callable[[Sequence[Messages], Sequence[Sequence[str]], Sequence[str]], list[list[float]]]
+    tasks: Callable[[int], list[Task]]
+    verify: Callable[[Sequence[Task], Sequence[Sequence[str]]], list[list[float | None]]]
 
 
 @dataclass(slots=True)
@@ -164,8 +172,9 @@ def resolve(given: Mapping[str, Any]) -> tuple[Recipe[Any], RunConfig]:
     Raises
     ------
     InvalidRequestError
-        Codes ``recipe_unknown`` and ``config_invalid``.
+        Codes ``recipe_unknown``, ``verifier_unknown`` and ``config_invalid``.
     """
     recipe = open_recipe(str(given.get("recipe", DEFAULT_RECIPE)))
     config: RunConfig = recipe.Config.parse(given)
+    verify.check_names(config.verifiers)
     return recipe, config

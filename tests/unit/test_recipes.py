@@ -19,9 +19,16 @@ def nothing_fresh(*_):
     raise AssertionError("this recipe needs no samples")
 
 
-def rows_of(name, examples, sample=nothing_fresh, score=nothing_fresh, **settings):
+def no_tasks(num_tasks):
+    assert num_tasks == 0
+    return []
+
+
+def rows_of(
+    name, examples, sample=nothing_fresh, score=nothing_fresh, tasks=no_tasks, verify=lambda *_: [], **settings
+):
     chosen, config = resolve({"recipe": name, **settings})
-    return chosen.rows(Material(Snapshot(train=examples), sample, score), config)
+    return chosen.rows(Material(Snapshot(train=examples), sample, score, tasks, verify), config)
 
 
 def said(rows, name="completion"):

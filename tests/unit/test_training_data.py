@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from contextlib import closing
 
 import pytest
 
@@ -11,9 +12,12 @@ from deploy.tables import Release
 from infra.errors import IntegrityError, InvalidRequestError
 from trainer import judge, snapshot
 from trainer.collect import conversation_of, is_held_out, is_held_out_user
+from trainer.config import RunConfig
 from trainer.pairs import best_against_worst, compared
+from trainer.prepared import Prepared
 from trainer.rollout import Sample, sample
 from trainer.snapshot import CARD_FILE, CARD_PAGE, DATASET_FILE, Example, Snapshot
+from trainer.verify import Verification
 
 ASK = [{"role": "user", "content": "Why?"}]
 
@@ -161,7 +165,9 @@ def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
 
     monkeypatch.setattr(judge, "_attest", attested)
     data = Snapshot(gate=[example(f"Answer {n}.", prompt=f"Why {n}?") for n in range(3)])
-    results = judge.judge(None, None, Release(name="r1"), "base", data, Reward(), sample_of, 8)
+    ready = Prepared(data, Reward(), "base", "base", 1)
+    with closing(Verification([], 1.0)) as verification:
+        results = judge.judge(None, None, RunConfig(), Release(name="r1"), ready, sample_of, verification)
     gates = {result.gate: result for result in results}
     assert (gates["win_rate"].n, gates["win_rate"].value) == (2, 1.0)
 

@@ -44,15 +44,18 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
     def rows(self, material: Material, config: OnlineDPOConfig) -> Rows:
         """Sample, score, and pair."""
         data = material.data
-        examples = _one_per_prompt(data.train, config.num_prompts, config.seed)
+        tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
+        examples = _one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
         prompts = [example.messages for example in examples]
-        samples = material.sample(prompts, config.samples_per_prompt)
-        rewards = material.score(
-            prompts, [[sample.text for sample in group] for group in samples], [e.answer for e in examples]
-        )
+        asked = prompts + [task.messages for task in tasks]
+        samples = material.sample(asked, config.samples_per_prompt)
+        texts = [[sample.text for sample in group] for group in samples]
+        at = len(prompts)
+        rewards = material.score(prompts, texts[:at], [e.answer for e in examples])
         found = pairs.best_against_worst(
-            prompts, samples, rewards, min_margin=config.min_margin, words_range=data.well_rated_words()
+            prompts, samples[:at], rewards, min_margin=config.min_margin, words_range=data.well_rated_words()
         )
+        found = found.then(pairs.right_against_wrong(tasks, samples[at:], material.verify(tasks, texts[at:])))
         corrected = pairs.corrections(data.train).newest(config.max_corrections)
         found.facts["reward_spread"] = spread = _spread(rewards)
         if spread < MIN_SPREAD and len(corrected.rows) < MIN_ROWS:

@@ -1,0 +1,113 @@
+"""What becomes of an adapter: it is registered by its digest, judged by gates, and meets a few users or is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploy import audit, head, registry
+from deploy.gates import GateResult
+from deploy.tables import Release
+from infra.db import Sessions
+from infra.errors import ConflictError
+from infra.settings import Settings
+from reward.encoder import base_model_digest
+from trainer import collect, judge
+from trainer.config import RunConfig
+from trainer.judge import Sampler
+from trainer.prepared import Prepared
+from trainer.record import RunRecord
+from trainer.verify import Verification
+
+ACTOR = "nightly"
+
+
+class Candidate:
+    """An adapter that a run has trained."""
+
+    def __init__(
+        self, sessions: Sessions, settings: Settings, config: RunConfig, record: RunRecord, ready: Prepared
+    ) -> None:
+        self.sessions = sessions
+        self.settings = settings
+        self.config = config
+        self.record = record
+        self.ready = ready
+
+    def stand(
+        self, adapter_dir: Path, sample: Sampler, verification: Verification, canary_share: float
+    ) -> dict[str, Any]:
+        """Register, judge, and open a canary where it passes; return how the run ended."""
+        release = self._register(adapter_dir)
+        if release is None:
+            return self._held_for_erasure()
+        self.record.phase("gates", 2 * self.config.num_gate_prompts)
+        results = judge.judge(self.sessions, self.settings, self.config, release, self.ready, sample, verification)
+        self.record.set_aside.update(verification.pop_faults())
+        for result in results:
+            self.record.metric(phase="gates", **result.as_dict())
+        with self.sessions() as session:
+            registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
+        return self._open_canary(release, canary_share, results)
+
+    def _held_for_erasure(self) -> dict[str, Any]:
+        # Its signals are left to the next night, as if it had not been.
+        self.record.update(last_signal_seq=None)
+        return self.record.finish("held", reason="it learned from a user who was forgotten meanwhile")
+
+    def _register(self, adapter_dir: Path) -> Release | None:
+        """Return the new release, or None where somebody it learned from was forgotten meanwhile."""
+        ready, data = self.ready, self.ready.data
+        manifest = {
+            "base_digest": base_model_digest(self.settings.base_model_dir),
+            "recipe": self.config.recipe,
+            "run_id": self.record.run_id,
+            "config": self.config.model_dump(),
+            "dataset_digest": data.digest,
+            "reward_snapshot_id": ready.snapshot_id,
+            "started_from": ready.start_from,
+            "num_rows": len(ready.rows.rows),
+            "num_signals": data.num_signals,
+            "set_aside": dict(self.record.set_aside),
+        }
+        with self.sessions.begin() as session:
+            registry.lock_out_erasures(session)
+            if collect.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
+                return None
+            if registry.clean_ancestor(session, ready.start_from) != ready.start_from:
+                return None
+            release = registry.register(
+                session, adapter_dir, self.settings.adapters_dir, run_id=self.record.run_id, manifest=manifest
+            )
+            audit.write(
+                session,
+                actor=ACTOR,
+                action="registered",
+                subject=release.name,
+                reason=f"trained by {self.record.run_id}",
+            )
+        self.record.update(release=release.name)
+        return release
+
+    def _open_canary(self, release: Release, share: float, results: list[GateResult]) -> dict[str, Any]:
+        judged = [result.as_dict() for result in results]
+        if reason := judge.failing(results):
+            return self.record.finish("held", release=release.name, gates=judged, reason=reason)
+        with self.sessions.begin() as session:
+            registry.lock_out_erasures(session)
+            if registry.clean_ancestor(session, release.name) != release.name:
+                return self._held_for_erasure()
+            if head.read(session).champion != self.ready.champion:
+                raise ConflictError("The champion changed during the run.", code="head_moved")
+            canary = head.open_canary(
+                session,
+                challenger=release.name,
+                share=share,
+                alpha=self.settings.canary_alpha,
+                gates=judged,
+                actor=ACTOR,
+                reason=f"{self.record.run_id} passed its gates",
+            )
+            canary_id = canary.id
+        self.record.update(canary_id=canary_id)
+        return self.record.finish("canary", release=release.name, gates=judged, canary_id=canary_id)
