@@ -19,6 +19,7 @@ from agent.schema import ASSISTANT_MODEL, ChatRequest, chunk, completion, usage
 from agent.turn import Turn
 from deploy.tables import Release
 from infra.db import transaction
+from infra.engine import LATEST, RUN_PREFIX
 from infra.errors import EverloopError
 
 STATIC_DIR = Path(__file__).parent / "static"
@@ -34,7 +35,7 @@ def chat_page() -> FileResponse:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the assistant and the releases that the engine holds now."""
+    """List the assistant, the releases that the engine holds now, and runs that can be tried while they train."""
     state = request.app.state
     served = set(await state.engine.models())
 
@@ -49,6 +50,8 @@ async def list_models(request: Request) -> dict[str, Any]:
         for r in releases
         if r.name in served
     ]
+    runs = sorted({name.partition("@")[0] for name in served if name.startswith(RUN_PREFIX)})
+    models += [{"id": f"{run}@{LATEST}", "object": "model", "created": 0, "owned_by": "everloop"} for run in runs]
     return {"object": "list", "data": models}
 
 

@@ -17,7 +17,14 @@ THUMBS = {"/up": 1, "/down": -1, "/undo": 0}
 
 
 def chat(
-    model: Annotated[str, typer.Option("--model", help="everloop, or the name of a release.")] = "everloop",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "--adapter",
+            help="everloop, the name of a release, or run/ID@latest for a run while it trains.",
+        ),
+    ] = "everloop",
     prompt: Annotated[str | None, typer.Argument(help="Ask this and leave; without it, a conversation.")] = None,
 ) -> None:
     """Talk to the assistant; /up, /down and /undo rate the last answer, Ctrl-D leaves."""

@@ -46,8 +46,8 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """``POST /v1/chat/completions``.
 
-    ``model`` is ``everloop`` (the deployed assistant) or the name of a release. ``store: false`` keeps the
-    episode out of everything that learns.
+    ``model`` is ``everloop`` (the deployed assistant), the name of a release, or a run in progress.
+    ``store: false`` keeps the episode out of everything that learns.
     """
 
     model_config = ConfigDict(

@@ -16,7 +16,7 @@ from deploy.head import Assignment
 from feedback import episodes
 from feedback.episodes import Recording
 from infra.db import Sessions, transaction
-from infra.engine import EngineClient
+from infra.engine import LATEST, RUN_PREFIX, EngineClient
 from infra.errors import EverloopError, NotFoundError
 from infra.sealing import SubjectKey
 from infra.settings import Settings
@@ -51,7 +51,8 @@ class Turn:
         """
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
-        assignment, self._key, may_learn = await anyio.to_thread.run_sync(self._assign)
+        trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
+        assignment, self._key, may_learn = await anyio.to_thread.run_sync(self._assign, trial)
         if assignment.arm == "pinned" and assignment.release not in await self.engine.models():
             raise _unknown_model(assignment.release)
         messages = [message.model_dump() for message in self.body.messages]
@@ -65,7 +66,7 @@ class Turn:
             propensity=assignment.propensity,
             messages=messages,
             sampling=sampling,
-            learn=self.body.store and may_learn,
+            learn=self.body.store and may_learn and trial is None,
         )
         self._stream = self.engine.stream_chat(
             {
@@ -79,9 +80,29 @@ class Turn:
         )
         self._events = await self._stream.__aenter__()
 
-    def _assign(self) -> tuple[Assignment, SubjectKey, bool]:
+    async def _version_of_run(self) -> str:
+        """Return the version of a run in progress that is asked for, by number or as ``run/ID@latest``."""
+        run, _, version = self.body.model.partition("@")
+        served = [name for name in await self.engine.models() if name.startswith(f"{run}@")]
+        if version == LATEST:
+            served.sort(key=lambda name: int(name.rpartition("@")[2]))
+            found = served[-1:]
+        else:
+            found = [name for name in served if name == self.body.model]
+        if not found:
+            raise NotFoundError(
+                f"{self.body.model!r} is not served: the run has ended, or has no checkpoint yet. GET /v1/models "
+                "lists what is.",
+                code="model_not_found",
+                param="model",
+            )
+        return found[0]
+
+    def _assign(self, trial: str | None) -> tuple[Assignment, SubjectKey, bool]:
         with transaction(self.sessions) as session:
-            if self.body.model == ASSISTANT_MODEL:
+            if trial is not None:
+                assignment = Assignment(trial, None, "pinned", 1.0, None)
+            elif self.body.model == ASSISTANT_MODEL:
                 assignment = head.assign(session, self.body.user)
             else:
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -16,6 +17,8 @@ from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 
 CONNECT_TIMEOUT_S = 2.0
 YES, NO = "Yes", "No"
+RUN_PREFIX, LATEST = "run/", "latest"  # adapters that are still being trained: run/ID@VERSION, or run/ID@latest
+_NUM_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
 class EngineError(EverloopError):
@@ -102,9 +105,8 @@ class EngineClient:
     async def p_yes(self, model: str, messages: Sequence[dict[str, Any]]) -> float:
         """Return how probable the model finds Yes as its answer to the last message, given that it is Yes or No.
 
-        One token is generated, constrained to the two. The engine reports log-probabilities from before the
-        constraint (vLLM's ``logprobs_mode`` ``raw_logprobs``, its default; temperature does not enter either), so
-        each of the two is that of the whole vocabulary; their odds are the same before and after.
+        One token is generated, constrained to the two. Whether the engine reports log-probabilities from before the
+        constraint or after it (vLLM's ``logprobs_mode``), the odds of the two are the same.
 
         Raises
         ------
@@ -148,6 +150,25 @@ class EngineClient:
         if response.status_code != 200:
             raise _refusal(response)
         return [model["id"] for model in response.json()["data"]]
+
+    async def num_requests(self) -> int:
+        """Return how many sequences the engine works on or has in its queue, whoever asked for them."""
+        try:
+            response = await self._http.get("/metrics", timeout=5.0)
+        except httpx.TransportError as error:
+            raise _unavailable() from error
+        if response.status_code != 200:
+            raise _refusal(response)
+        return int(sum(float(value) for value in _NUM_REQUESTS.findall(response.text)))
+
+    async def logprobs_are_processed(self, model: str) -> bool:
+        """Tell whether reported log-probabilities are those that answers are sampled from.
+
+        With `top_k` 1 only one token is left, so its log-probability is 0 then, and less before.
+        """
+        payload = {"model": model, "prompt": "Once", "max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0}
+        choice = (await self._post("/v1/completions", payload))["choices"][0]
+        return bool(choice["logprobs"]["token_logprobs"][0] > -1e-6)
 
     async def load_adapter(self, name: str, path: Path) -> None:
         """Load an adapter directory under a new name."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,12 @@ from transformers import TrainerCallback
 from infra.errors import EverloopError, IntegrityError
 from trainer import checkpoints
 from trainer.config import RunConfig
+from trainer.policy import ServedPolicy
+from trainer.recipe import MIN_SPREAD
 
+log = logging.getLogger("everloop.training")
+
+MAX_STEPS_WITHOUT_SPREAD = 3
 GIB = 1024**3
 
 
@@ -46,6 +53,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.stopped_by: str | None = None
         self.failure: tuple[str, str] | None = None
         self._started_s = time.monotonic()
+        self._flat_steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the clock, the tokens, the memory and the operator."""
@@ -76,6 +84,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 "learning_rate may help.",
             )
             control.should_training_stop = True
+        if "reward_spread" in logs:
+            self._flat_steps = self._flat_steps + 1 if float(logs["reward_spread"]) < MIN_SPREAD else 0
+            if self._flat_steps >= MAX_STEPS_WITHOUT_SPREAD:
+                self.failure = (
+                    "no_reward_spread",
+                    f"For {self._flat_steps} steps the rewards of answers to the same prompt hardly differed: "
+                    "there is nothing to learn from them. More samples_per_prompt or temperature may help.",
+                )
+                control.should_training_stop = True
         with self.metrics_path.open("a") as file:
             file.write(json.dumps({"phase": "train", "step": state.global_step, **logs}) + "\n")
 
@@ -92,6 +109,25 @@ class Seal(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the seal."""
         checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Publish(TrainerCallback):  # type: ignore[misc]
+    """Serves the adapter as it is at each checkpoint, so that people can try it while it trains."""
+
+    def __init__(self, policy: ServedPolicy) -> None:
+        self.policy = policy
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Load it into the engine; a run outlives an engine that is away."""
+        try:
+            self.policy.publish(partial(save_adapter, model))
+        except EverloopError as error:
+            log.warning("step %d cannot be tried: %s", state.global_step, error.message)
+
+
+def save_adapter(model: Any, directory: Path) -> None:
+    """Write the adapter that trains, in PEFT's own format."""
+    model.save_pretrained(str(directory), selected_adapters=["default"], safe_serialization=True)
 
 
 class Restore(TrainerCallback):  # type: ignore[misc]

@@ -38,6 +38,8 @@ class RunConfig(BaseModel):
     num_gate_prompts: int = Field(24, ge=8, description="Held-out prompts of the win-rate gate.")
     max_answer_tokens: int = Field(96, ge=8, description="Longest sample, in rollouts and at the gates.")
     temperature: float = Field(1.0, gt=0, description="Of the samples.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Likewise: the most probable tokens up to this share.")
+    top_k: int = Field(0, ge=0, description="Likewise: this many of the most probable tokens; 0 is all.")
 
     verifiers: list[str] = Field(["reasoning", "instructions"], description="Whose tasks train and judge.")
     verifiable_share: float = Field(0.0, ge=0, lt=1, description="Of the prompts that get samples, share of tasks.")

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import EverloopError
 from trainer import checkpoints
-from trainer.callbacks import Restore, Seal, Watch
+from trainer.callbacks import Publish, Restore, Seal, Watch, save_adapter
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.config import RunConfig
-from trainer.recipe import Recipe, Row
+from trainer.recipe import Material, Recipe, Row
 
 log = logging.getLogger("everloop.training")
 
@@ -58,6 +58,7 @@ def train(
     config: RunConfig,
     rows: Sequence[Row],
     *,
+    material: Material,
     model_dir: Path,
     start_from: Path | None,
     run_dir: Path,
@@ -68,6 +69,8 @@ def train(
 
     Parameters
     ----------
+    material
+        What the rows were made from.
     start_from
         The champion's adapter, which the run goes on from and stays close to; None for the base model.
     run_dir
@@ -86,6 +89,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     watch = Watch(config, run_dir / METRICS_FILE, on_step, is_cancelled)
     callbacks: list[Any] = [watch, Seal()]
+    if material.policy is not None and not recipe.publishes:
+        callbacks.append(Publish(material.policy))
     checkpoint = checkpoints.newest(run_dir / CHECKPOINTS_DIR)
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if checkpoint is not None:
@@ -101,11 +106,16 @@ def train(
             "processing_class": tokenizer,
             "callbacks": callbacks,
         },
+        material,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if hasattr(trainer, "close"):
+            trainer.close()
     watch.raise_if_failed(TrainingError)
     adapter_dir = run_dir / ADAPTER_DIR
-    trainer.model.save_pretrained(str(adapter_dir), selected_adapters=["default"], safe_serialization=True)
+    save_adapter(trainer.model, adapter_dir)
     return Trained(adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from)
 
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trainer.candidate import Candidate
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.fit import fitting
 from trainer.judge import gate_tasks
+from trainer.policy import ServedPolicy
 from trainer.prepared import Prepared
 from trainer.recipe import MIN_ROWS, Material, Messages, UnusableDataError, resolve
 from trainer.record import RunRecord
@@ -177,21 +179,27 @@ class Night:
         ready.save(self.record.run_dir)
         return ready
 
-    def _material(self, ready: Prepared) -> Material:
+    def _material(self, ready: Prepared, policy: ServedPolicy | None = None) -> Material:
+        """Return what rows are made from, and what those recipes need that sample and score as they train."""
+
         def fresh(prompts: Any, num_samples: int) -> list[list[Sample]]:
             self.record.phase("sample", len(prompts))
             return self._sample(ready.champion, list(prompts), num_samples, ROLLOUT_SEED)
 
         def score(prompts: Any, answers: Any, references: Any) -> list[list[float]]:
+            if self.record.current_phase == "train":
+                return ready.reward.score(prompts, answers, references)
             self.record.phase("score", sum(map(len, answers)) + len(prompts))
             return ready.reward.score(prompts, answers, references, self.record.progress)
 
         def tasks(num_tasks: int) -> list[Task]:
+            if not num_tasks:
+                return []
             judging = [task.messages for task in gate_tasks(self.verification, self.config)]
             made = self.verification.tasks(num_tasks, self.config.seed + TRAIN_TASKS_SEED)
             return [task for task in made if task.messages not in judging]
 
-        return Material(ready.data, fresh, score, tasks, self.verification.judge)
+        return Material(ready.data, fresh, score, tasks, self.verification.judge, policy)
 
     def _sample(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
         return sample_served(
@@ -207,16 +215,19 @@ class Night:
             start_from = registry.verified_path(session, digest, base_digest) if digest else None
         steps = max(1, round(len(ready.rows.rows) * self.config.epochs / self.config.batch_rows))
         self.record.phase("train", steps)
-        trained = loop.train(
-            self.recipe,
-            self.config,
-            ready.rows.rows,
-            model_dir=self.settings.base_model_dir,
-            start_from=start_from,
-            run_dir=self.record.run_dir,
-            on_step=self.record.progress,
-            is_cancelled=self.record.is_cancelled,
-        )
+        policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
+        with closing(policy):
+            trained = loop.train(
+                self.recipe,
+                self.config,
+                ready.rows.rows,
+                material=self._material(ready, policy),
+                model_dir=self.settings.base_model_dir,
+                start_from=start_from,
+                run_dir=self.record.run_dir,
+                on_step=self.record.progress,
+                is_cancelled=self.record.is_cancelled,
+            )
         self.record.metric(
             phase="trained",
             steps=trained.num_steps,

@@ -7,7 +7,11 @@ A recipe is one module of :mod:`trainer.recipes`, named as it is (``online_dpo``
 from __future__ import annotations
 
 import importlib
+import json
+import math
 import pkgutil
+import random
+import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +21,9 @@ from typing import Any, Generic, TypeVar
 from infra.errors import EverloopError, InvalidRequestError
 from trainer import recipes, verify
 from trainer.config import DEFAULT_RECIPE, RunConfig, nearest
+from trainer.policy import ServedPolicy
 from trainer.rollout import Sample
-from trainer.snapshot import Snapshot
+from trainer.snapshot import Example, Snapshot
 from trainer.verify import Task
 
 C = TypeVar("C", bound=RunConfig)
@@ -26,6 +31,8 @@ Messages = list[dict[str, Any]]
 Row = dict[str, Any]
 
 MIN_ROWS = 8
+# With less, samples are as good as each other to the reward (arXiv 2503.15477: low variance, slow learning).
+MIN_SPREAD = 0.01
 
 
 class UnusableDataError(EverloopError):
@@ -52,6 +59,8 @@ class Material:
     verify
         Returns how right answers to tasks are, from 0 to 1, None where that cannot be told:
         ``verify(tasks, answers)``.
+    policy
+        Serves versions of the adapter while it trains; None where there is no engine.
     """
 
     data: Snapshot
@@ -59,6 +68,7 @@ class Material:
     score: Callable[[Sequence[Messages], Sequence[Sequence[str]], Sequence[str]], list[list[float]]]
     tasks: Callable[[int], list[Task]]
     verify: Callable[[Sequence[Task], Sequence[Sequence[str]]], list[list[float | None]]]
+    policy: ServedPolicy | None = None
 
 
 @dataclass(slots=True)
@@ -94,6 +104,11 @@ class Rows:
             self.facts | others.facts,
         )
 
+    def shuffled(self, seed: int) -> Rows:
+        """Return the rows in another order, the same for the same seed."""
+        order = random.Random(seed).sample(range(len(self.rows)), len(self.rows))
+        return self.only(order, "")
+
     def only(self, kept: Sequence[int], reason: str) -> Rows:
         """Return the rows at some places; the others are counted as set aside."""
         over = len(self.rows) - len(kept)
@@ -118,10 +133,13 @@ class Recipe(ABC, Generic[C]):
         Its settings.
     summary
         A sentence for who chooses among them.
+    publishes
+        Whether its trainer serves each version itself; otherwise each checkpoint is served.
     """
 
     Config: type[C]
     summary: str
+    publishes: bool = False
 
     @abstractmethod
     def rows(self, material: Material, config: C) -> Rows:
@@ -134,7 +152,7 @@ class Recipe(ABC, Generic[C]):
         """
 
     @abstractmethod
-    def trainer(self, config: C, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(self, config: C, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material) -> Any:
         """Return TRL's trainer.
 
         Parameters
@@ -144,7 +162,22 @@ class Recipe(ABC, Generic[C]):
         parts
             What every trainer is given: ``model`` and, where the adapter is new, ``peft_config``;
             ``train_dataset``, ``processing_class``, ``callbacks``.
+        material
+            What the rows were made from, for those that sample and score as they train.
         """
+
+
+def one_per_prompt(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """Return one example for each prompt, the newest; a seeded choice where there are more than fit."""
+    found = list({json.dumps(example.messages): example for example in examples}.values())
+    random.Random(seed).shuffle(found)
+    return found[:limit]
+
+
+def spread_of(rewards: Sequence[Sequence[float]]) -> float:
+    """Return the median over prompts of the standard deviation of their samples' rewards."""
+    spreads = [statistics.pstdev(group) for group in rewards if len(group) > 1 and all(map(math.isfinite, group))]
+    return statistics.median(spreads) if spreads else 0.0
 
 
 def names() -> list[str]:

@@ -44,6 +44,7 @@ class RunRecord:
         self.run_id = _new_id()
         self.run_dir = runs_dir / self.run_id
         self.set_aside: Counter[str] = Counter()
+        self.current_phase = ""
         self._phase_started_s = time.monotonic()
         self._seconds: dict[str, float] = {}
 
@@ -79,7 +80,7 @@ class RunRecord:
     def phase(self, name: str, total: int) -> None:
         """Begin a phase of `total` steps."""
         self._close_phase()
-        self._current = name
+        self.current_phase = name
         self.update(phase=name, phase_done=0, phase_total=total)
 
     def progress(self, done: int, total: int | None = None) -> None:
@@ -92,9 +93,9 @@ class RunRecord:
 
     def _close_phase(self) -> None:
         now = time.monotonic()
-        if hasattr(self, "_current"):
-            self._seconds[self._current] = round(now - self._phase_started_s, 1)
-            self.metric(phase=self._current, seconds=self._seconds[self._current])
+        if self.current_phase:
+            self._seconds[self.current_phase] = round(now - self._phase_started_s, 1)
+            self.metric(phase=self.current_phase, seconds=self._seconds[self.current_phase])
         self._phase_started_s = now
 
     def metric(self, **values: Any) -> None:

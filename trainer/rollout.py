@@ -1,10 +1,11 @@
-"""Fresh samples from the engine that serves."""
+"""Fresh samples from the engine that serves: their text, and the token ids and log-probabilities really used."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +13,58 @@ from infra.engine import EngineClient
 from infra.errors import InvalidRequestError
 from infra.settings import Settings
 from trainer.config import RunConfig
+from trainer.throttle import Throttle
 
 log = logging.getLogger("everloop.night")
 
-MAX_CONCURRENT = 32
+MAX_IN_FLIGHT = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled answer."""
+    """One sampled answer.
+
+    Attributes
+    ----------
+    prompt_ids, token_ids
+        What the model was given and what it said, as the engine saw both.
+    logprobs
+        Of each token when it was sampled (nats).
+    model
+        Who said it: the name of an immutable version.
+    """
 
     text: str
     finish_reason: str
+    prompt_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are sampled."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Sampling:
+        """Return what a run's configuration says."""
+        return cls(config.max_answer_tokens, config.temperature, config.top_p, config.top_k)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether log-probabilities are those of the model as it is."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and not self.top_k
+
+    def payload(self) -> dict[str, Any]:
+        """Return the fields of a request."""
+        cut: dict[str, Any] = {"top_k": self.top_k} if self.top_k else {}
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, **cut}
 
 
 async def sample(
@@ -32,49 +73,69 @@ async def sample(
     prompts: Sequence[list[dict[str, Any]]],
     *,
     num_samples: int,
-    max_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     on_done: Callable[[int], None] = lambda done: None,
+    throttle: Throttle | None = None,
 ) -> list[list[Sample]]:
-    """Sample `num_samples` answers to each prompt.
+    """Sample `num_samples` answers to each prompt; requests of people go first.
 
     Parameters
     ----------
     on_done
         Called with the number of finished prompts after each.
+    throttle
+        What keeps people's requests first; by default one of its own.
 
     Returns
     -------
     list of list of Sample
         One list per prompt, in the order of `prompts`; empty for a prompt that the engine refused.
     """
-    # The engine batches sequences, not requests: keep as many sequences in flight as it can hold.
-    gate = asyncio.Semaphore(max(1, MAX_CONCURRENT // num_samples))
+    gate = throttle or Throttle(max(MAX_IN_FLIGHT, num_samples), num_samples)
     done = 0
 
     async def one(index: int, messages: list[dict[str, Any]]) -> list[Sample]:
         nonlocal done
-        async with gate:
+        async with gate.passing(num_samples):
+            payload = {
+                "model": model,
+                "messages": messages,
+                "n": num_samples,
+                "seed": seed * 1_000_003 + index,
+                "logprobs": True,
+                "return_token_ids": True,
+                **sampling.payload(),
+            }
             try:
-                body = await engine.chat(
-                    {
-                        "model": model,
-                        "messages": messages,
-                        "n": num_samples,
-                        "max_tokens": max_tokens,
-                        "temperature": temperature,
-                        "seed": seed * 1_000_003 + index,
-                    }
-                )
+                body = await engine.chat(payload)
             except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
                 log.warning("the engine refused a prompt: %s", error.code)
                 body = {"choices": []}
         done += 1
         on_done(done)
-        return [Sample(choice["message"]["content"] or "", choice["finish_reason"]) for choice in body["choices"]]
+        return [_sample_of(choice, body, model) for choice in body["choices"]]
 
-    return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
+    await gate.look(engine)
+    watching = asyncio.create_task(gate.watch(engine))
+    try:
+        return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+
+def _sample_of(choice: dict[str, Any], body: dict[str, Any], model: str) -> Sample:
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    return Sample(
+        text=choice["message"]["content"] or "",
+        finish_reason=choice["finish_reason"],
+        prompt_ids=tuple(body.get("prompt_token_ids") or ()),
+        token_ids=tuple(choice.get("token_ids") or ()),
+        logprobs=tuple(token["logprob"] for token in tokens),
+        model=model,
+    )
 
 
 def sample_served(
@@ -84,9 +145,9 @@ def sample_served(
     prompts: Sequence[list[dict[str, Any]]],
     num_samples: int,
     seed: int,
-    on_done: Callable[[int], None],
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> list[list[Sample]]:
-    """Sample as :func:`sample` does, from the engine and with the lengths that settings and run name."""
+    """Sample as :func:`sample` does, from the engine and in the way that settings and run name."""
 
     async def ask() -> list[list[Sample]]:
         async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
@@ -95,8 +156,7 @@ def sample_served(
                 model,
                 prompts,
                 num_samples=num_samples,
-                max_tokens=config.max_answer_tokens,
-                temperature=config.temperature,
+                sampling=Sampling.of(config),
                 seed=config.seed + seed,
                 on_done=on_done,
             )

@@ -10,7 +10,10 @@ import numpy as np
 
 from reward.encoder import Encoder
 from reward.online import BayesianHead, pessimistic
+from reward.style import num_words
 
+LENGTH_LOSS = 4.0  # a halving or doubling beyond the range outweighs what any style feature can gain
+CUT_LOSS = 1.0
 LOWEST_REWARD = pessimistic(-math.inf, 0.0, 0.0)  # where rewards are clipped
 
 
@@ -61,3 +64,20 @@ class PinnedReward:
                 rewards.append([0.0] * len(group))
             at += len(group)
         return rewards
+
+
+def guarded(
+    rewards: Sequence[float], answers: Sequence[str], ended: Sequence[bool], words_range: tuple[int, int]
+) -> list[float]:
+    """Return rewards less what answers lose that were cut off, or have lengths that nobody rated well.
+
+    Otherwise a policy drifts to whatever length the reward extrapolates best. The loss grows with the distance, so
+    that of answers that are all outside the range the nearest is still the best.
+    """
+    low, high = words_range
+    found = []
+    for reward, answer, whole in zip(rewards, answers, ended, strict=True):
+        words = max(num_words(answer), 1)
+        doublings = max(math.log2(max(low, 1) / words), math.log2(words / max(high, 1)), 0.0)
+        found.append(max(reward - LENGTH_LOSS * doublings - (0.0 if whole else CUT_LOSS), LOWEST_REWARD))
+    return found

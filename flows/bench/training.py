@@ -17,7 +17,8 @@ from infra import report
 from infra.settings import load
 from trainer.config import RunConfig
 from trainer.pairs import pair_of
-from trainer.recipe import Row, open_recipe, resolve
+from trainer.recipe import Material, Row, open_recipe, resolve
+from trainer.snapshot import Snapshot
 
 SENTENCES = (
     "It depends on what you would like to know about it, and on how much time there is to explain. ",
@@ -63,7 +64,19 @@ def rows_of(num_rows: int) -> list[Row]:
 def _platform(config: RunConfig, rows: list[Row], model_dir: Path, run_dir: Path) -> None:
     from trainer import loop
 
-    loop.train(open_recipe(config.recipe), config, rows, model_dir=model_dir, start_from=None, run_dir=run_dir)
+    loop.train(
+        open_recipe(config.recipe),
+        config,
+        rows,
+        material=Material(Snapshot(), _nothing, _nothing, _nothing, _nothing),
+        model_dir=model_dir,
+        start_from=None,
+        run_dir=run_dir,
+    )
+
+
+def _nothing(*_: Any) -> list[Any]:
+    return []
 
 
 def _bare(config: RunConfig, rows: list[Row], model_dir: Path, run_dir: Path) -> None:

@@ -152,6 +152,8 @@ def _engine(settings: Settings) -> Part:
         "--max-model-len", str(settings.max_model_tokens),
         "--max-num-seqs", str(MAX_SEQUENCES),
         "--enforce-eager",
+        # What an answer was sampled from, after temperature, top_p and top_k: training weighs samples by it.
+        "--logprobs-mode", "processed_logprobs",
         "--disable-uvicorn-access-log",
     ]  # fmt: skip
     openmp = ROOT / ".venv-engine" / "lib" / "libiomp5.so"

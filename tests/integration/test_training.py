@@ -40,15 +40,19 @@ def prepared(name="dpo", num_rows=12, **more):
         Snapshot(train=examples),
         lambda prompts, num_samples: [[Sample("", "stop")] * num_samples for _ in prompts],
         lambda prompts, answers, references: [[0.0] * len(group) for group in answers],
+        lambda num_tasks: [],
+        lambda tasks, answers: [],
     )
     rows = recipe.rows(material, config)
-    return recipe, config, rows.newest(num_rows).rows
+    return recipe, config, rows.newest(num_rows).rows, material
 
 
 def train(model_dir, run_dir, name="dpo", num_rows=12, start_from=None, settings=None, **more):
     run_dir.mkdir(exist_ok=True)
-    recipe, config, rows = prepared(name, num_rows, **(settings or {}))
-    return loop.train(recipe, config, rows, model_dir=model_dir, start_from=start_from, run_dir=run_dir, **more)
+    recipe, config, rows, material = prepared(name, num_rows, **(settings or {}))
+    return loop.train(
+        recipe, config, rows, material=material, model_dir=model_dir, start_from=start_from, run_dir=run_dir, **more
+    )
 
 
 def losses(run_dir):

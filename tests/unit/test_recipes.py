@@ -1,5 +1,7 @@
 """Recipes: how they are chosen, what each makes of what people said. Nothing is trained here."""
 
+import json
+import math
 import tomllib
 
 import pytest
@@ -9,10 +11,13 @@ from tests.unit.test_training_data import example
 from trainer import recipe
 from trainer.config import RunConfig, read_toml
 from trainer.recipe import Material, UnusableDataError, names, open_recipe, resolve
+from trainer.recipes import grpo
 from trainer.rollout import Sample
+from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
 from trainer.snapshot import Snapshot
+from trainer.verify import Task
 
-NAMES = ["dpo", "kto", "online-dpo", "self-distill", "sft"]
+NAMES = ["dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
 
 
 def nothing_fresh(*_):
@@ -171,3 +176,97 @@ def test_samples_whose_rewards_do_not_differ_are_no_reason_to_train():
     corrected = [*examples, *(example(f"Long {n}.", fixed=[f"Short {n}."], prompt=f"How {n}?") for n in range(8))]
     found = rows_of("online-dpo", corrected, sample, score)
     assert found.sources == ["corrections"] * 8 and 0.0 < found.facts["reward_spread"] < 0.01
+
+
+def test_grpo_asks_prompts_and_tasks_in_a_seeded_order():
+    examples = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(20)]
+
+    def tasks(num_tasks):
+        return [Task(f"v/{n}", [{"role": "user", "content": f"Task {n}"}], {"n": n}) for n in range(num_tasks)]
+
+    settings = {"max_rows": 16, "verifiable_share": 0.25}
+    found = rows_of("grpo", examples, tasks=tasks, **settings)
+    assert sorted(found.sources) == ["prompts"] * 12 + ["tasks"] * 4
+    assert found.sources != sorted(found.sources)
+    assert rows_of("grpo", examples, tasks=tasks, **settings).rows == found.rows
+    kept = next(row for row in found.rows if row["task"])
+    assert json.loads(kept["task"])["skill"].startswith("v/") and kept["reference"] == ""
+
+
+def reward_of(function, prompts, texts, reference, task, finish_reason=None):
+    logged = {}
+    found = function(
+        prompts=[[{"role": "user", "content": text}] for text in prompts],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        reference=reference,
+        task=task,
+        finish_reason=finish_reason or ["stop"] * len(texts),
+        log_metric=logged.__setitem__,
+        extra="ignored",
+    )
+    return found, logged
+
+
+def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_verifiers():
+    asked = []
+
+    def score(prompts, answers, references):
+        asked.append((prompts, answers, references))
+        return [[float(len(text.split())) for text in group] for group in answers]
+
+    def verify(tasks, answers):
+        assert [task.key for task in tasks] == [{"n": 1}] * 2
+        return [[1.0 if group == ["right"] else None] for group in answers]
+
+    material = Material(Snapshot(), nothing_fresh, score, no_tasks, verify)
+    task = json.dumps({"skill": "v/one", "key": {"n": 1}})
+    batch = (
+        ["Why?", "Why?", "Do.", "Do."],
+        ["one two", "one two three four five", "right", "wrong"],
+        ["ref", "ref", "", ""],
+        ["", "", task, task],
+    )
+    found, logged = reward_of(grpo.learned(material, (1, 4), 2), *batch)
+    # The second is longer by a quarter than anybody rated well.
+    assert found == [2.0, pytest.approx(5.0 - LENGTH_LOSS * math.log2(5 / 4)), None, None]
+    assert logged == {"reward_spread": 1.5} and asked[0][2] == ["ref"]
+    cut, _ = reward_of(grpo.learned(material, (1, 9), 2), *batch, finish_reason=["length", "stop", "stop", "stop"])
+    assert cut[:2] == [2.0 - CUT_LOSS, 5.0]
+    verdicts, _ = reward_of(grpo.verified(material), *batch)
+    assert verdicts == [None, None, 1.0, None]
+
+
+def test_a_reward_that_is_no_number_is_none_to_learn_from():
+    material = Material(Snapshot(), nothing_fresh, lambda *_: [[math.nan, 1.0]], no_tasks, lambda *_: [])
+    found, _ = reward_of(grpo.learned(material, (0, 9), 2), ["Why?"] * 2, ["a", "b"], ["r"] * 2, [""] * 2)
+    assert found == [None, 1.0]
+
+
+def test_a_share_of_the_prompts_of_online_dpo_are_tasks():
+    def tasks(num_tasks):
+        return [Task(f"v/{n}", [{"role": "user", "content": f"Task {n}"}]) for n in range(num_tasks)]
+
+    def sample(prompts, num_samples):
+        return [[Sample(f"{prompt[0]['content']} {n}", "stop") for n in range(num_samples)] for prompt in prompts]
+
+    def score(prompts, answers, references):
+        assert len(prompts) == len(references) == 9
+        return [[float(n) for n in range(len(group))] for group in answers]
+
+    def verify(judged, answers):
+        return [[float(n == 1) for n in range(len(group))] for group in answers]
+
+    examples = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(12)]
+    found = rows_of(
+        "online-dpo", examples, sample, score, tasks, verify, num_prompts=12, verifiable_share=0.25, max_rows=40
+    )
+    assert found.sources.count("tasks") == 3
+    chosen = [row["chosen"][0]["content"] for row in found.rows if row["prompt"][0]["content"].startswith("Task")]
+    assert chosen == ["Task 0 1", "Task 1 1", "Task 2 1"]
+
+
+def test_the_further_a_length_is_from_what_people_rated_well_the_more_it_loses():
+    texts = ["a " * n for n in (1, 2, 4, 8, 16, 32)]
+    found = guarded([0.0] * 6, texts, [True] * 6, (4, 8))
+    assert found == [-2 * LENGTH_LOSS, -LENGTH_LOSS, 0.0, 0.0, -LENGTH_LOSS, -2 * LENGTH_LOSS]
+    assert guarded([0.0, -7.9], ["", "a"], [True, False], (400, 500)) == [LOWEST_REWARD] * 2

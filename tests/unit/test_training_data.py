@@ -15,7 +15,7 @@ from trainer.collect import conversation_of, is_held_out, is_held_out_user
 from trainer.config import RunConfig
 from trainer.pairs import best_against_worst, compared
 from trainer.prepared import Prepared
-from trainer.rollout import Sample, sample
+from trainer.rollout import Sample, Sampling, sample
 from trainer.snapshot import CARD_FILE, CARD_PAGE, DATASET_FILE, Example, Snapshot
 from trainer.verify import Verification
 
@@ -136,6 +136,9 @@ def test_a_reward_that_is_no_number_and_a_prompt_without_samples_make_no_pair():
 
 def test_a_prompt_that_the_engine_refuses_has_no_samples_and_the_others_have():
     class Engine:
+        async def num_requests(self):
+            return 0
+
         async def chat(self, payload):
             if "long" in payload["messages"][0]["content"]:
                 raise InvalidRequestError("Too long.", code="context_length_exceeded")
@@ -145,7 +148,7 @@ def test_a_prompt_that_the_engine_refuses_has_no_samples_and_the_others_have():
     done = []
     prompts = [[{"role": "user", "content": text}] for text in ("Why?", "long", "How?")]
     found = asyncio.run(
-        sample(Engine(), "base", prompts, num_samples=2, max_tokens=8, temperature=1.0, seed=0, on_done=done.append)
+        sample(Engine(), "base", prompts, num_samples=2, sampling=Sampling(8), seed=0, on_done=done.append)
     )
     assert [len(group) for group in found] == [2, 0, 2] and done == [1, 2, 3]
 

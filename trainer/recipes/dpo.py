@@ -48,7 +48,9 @@ class DPO(Recipe[DPOConfig]):
         """Return the newest comparisons."""
         return compared(material.data.train).newest(config.max_rows)
 
-    def trainer(self, config: DPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(
+        self, config: DPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
         """Return TRL's DPO trainer."""
         return preference_trainer(config, arguments, parts)
 

@@ -55,7 +55,9 @@ class KTO(Recipe[KTOConfig]):
             )
         return found.newest(config.max_rows)
 
-    def trainer(self, config: KTOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(
+        self, config: KTOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
         """Return TRL's KTO trainer, both sides weighed alike in all."""
         from trl import KTOConfig as Arguments
         from trl import KTOTrainer

@@ -7,22 +7,23 @@ Guo et al. (2024), Direct Language Model Alignment from Online AI Feedback, arXi
 
 from __future__ import annotations
 
-import json
-import math
-import random
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
 from trainer import pairs
-from trainer.recipe import MIN_ROWS, Material, Recipe, Rows, UnusableDataError
+from trainer.recipe import (
+    MIN_ROWS,
+    MIN_SPREAD,
+    Material,
+    Recipe,
+    Rows,
+    UnusableDataError,
+    one_per_prompt,
+    spread_of,
+)
 from trainer.recipes.dpo import DPOConfig, preference_trainer
-from trainer.snapshot import Example
-
-# With less, samples are as good as each other to the reward (arXiv 2503.15477: low variance, slow learning).
-MIN_SPREAD = 0.01
 
 
 class OnlineDPOConfig(DPOConfig):
@@ -45,7 +46,7 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
         """Sample, score, and pair."""
         data = material.data
         tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
-        examples = _one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
+        examples = one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
         prompts = [example.messages for example in examples]
         asked = prompts + [task.messages for task in tasks]
         samples = material.sample(asked, config.samples_per_prompt)
@@ -57,7 +58,7 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
         )
         found = found.then(pairs.right_against_wrong(tasks, samples[at:], material.verify(tasks, texts[at:])))
         corrected = pairs.corrections(data.train).newest(config.max_corrections)
-        found.facts["reward_spread"] = spread = _spread(rewards)
+        found.facts["reward_spread"] = spread = spread_of(rewards)
         if spread < MIN_SPREAD and len(corrected.rows) < MIN_ROWS:
             raise UnusableDataError(
                 f"The rewards of samples to the same prompt hardly differ (median deviation {spread:.3g}): there "
@@ -66,22 +67,11 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
             )
         return found.newest(max(config.max_rows - len(corrected.rows), 0)).then(corrected)
 
-    def trainer(self, config: OnlineDPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(
+        self, config: OnlineDPOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
         """Return TRL's DPO trainer."""
         return preference_trainer(config, arguments, parts)
-
-
-def _spread(rewards: list[list[float]]) -> float:
-    """Return the median over prompts of the standard deviation of their samples' rewards."""
-    spreads = [statistics.pstdev(group) for group in rewards if len(group) > 1 and all(map(math.isfinite, group))]
-    return statistics.median(spreads) if spreads else 0.0
-
-
-def _one_per_prompt(examples: list[Example], limit: int, seed: int) -> list[Example]:
-    """Return one example for each prompt, the newest; a seeded choice where there are more than fit."""
-    found = list({json.dumps(example.messages): example for example in examples}.values())
-    random.Random(seed).shuffle(found)
-    return found[:limit]
 
 
 RECIPE = OnlineDPO()

@@ -49,7 +49,9 @@ class SelfDistill(Recipe[SelfDistillConfig]):
                 found.set_aside["no_demonstration"] += 1
         return found.newest(config.max_rows)
 
-    def trainer(self, config: SelfDistillConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(
+        self, config: SelfDistillConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
         """Return TRL's SDFT trainer; the policy as it is at each step teaches, having read what people want."""
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 

@@ -43,7 +43,9 @@ class SFT(Recipe[SFTConfig]):
                 found.set_aside["no_demonstration"] += 1
         return found.newest(config.max_rows)
 
-    def trainer(self, config: SFTConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    def trainer(
+        self, config: SFTConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
         """Return TRL's SFT trainer; the loss is on the answers alone."""
         from trl import SFTConfig as Arguments
         from trl import SFTTrainer

@@ -1,0 +1,204 @@
+"""Rollouts: people first, versions told apart, what is too old made anew."""
+
+import asyncio
+import threading
+from contextlib import closing
+
+import httpx
+import pytest
+
+from infra.engine import EngineClient
+from infra.errors import EverloopError
+from trainer import throttle as throttle_module
+from trainer.grpo import Rollouts
+from trainer.policy import ServedPolicy
+from trainer.rollout import Sample, Sampling, sample
+from trainer.throttle import Throttle
+
+ASK = [{"role": "user", "content": "Why?"}]
+
+
+def prompts_of(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+class Engine:
+    """Answers after a moment; `others` sequences of other people are there too."""
+
+    def __init__(self, others=lambda: 0):
+        self.others = others
+        self.in_flight = 0
+        self.most = 0
+        self.asked = []
+
+    async def num_requests(self):
+        return self.in_flight + self.others()
+
+    async def chat(self, payload):
+        self.asked.append(payload)
+        self.in_flight += payload["n"]
+        self.most = max(self.most, self.in_flight)
+        await asyncio.sleep(0.02)
+        self.in_flight -= payload["n"]
+        choice = {
+            "message": {"content": "So."},
+            "finish_reason": "stop",
+            "token_ids": [5, 2],
+            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
+        }
+        return {"choices": [choice] * payload["n"], "prompt_token_ids": [1, 7]}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(throttle_module, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(throttle_module, "QUIET_S", 0.05)
+
+
+def run(engine, num_prompts, throttle, **more):
+    options = {"num_samples": 2, "sampling": Sampling(8), "seed": 3, **more}
+    return asyncio.run(sample(engine, "base", [ASK] * num_prompts, throttle=throttle, **options))
+
+
+def test_a_sample_has_the_ids_and_log_probabilities_that_the_engine_used():
+    engine = Engine()
+    found = run(engine, 1, None, sampling=Sampling(8, 0.7, 0.9, 40))
+    assert found == [[Sample("So.", "stop", (1, 7), (5, 2), (-0.5, -0.25), "base")] * 2]
+    (payload,) = engine.asked
+    assert payload["logprobs"] and payload["return_token_ids"]
+    assert (payload["temperature"], payload["top_p"], payload["top_k"]) == (0.7, 0.9, 40)
+    assert not Sampling(8, 0.7).is_plain and not Sampling(8, top_k=4).is_plain and Sampling(8).is_plain
+
+
+def test_alone_the_engine_is_filled_and_beside_people_it_is_left_to_them(quick):
+    alone, busy = Engine(), Engine(lambda: 1)
+    run(alone, 12, Throttle(8, 2))
+    assert alone.most == 8
+    run(busy, 12, throttle := Throttle(8, 2))
+    assert busy.most == 2 and len(busy.asked) == 12 and throttle.held_s > 0
+
+
+def test_when_people_leave_the_engine_is_filled_again(quick):
+    async def scene():
+        gate = Throttle(8, 2)
+        await gate.look(Engine(lambda: 1))
+        assert gate.limit == 2
+        await asyncio.sleep(0.06)
+        return gate.limit
+
+    assert asyncio.run(scene()) == 8
+
+
+def test_a_request_larger_than_the_limit_passes_when_it_is_alone():
+    async def scene():
+        gate = Throttle(2, 2)
+        async with gate.passing(5):
+            waiting = asyncio.ensure_future(gate.passing(1).__aenter__())
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_does_not_tell_its_queue_holds_nothing_back(quick):
+    class Silent(Engine):
+        async def num_requests(self):
+            raise EverloopError("There are no metrics.", code="engine_error")
+
+    engine = Silent()
+    assert len(run(engine, 6, Throttle(4, 1))) == 6 and engine.most == 4
+
+
+METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+vllm:num_requests_running{engine="0",model_name="base"} 3.0
+vllm:num_requests_waiting{engine="0",model_name="base"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 2.0
+"""
+
+
+def client(handler):
+    engine = EngineClient("http://engine")
+    engine._http = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(handler))
+    return engine
+
+
+def test_the_engines_queue_is_read_from_its_metrics():
+    engine = client(lambda request: httpx.Response(200, text=METRICS))
+    assert asyncio.run(engine.num_requests()) == 5
+
+
+@pytest.mark.parametrize(("logprob", "is_processed"), [(0.0, True), (-2.3, False)])
+def test_whether_log_probabilities_are_processed_is_seen_from_one_token(logprob, is_processed):
+    body = {"choices": [{"logprobs": {"token_logprobs": [logprob]}}]}
+    engine = client(lambda request: httpx.Response(200, json=body))
+    assert asyncio.run(engine.logprobs_are_processed("base")) is is_processed
+
+
+class Policy(ServedPolicy):
+    """Versions without an engine."""
+
+    def __init__(self):
+        self.version, self.run_id = 1, "r"
+
+
+class Asked:
+    """Samples of whichever version is asked; remembers."""
+
+    def __init__(self, before=lambda: None):
+        self.calls = []
+        self.before = before
+
+    def __call__(self, model, prompts, seed):
+        self.before()
+        self.calls.append((model, [p[0]["content"] for p in prompts], threading.current_thread().name))
+        return [[Sample(f"{p[0]['content']} {n}", "stop", model=model) for n in range(2)] for p in prompts]
+
+
+def rollouts(policy, ask, prompts, ahead=0, max_lag=4):
+    return Rollouts(policy, ask, num_samples=2, prompts=prompts, batch_prompts=2, ahead=ahead, max_lag=max_lag)
+
+
+def test_without_looking_ahead_samples_are_of_the_newest_version():
+    policy, ask = Policy(), Asked()
+    prompts = prompts_of("a", "b", "c", "d")
+    with closing(rollouts(policy, ask, prompts)) as found:
+        found.batch(prompts[:2])
+        policy.version = 2
+        assert {one.model for group in found.batch(prompts[2:]) for one in group} == {"run/r@2"}
+    assert [texts for _, texts, _ in ask.calls] == [["a", "b"], ["c", "d"]]
+
+
+def test_looking_ahead_samples_while_the_policy_trains_and_what_is_too_old_is_made_anew():
+    policy, ask = Policy(), Asked()
+    prompts = prompts_of(*"abcdef")
+    with closing(rollouts(policy, ask, prompts, ahead=2, max_lag=1)) as found:
+        found.batch(prompts[:2])
+        found._pending[-1][1].result()  # both batches ahead were sampled of version 1
+        policy.version = 2
+        assert {policy.lag(one.model) for group in found.batch(prompts[2:4]) for one in group} == {1}
+        assert found.num_dropped == 0
+        policy.version = 3
+        assert {policy.lag(one.model) for group in found.batch(prompts[4:]) for one in group} == {0}
+        assert found.num_dropped == 4
+    assert [texts for _, texts, _ in ask.calls] == [["a", "b"], ["c", "d"], ["e", "f"], ["e", "f"]]
+    assert ask.calls[1][2] != ask.calls[0][2] == ask.calls[3][2]
+
+
+def test_prompts_that_were_not_expected_are_sampled_when_asked_for():
+    policy, ask = Policy(), Asked()
+    prompts = prompts_of("a", "b", "c", "d")
+    with closing(rollouts(policy, ask, prompts, ahead=1)) as found:
+        found.batch(prompts[:2])
+        other = prompts_of("x", "y")
+        assert [group[0].text for group in found.batch(other)] == ["x 0", "y 0"]
+
+
+def test_a_prompt_without_answers_ends_the_training_with_that_reason():
+    policy = Policy()
+    with (
+        closing(rollouts(policy, lambda *_: [[], []], prompts_of("a", "b"))) as found,
+        pytest.raises(EverloopError) as refused,
+    ):
+        found.batch(prompts_of("a", "b"))
+    assert refused.value.code == "prompt_refused"

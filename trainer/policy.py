@@ -1,0 +1,107 @@
+"""A policy that is served while it trains: each version of its adapter under an immutable name.
+
+The names are ``run/RUN@VERSION``. The engine keeps cached prefixes of a name that is loaded again with other
+weights (vllm#42125), so no name is ever used twice, and what a sample came from can always be told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.engine import RUN_PREFIX, EngineClient
+from infra.errors import EverloopError
+
+log = logging.getLogger("everloop.training")
+
+POLICY_DIR = "policy"
+
+
+class ServedPolicy:
+    """Versions of one run's adapter on the engine.
+
+    Parameters
+    ----------
+    keep
+        Versions that stay loaded: the newest, and those before it that samples may still be asked of.
+
+    Attributes
+    ----------
+    version
+        The newest; 0 before the first is published.
+    """
+
+    def __init__(self, engine_url: str, run_dir: Path, keep: int = 1) -> None:
+        self.engine_url = engine_url
+        self.run_id = run_dir.name
+        self.directory = run_dir / POLICY_DIR
+        self.keep = keep
+        self.version = 0
+        self._loaded: list[int] = []
+
+    @property
+    def name(self) -> str:
+        """What the engine calls the newest version."""
+        return self.name_of(self.version)
+
+    def name_of(self, version: int) -> str:
+        """Return what the engine calls a version."""
+        return f"{RUN_PREFIX}{self.run_id}@{version}"
+
+    def lag(self, name: str) -> int:
+        """Return how many versions the newest is ahead of the one of this name."""
+        return self.version - int(name.rpartition("@")[2])
+
+    def publish(self, save: Callable[[Path], None]) -> None:
+        """Serve a new version.
+
+        Parameters
+        ----------
+        save
+            Writes the adapter into a directory.
+        """
+        version = self.version + 1
+        directory = self.directory / str(version)
+        save(directory)
+
+        async def load() -> None:
+            async with EngineClient(self.engine_url) as engine:
+                if version == 1:
+                    await self._unload_dead(engine)
+                await engine.load_adapter(self.name_of(version), directory)
+                self._loaded.append(version)
+                self.version = version
+                for old in self._loaded[: -self.keep]:
+                    await self._unload(engine, old)
+                del self._loaded[: -self.keep]
+
+        asyncio.run(load())
+
+    def close(self) -> None:
+        """Take every version from the engine; where it does not answer, it has been told nothing."""
+
+        async def unload() -> None:
+            async with EngineClient(self.engine_url) as engine:
+                for version in self._loaded:
+                    await self._unload(engine, version)
+            self._loaded.clear()
+
+        if self._loaded:
+            asyncio.run(unload())
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    async def _unload(self, engine: EngineClient, version: int) -> None:
+        try:
+            await engine.unload_adapter(self.name_of(version))
+        except EverloopError as error:  # the engine restarted, and has none of them
+            log.warning("%s was not unloaded: %s", self.name_of(version), error.code)
+        shutil.rmtree(self.directory / str(version), ignore_errors=True)
+
+    async def _unload_dead(self, engine: EngineClient) -> None:
+        """Take from the engine what a run left that was killed: one trains at a time, so none is another's."""
+        for name in await engine.models():
+            if name.startswith(RUN_PREFIX):
+                await engine.unload_adapter(name)
