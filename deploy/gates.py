@@ -84,6 +84,11 @@ def length_gate(words: Sequence[int], low_words: float, high_words: float) -> Ga
     return GateResult("median_words", median, low_words, len(words), low_words, high_words, verdict)
 
 
+def kl_gate(kl: float, n: int, max_kl: float) -> GateResult:
+    """Require that a candidate stays near the base model (mean KL over answers, nats)."""
+    return GateResult("kl_to_base", kl, max_kl, n, kl, kl, "pass" if kl <= max_kl else "fail")
+
+
 def skill_gates(
     champion: Mapping[str, Sequence[float]], challenger: Mapping[str, Sequence[float]]
 ) -> list[GateResult]:

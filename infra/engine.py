@@ -184,6 +184,13 @@ class EngineClient:
         choice = (await self._post("/v1/completions", payload))["choices"][0]
         return [next(iter(entry.values()))["logprob"] for entry in choice["prompt_logprobs"][1:]]
 
+    async def token_logprobs(self, model: str, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        """Return the log-probability that a model gives each token of an answer (nats), temperature 1."""
+        payload = {"model": model, "prompt": [*prompt_ids, *token_ids], "max_tokens": 1, "prompt_logprobs": 0}
+        choice = (await self._post("/v1/completions", {**payload, "add_special_tokens": False}))["choices"][0]
+        told = choice["prompt_logprobs"][len(prompt_ids) :]
+        return [entry[str(token)]["logprob"] for token, entry in zip(token_ids, told, strict=True)]
+
     async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         try:
             response = await self._http.post(path, json=payload)

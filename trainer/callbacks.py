@@ -125,6 +125,20 @@ class Publish(TrainerCallback):  # type: ignore[misc]
             log.warning("step %d cannot be tried: %s", state.global_step, error.message)
 
 
+class Keep(TrainerCallback):  # type: ignore[misc]
+    """Keeps the adapter as it is at some steps, evenly spread and the last among them."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self.directory = directory
+        self.number = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Save it at its steps, and where the training is told to stop."""
+        steps = {round(state.max_steps * part / self.number) for part in range(1, self.number + 1)}
+        if state.global_step in steps or control.should_training_stop:
+            save_adapter(model, self.directory / f"step-{state.global_step}")
+
+
 def save_adapter(model: Any, directory: Path) -> None:
     """Write the adapter that trains, in PEFT's own format."""
     model.save_pretrained(str(directory), selected_adapters=["default"], safe_serialization=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deploy import audit, head, registry
+from deploy import audit, gates, head, registry
 from deploy.gates import GateResult
 from deploy.tables import Release
 from infra.db import Sessions
@@ -15,6 +15,7 @@ from reward.encoder import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
 from trainer.judge import Sampler
+from trainer.peak import Point
 from trainer.prepared import Prepared
 from trainer.record import RunRecord
 from trainer.verify import Verification
@@ -35,7 +36,12 @@ class Candidate:
         self.ready = ready
 
     def stand(
-        self, adapter_dir: Path, sample: Sampler, verification: Verification, canary_share: float
+        self,
+        adapter_dir: Path,
+        measured: Point | None,
+        sample: Sampler,
+        verification: Verification,
+        canary_share: float,
     ) -> dict[str, Any]:
         """Register, judge, and open a canary where it passes; return how the run ended."""
         release = self._register(adapter_dir)
@@ -43,6 +49,8 @@ class Candidate:
             return self._held_for_erasure()
         self.record.phase("gates", 2 * self.config.num_gate_prompts)
         results = judge.judge(self.sessions, self.settings, self.config, release, self.ready, sample, verification)
+        if measured is not None:
+            results.append(gates.kl_gate(measured.kl, measured.n, self.config.max_kl))
         self.record.set_aside.update(verification.pop_faults())
         for result in results:
             self.record.metric(phase="gates", **result.as_dict())

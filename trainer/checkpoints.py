@@ -11,6 +11,7 @@ from pathlib import Path
 log = logging.getLogger("everloop.training")
 
 CHECKPOINTS_DIR = "checkpoints"
+KEPT_DIR = "kept"  # adapters at some steps, to choose from after the training
 SEAL_FILE = "everloop-seal.json"
 
 

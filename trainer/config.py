@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,6 +45,14 @@ class RunConfig(BaseModel):
     verifiable_share: float = Field(0.0, ge=0, lt=1, description="Of the prompts that get samples, share of tasks.")
     gate_tasks_per_skill: int = Field(4, ge=0, description="Tasks of each skill that judge a candidate.")
     verifier_timeout_s: float = Field(5.0, gt=0, description="A verifier that takes longer is counted, and killed.")
+
+    checkpoints_judged: int = Field(
+        3, ge=0, description="Checkpoints measured after the training, the last included."
+    )
+    judge_prompts: int = Field(16, ge=4, description="Prompts that they are measured on; none of them trains.")
+    register_at: Literal["gold-peak", "last"] = Field("gold-peak", description="Which of them is registered.")
+    keep_answers: bool = Field(False, description="Keep what they answered, in the run's directory.")
+    max_kl: float = Field(60.0, gt=0, description="Furthest from the base model, nats per answer.")
 
     max_train_minutes: float = Field(30.0, gt=0, description="The training ends here, with what it has learned.")
     max_train_tokens: int | None = Field(None, ge=1, description="Likewise, after this many tokens.")

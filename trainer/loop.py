@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import EverloopError
 from trainer import checkpoints
-from trainer.callbacks import Publish, Restore, Seal, Watch, save_adapter
-from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.callbacks import Keep, Publish, Restore, Seal, Watch, save_adapter
+from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.config import RunConfig
 from trainer.recipe import Material, Recipe, Row
 
@@ -45,12 +45,15 @@ class Trained:
         The budget that ended it (``time`` or ``tokens``), or None where it came to its end.
     resumed_from_step
         The step of the checkpoint that it went on from; 0 for none.
+    kept
+        Steps, and the adapter as it was at each; the last is that of `adapter_dir`.
     """
 
     adapter_dir: Path
     num_steps: int
     stopped_by: str | None
     resumed_from_step: int
+    kept: list[tuple[int, Path]]
 
 
 def train(
@@ -89,6 +92,8 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     watch = Watch(config, run_dir / METRICS_FILE, on_step, is_cancelled)
     callbacks: list[Any] = [watch, Seal()]
+    if config.checkpoints_judged:
+        callbacks.append(Keep(run_dir / KEPT_DIR, config.checkpoints_judged))
     if material.policy is not None and not recipe.publishes:
         callbacks.append(Publish(material.policy))
     checkpoint = checkpoints.newest(run_dir / CHECKPOINTS_DIR)
@@ -116,7 +121,14 @@ def train(
     watch.raise_if_failed(TrainingError)
     adapter_dir = run_dir / ADAPTER_DIR
     save_adapter(trainer.model, adapter_dir)
-    return Trained(adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from)
+    return Trained(
+        adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from, kept_in(run_dir / KEPT_DIR)
+    )
+
+
+def kept_in(directory: Path) -> list[tuple[int, Path]]:
+    """Return the steps whose adapters were kept, and where, oldest first."""
+    return sorted((int(path.name.rpartition("-")[2]), path) for path in directory.glob("step-*"))
 
 
 def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -23,11 +24,12 @@ from infra.settings import Settings
 from reward import store
 from reward.encoder import base_model_digest
 from reward.encoders import open_active_encoder
-from trainer import collect, erasure, prepared
+from trainer import collect, erasure, gold, peak, prepared
 from trainer.candidate import Candidate
-from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.fit import fitting
 from trainer.judge import gate_tasks
+from trainer.peak import Point
 from trainer.policy import ServedPolicy
 from trainer.prepared import Prepared
 from trainer.recipe import MIN_ROWS, Material, Messages, UnusableDataError, resolve
@@ -38,9 +40,13 @@ from trainer.scoring import PinnedReward
 from trainer.tables import TrainingRun
 from trainer.verify import Task, Verification
 
+if TYPE_CHECKING:
+    from trainer.loop import Trained
+
 log = logging.getLogger("everloop.night")
 ROLLOUT_SEED = 1
 TRAIN_TASKS_SEED = 1000
+PEAK_SEED = 6
 
 
 class Night:
@@ -101,6 +107,7 @@ class Night:
                 raise
             finally:
                 self.verification.close()
+                shutil.rmtree(self.record.run_dir / KEPT_DIR, ignore_errors=True)
                 prepared.discard(self.record.run_dir)
                 shutil.rmtree(self.record.run_dir / CHECKPOINTS_DIR, ignore_errors=True)
                 erasure.sweep(self.sessions, self.settings.datasets_dir)
@@ -129,9 +136,9 @@ class Night:
             return ready
         self.record.set_aside.update(ready.data.set_aside)
         self.record.set_aside.update(ready.rows.set_aside)
-        adapter_dir = self._train(ready)
+        adapter_dir, taken = self._train(ready)
         candidate = Candidate(self.sessions, self.settings, self.config, self.record, ready)
-        return candidate.stand(adapter_dir, self._sample, self.verification, self.canary_share)
+        return candidate.stand(adapter_dir, taken, self._sample, self.verification, self.canary_share)
 
     def _prepare(self) -> Prepared | dict[str, Any]:
         """Return what is trained on; or how the run ended, where there is nothing."""
@@ -206,7 +213,8 @@ class Night:
             self.settings, self.config, model, prompts, num_samples, seed, on_done=self.record.progress
         )
 
-    def _train(self, ready: Prepared) -> Path:
+    def _train(self, ready: Prepared) -> tuple[Path, Point | None]:
+        """Train; return the adapter to register, and how it was measured."""
         from trainer import loop
 
         with self.sessions() as session:
@@ -228,10 +236,33 @@ class Night:
                 on_step=self.record.progress,
                 is_cancelled=self.record.is_cancelled,
             )
-        self.record.metric(
-            phase="trained",
-            steps=trained.num_steps,
-            stopped_by=trained.stopped_by,
-            resumed_from_step=trained.resumed_from_step,
+            self.record.metric(
+                phase="trained",
+                steps=trained.num_steps,
+                stopped_by=trained.stopped_by,
+                resumed_from_step=trained.resumed_from_step,
+            )
+            return self._chosen(ready, policy, trained)
+
+    def _chosen(self, ready: Prepared, policy: ServedPolicy, trained: Trained) -> tuple[Path, Point | None]:
+        """Measure the kept checkpoints, and return the one to register."""
+        prompts, references = peak.unseen(ready.data, ready.rows, self.config.judge_prompts, self.config.seed)
+        if not trained.kept or not prompts:
+            return trained.adapter_dir, None
+        self.record.phase("peak", len(trained.kept) + 1)
+        scales = peak.Scales(
+            engine_url=policy.engine_url,
+            prompts=prompts,
+            references=references,
+            reward=ready.reward,
+            gold=gold.fit(ready.reward.encoder, ready.data.gate),
+            ask=partial(self._sample, num_samples=1, seed=PEAK_SEED),
         )
-        return trained.adapter_dir
+        points = peak.measure_all(scales, policy, ready.champion, trained.kept)
+        chosen = points[-1] if self.config.register_at == "last" else peak.choose(points[1:], self.config.max_kl)
+        for point in points:
+            self.record.metric(phase="peak", taken=point is chosen, **point.as_dict())
+        peak.plot(points, chosen, self.record.run_dir / peak.PLOT_FILE)
+        if self.config.keep_answers:
+            peak.write_answers(points, self.record.run_dir / peak.ANSWERS_FILE)
+        return dict(trained.kept)[chosen.step], chosen

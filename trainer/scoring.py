@@ -45,23 +45,33 @@ class PinnedReward:
         An answer that the encoder refuses (empty, or far too long) gets the lowest reward there is. Against a
         reference that it refuses nothing can be said: all rewards of that prompt are 0.
         """
+        return self.score_under([(self.head, self.kappa)], prompts, answers, references, on_done)[0]
+
+    def score_under(
+        self,
+        judges: Sequence[tuple[BayesianHead, float]],
+        prompts: Sequence[list[dict[str, Any]]],
+        answers: Sequence[Sequence[str]],
+        references: Sequence[str],
+        on_done: Callable[[int], None] = lambda done: None,
+    ) -> list[list[list[float]]]:
+        """Return what each (head, kappa) gives the answers, as :meth:`score` does; they are encoded once."""
         flat = [(prompt, a) for prompt, group in zip(prompts, answers, strict=True) for a in group]
         flat += list(zip(prompts, references, strict=True))
         encoded, usable = self.encoder.encode_usable(flat, on_done)
         features = encoded.astype(np.float64)
         references_at = len(flat) - len(references)
-        rewards, at = list[list[float]](), 0
+        rewards: list[list[list[float]]] = [[] for _ in judges]
+        at = 0
         for index, group in enumerate(answers):
-            if not group:
-                rewards.append([])
-                continue
-            here = slice(at, at + len(group))
-            scores = self.head.predict_many(features[here] - features[references_at + index])
-            if usable[references_at + index]:
+            here, reference = slice(at, at + len(group)), references_at + index
+            for given, (head, kappa) in zip(rewards, judges, strict=True):
+                if not usable[reference]:
+                    given.append([0.0] * len(group))
+                    continue
+                scores = head.predict_many(features[here] - features[reference]) if group else []
                 scored = zip(scores, usable[here], strict=True)
-                rewards.append([pessimistic(s.mean, s.sd, self.kappa) if ok else LOWEST_REWARD for s, ok in scored])
-            else:
-                rewards.append([0.0] * len(group))
+                given.append([pessimistic(s.mean, s.sd, kappa) if ok else LOWEST_REWARD for s, ok in scored])
             at += len(group)
         return rewards
 

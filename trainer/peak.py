@@ -1,0 +1,195 @@
+"""Where to stop: checkpoints are measured as they are served, and the one at the gold scorer's peak is taken.
+
+Following a learned reward for long enough makes it rise and what people want fall (Goodhart). So each kept
+checkpoint answers prompts that it did not train on; the proxy, a gold scorer that training never sees, and the KL
+to the base model are written to the metrics and drawn over sqrt(KL).
+
+References
+----------
+Gao, Schulman and Hilton (2023), Scaling Laws for Reward Model Overoptimization, arXiv 2210.10760.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from infra.engine import EngineClient
+from infra.settings import BASE_MODEL_NAME
+from reward.style import num_words
+from trainer.gold import Gold
+from trainer.policy import ServedPolicy
+from trainer.recipe import Messages, Rows, one_per_prompt
+from trainer.rollout import Sample
+from trainer.scoring import PinnedReward
+from trainer.snapshot import Snapshot
+
+PLOT_FILE = "overoptimisation.svg"
+ANSWERS_FILE = "answers.jsonl"
+
+Ask = Callable[[str, list[Messages]], list[list[Sample]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A checkpoint, measured on the same prompts as the others.
+
+    Attributes
+    ----------
+    kl
+        Mean over answers of ``log p(answer) - log p_base(answer)``: an estimate of the KL to the base, in nats.
+    proxy, gold
+        Mean rewards against the logged answers; gold's is None where too little was held out to fit one.
+    golds
+        Those of each answer.
+    """
+
+    step: int
+    kl: float
+    proxy: float
+    gold: float | None
+    mean_words: float
+    n: int
+    golds: tuple[float, ...] = field(default=(), repr=False)
+    texts: tuple[str, ...] = field(default=(), repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures, without what each answer got."""
+        return {name: value for name, value in asdict(self).items() if name not in ("golds", "texts")}
+
+
+@dataclass(slots=True)
+class Scales:
+    """What checkpoints are measured with.
+
+    Attributes
+    ----------
+    ask
+        Returns one answer of a served model to each prompt.
+    """
+
+    engine_url: str
+    prompts: list[Messages]
+    references: list[str]
+    reward: PinnedReward
+    gold: Gold
+    ask: Ask
+
+    def measure(self, model: str, step: int) -> Point:
+        """Measure a model as it is served."""
+        answered = [
+            (prompt, reference, group[0])
+            for prompt, reference, group in zip(
+                self.prompts, self.references, self.ask(model, self.prompts), strict=True
+            )
+            if group and group[0].token_ids
+        ]
+        prompts = [prompt for prompt, _, _ in answered]
+        samples = [sample for _, _, sample in answered]
+        judges = [(self.reward.head, self.reward.kappa), (self.gold.head, 0.0)]
+        proxies, golds = (
+            [group[0] for group in scores]
+            for scores in self.reward.score_under(
+                judges, prompts, [[s.text] for s in samples], [reference for _, reference, _ in answered]
+            )
+        )
+        return Point(
+            step=step,
+            kl=_mean(asyncio.run(self._log_ratios(model, samples))),
+            proxy=_mean(proxies),
+            gold=_mean(golds) if self.gold.is_informed else None,
+            mean_words=_mean([num_words(sample.text) for sample in samples]),
+            n=len(samples),
+            golds=tuple(golds) if self.gold.is_informed else (),
+            texts=tuple(sample.text for sample in samples),
+        )
+
+    async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
+        async with EngineClient(self.engine_url) as engine:
+
+            async def ratio(sample: Sample) -> float:
+                own, base = [
+                    sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
+                    for name in (model, BASE_MODEL_NAME)
+                ]
+                return own - base
+
+            return [await ratio(sample) for sample in samples]
+
+
+def measure_all(
+    scales: Scales, policy: ServedPolicy, champion: str, kept: Sequence[tuple[int, Path]]
+) -> list[Point]:
+    """Measure the champion (as step 0) and each kept checkpoint, oldest first."""
+    points = [scales.measure(champion, 0)]
+    for step, directory in kept:
+        policy.publish(partial(shutil.copytree, directory))
+        points.append(scales.measure(policy.name, step))
+    return points
+
+
+def choose(points: Sequence[Point], max_kl: float) -> Point:
+    """Return the checkpoint to register.
+
+    Of those within `max_kl` (or the nearest to it, which a gate then holds) it is the last that none beats by more
+    than one standard error in gold reward on the same prompts: noise alone does not send a run back.
+    """
+    allowed = [point for point in points if point.kl <= max_kl] or [min(points, key=lambda point: point.kl)]
+    chosen = allowed[-1]
+    for point in reversed(allowed):
+        if _beats(point, chosen):
+            chosen = point
+    return chosen
+
+
+def _beats(one: Point, other: Point) -> bool:
+    differences = [a - b for a, b in zip(one.golds, other.golds, strict=False)]
+    if len(differences) < 2:
+        return False
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences) > error
+
+
+def plot(points: Sequence[Point], chosen: Point, path: Path) -> None:
+    """Draw proxy and gold over sqrt(KL), with the checkpoint that was taken."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(points, key=lambda point: point.kl)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    distance = [math.sqrt(max(point.kl, 0.0)) for point in ordered]
+    axes.plot(distance, [point.proxy for point in ordered], "o--", label="proxy (what training follows)")
+    golds = [point.gold for point in ordered if point.gold is not None]
+    if len(golds) == len(ordered):
+        axes.plot(distance, golds, "o-", label="gold (held out of training)")
+    axes.axvline(math.sqrt(max(chosen.kl, 0.0)), color="grey", linewidth=1, label=f"taken: step {chosen.step}")
+    axes.set_xlabel("sqrt(KL to the base), square root of nats per answer")
+    axes.set_ylabel("reward against logged answers")
+    axes.legend()
+    figure.savefig(path)
+
+
+def unseen(data: Snapshot, rows: Rows, number: int, seed: int) -> tuple[list[Messages], list[str]]:
+    """Return prompts of people that no row trains on, and the answers that were logged."""
+    trained = [row["prompt"] for row in rows.rows]
+    left = [example for example in data.train if example.messages not in trained]
+    chosen = one_per_prompt(left, number, seed)
+    return [example.messages for example in chosen], [example.answer for example in chosen]
+
+
+def write_answers(points: Sequence[Point], path: Path) -> None:
+    """Write what checkpoints answered, a line each."""
+    lines = [json.dumps({"step": point.step, "answers": point.texts}, ensure_ascii=False) for point in points]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
