@@ -3,6 +3,7 @@
 References
 ----------
 Rafailov et al. (2023), Direct Preference Optimization, arXiv 2305.18290.
+Liu et al. (2024), Length Desensitization in Direct Preference Optimization, arXiv 2409.06411.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ class DPOConfig(RunConfig):
 
     recipe: str = "dpo"
     beta: float = Field(0.1, gt=0, description="KL strength.")
+    tail_weight: float = Field(
+        1.0, ge=0, le=1, description="Weight of what a longer answer has beyond the shorter one's length (LD-DPO)."
+    )
     sft_weight: float = Field(0.0, ge=0, description="Weight of likelihood on the chosen answer.")
 
 
@@ -34,7 +38,14 @@ def preference_trainer(config: DPOConfig, arguments: Mapping[str, Any], parts: M
     if config.sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, config.sft_weight]}
     return DPOTrainer(
-        args=Arguments(**arguments, **losses, beta=config.beta, max_length=config.max_row_tokens), **parts
+        args=Arguments(
+            **arguments,
+            **losses,
+            beta=config.beta,
+            ld_alpha=config.tail_weight if config.tail_weight < 1.0 else None,
+            max_length=config.max_row_tokens,
+        ),
+        **parts,
     )
 
 
