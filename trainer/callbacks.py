@@ -7,17 +7,17 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from infra.errors import EverloopError, IntegrityError
-from trainer import checkpoints
+from trainer import checkpoints, processes
 from trainer.config import RunConfig
 from trainer.policy import ServedPolicy
 from trainer.recipe import MIN_SPREAD
@@ -57,7 +57,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the clock, the tokens, the memory and the operator."""
-        self.on_step(state.global_step, state.max_steps)
+        if processes.is_main():
+            self.on_step(state.global_step, state.max_steps)
+            self._look(state)
+        if processes.num_processes() > 1:  # all have to stop at the same step
+            told = [(self.failure, self.stopped_by)]
+            torch.distributed.broadcast_object_list(told, src=0)
+            self.failure, self.stopped_by = told[0]
+        if self.failure or self.stopped_by:
+            control.should_training_stop = True
+
+    def _look(self, state: Any) -> None:
         if self.is_cancelled():
             self.failure = "run_cancelled", "The run was cancelled."
         elif (limit := self.config.max_memory_gib) and (used := psutil.Process().memory_info().rss / GIB) > limit:
@@ -70,11 +80,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.stopped_by = "time"
         elif (most := self.config.max_train_tokens) and state.num_input_tokens_seen >= most:
             self.stopped_by = "tokens"
-        if self.failure or self.stopped_by:
-            control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write a line of metrics; a loss or gradient that is no number ends the training."""
+        if not processes.is_main():
+            return
         logs = dict(logs or {})
         broken = [k for k in ("loss", "grad_norm") if k in logs and not math.isfinite(float(logs[k]))]
         if broken:
@@ -83,7 +93,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 f"At step {state.global_step} the {broken[0].replace('_', ' ')} is no finite number. A lower "
                 "learning_rate may help.",
             )
-            control.should_training_stop = True
         if "reward_spread" in logs:
             self._flat_steps = self._flat_steps + 1 if float(logs["reward_spread"]) < MIN_SPREAD else 0
             if self._flat_steps >= MAX_STEPS_WITHOUT_SPREAD:
@@ -92,7 +101,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                     f"For {self._flat_steps} steps the rewards of answers to the same prompt hardly differed: "
                     "there is nothing to learn from them. More samples_per_prompt or temperature may help.",
                 )
-                control.should_training_stop = True
+        if self.failure and processes.num_processes() == 1:
+            control.should_training_stop = True
         with self.metrics_path.open("a") as file:
             file.write(json.dumps({"phase": "train", "step": state.global_step, **logs}) + "\n")
 
@@ -108,19 +118,38 @@ class Seal(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the seal."""
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if processes.is_main():
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Adapter:
+    """The adapter that a trainer trains, wherever its parts are."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def save(self, directory: Path) -> None:
+        """Write it in PEFT's own format; all processes have to call it, and the main one writes."""
+        trainer = self._trainer
+        whole = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+        if processes.is_main():
+            trainer.model.save_pretrained(
+                str(directory), state_dict=whole, selected_adapters=["default"], safe_serialization=True
+            )
+        trainer.accelerator.wait_for_everyone()
 
 
 class Publish(TrainerCallback):  # type: ignore[misc]
     """Serves the adapter as it is at each checkpoint, so that people can try it while it trains."""
 
-    def __init__(self, policy: ServedPolicy) -> None:
+    def __init__(self, adapter: Adapter, policy: ServedPolicy) -> None:
+        self.adapter = adapter
         self.policy = policy
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load it into the engine; a run outlives an engine that is away."""
         try:
-            self.policy.publish(partial(save_adapter, model))
+            self.policy.publish(self.adapter.save)
         except EverloopError as error:
             log.warning("step %d cannot be tried: %s", state.global_step, error.message)
 
@@ -128,20 +157,16 @@ class Publish(TrainerCallback):  # type: ignore[misc]
 class Keep(TrainerCallback):  # type: ignore[misc]
     """Keeps the adapter as it is at some steps, evenly spread and the last among them."""
 
-    def __init__(self, directory: Path, number: int) -> None:
+    def __init__(self, adapter: Adapter, directory: Path, number: int) -> None:
+        self.adapter = adapter
         self.directory = directory
         self.number = number
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save it at its steps, and where the training is told to stop."""
         steps = {round(state.max_steps * part / self.number) for part in range(1, self.number + 1)}
         if state.global_step in steps or control.should_training_stop:
-            save_adapter(model, self.directory / f"step-{state.global_step}")
-
-
-def save_adapter(model: Any, directory: Path) -> None:
-    """Write the adapter that trains, in PEFT's own format."""
-    model.save_pretrained(str(directory), selected_adapters=["default"], safe_serialization=True)
+            self.adapter.save(self.directory / f"step-{state.global_step}")
 
 
 class Restore(TrainerCallback):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from infra.settings import Settings
 from reward.encoder import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
-from trainer.judge import Sampler
 from trainer.peak import Point
 from trainer.prepared import Prepared
 from trainer.record import RunRecord
+from trainer.rollout import sample_served
 from trainer.verify import Verification
 
 ACTOR = "nightly"
@@ -39,7 +40,6 @@ class Candidate:
         self,
         adapter_dir: Path,
         measured: Point | None,
-        sample: Sampler,
         verification: Verification,
         canary_share: float,
     ) -> dict[str, Any]:
@@ -48,6 +48,7 @@ class Candidate:
         if release is None:
             return self._held_for_erasure()
         self.record.phase("gates", 2 * self.config.num_gate_prompts)
+        sample = partial(sample_served, self.settings, self.config, on_done=self.record.progress)
         results = judge.judge(self.sessions, self.settings, self.config, release, self.ready, sample, verification)
         if measured is not None:
             results.append(gates.kl_gate(measured.kl, measured.n, self.config.max_kl))

@@ -57,6 +57,10 @@ class RunConfig(BaseModel):
     max_train_minutes: float = Field(30.0, gt=0, description="The training ends here, with what it has learned.")
     max_train_tokens: int | None = Field(None, ge=1, description="Likewise, after this many tokens.")
     max_memory_gib: float | None = Field(None, gt=0, description="A run that needs more fails, before the machine.")
+    accelerate_config: str | None = Field(
+        None,
+        description="A configuration file of `accelerate`: processes, devices, sharding. One process if unset.",
+    )
     checkpoint_steps: int = Field(4, ge=1, description="Steps between checkpoints; a killed run goes on from one.")
 
     @classmethod

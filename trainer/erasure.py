@@ -41,7 +41,7 @@ def erase(session: Session, datasets_dir: Path, runs_dir: Path, episode_ids: Col
     session.execute(sa.update(TrainingRun).where(of_them).values(retrain_required=True))
     runs = session.scalars(sa.select(TrainingRun.id).where(of_them).order_by(TrainingRun.id)).all()
     for run_id in runs:  # rows quote the dataset; a killed run that needs them may not go on now
-        prepared.discard(runs_dir / run_id)
+        prepared.forget(runs_dir / run_id)
     return {
         "runs_marked": list(runs),
         "dataset_lines_removed": removed.total(),

@@ -10,14 +10,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from trl import GRPOTrainer
 
 from infra.engine import EngineClient
 from infra.errors import EverloopError
-from trainer.callbacks import save_adapter
+from trainer.callbacks import Adapter
 from trainer.policy import ServedPolicy
 from trainer.recipe import Messages
 from trainer.rollout import Sample, Sampling, sample
@@ -140,7 +139,7 @@ class EngineGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def sync_weights(self) -> None:
         """Serve the weights as they are now."""
 
-        self.rollouts.policy.publish(partial(save_adapter, self.model))
+        self.rollouts.policy.publish(Adapter(self).save)
 
     def close(self) -> None:
         """Stop sampling."""

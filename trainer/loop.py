@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import EverloopError
-from trainer import checkpoints
-from trainer.callbacks import Keep, Publish, Restore, Seal, Watch, save_adapter
+from trainer import checkpoints, processes
+from trainer.callbacks import Adapter, Keep, Publish, Restore, Seal, Watch
 from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.config import RunConfig
 from trainer.recipe import Material, Recipe, Row
@@ -54,6 +54,17 @@ class Trained:
     stopped_by: str | None
     resumed_from_step: int
     kept: list[tuple[int, Path]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        kept = [(step, str(path)) for step, path in self.kept]
+        return asdict(self) | {"adapter_dir": str(self.adapter_dir), "kept": kept}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Trained:
+        """Return what :meth:`as_dict` made plain."""
+        kept = [(step, Path(path)) for step, path in plain["kept"]]
+        return cls(**plain | {"adapter_dir": Path(plain["adapter_dir"]), "kept": kept})
 
 
 def train(
@@ -92,15 +103,12 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     watch = Watch(config, run_dir / METRICS_FILE, on_step, is_cancelled)
     callbacks: list[Any] = [watch, Seal()]
-    if config.checkpoints_judged:
-        callbacks.append(Keep(run_dir / KEPT_DIR, config.checkpoints_judged))
-    if material.policy is not None and not recipe.publishes:
-        callbacks.append(Publish(material.policy))
     checkpoint = checkpoints.newest(run_dir / CHECKPOINTS_DIR)
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if checkpoint is not None:
         log.info("going on from step %d", resumed_from)
-        _forget_steps_after(run_dir / METRICS_FILE, resumed_from)
+        if processes.is_main():
+            _forget_steps_after(run_dir / METRICS_FILE, resumed_from)
         callbacks.append(Restore(checkpoint))
     trainer = recipe.trainer(
         config,
@@ -113,6 +121,11 @@ def train(
         },
         material,
     )
+    adapter = Adapter(trainer)
+    if config.checkpoints_judged:
+        trainer.add_callback(Keep(adapter, run_dir / KEPT_DIR, config.checkpoints_judged))
+    if material.policy is not None and not recipe.publishes:
+        trainer.add_callback(Publish(adapter, material.policy))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -120,7 +133,7 @@ def train(
             trainer.close()
     watch.raise_if_failed(TrainingError)
     adapter_dir = run_dir / ADAPTER_DIR
-    save_adapter(trainer.model, adapter_dir)
+    adapter.save(adapter_dir)
     return Trained(
         adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from, kept_in(run_dir / KEPT_DIR)
     )
@@ -139,7 +152,9 @@ def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": config.micro_batch_rows,
-        "gradient_accumulation_steps": max(1, config.batch_rows // config.micro_batch_rows),
+        "gradient_accumulation_steps": max(
+            1, config.batch_rows // (config.micro_batch_rows * processes.num_processes())
+        ),
         "bf16": False,  # the weights are bf16 already; autocast only adds copies on the CPU
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
@@ -163,9 +178,23 @@ def _policy(model_dir: Path, start_from: Path | None, config: RunConfig) -> dict
     if start_from is not None:
         return {"model": PeftModel.from_pretrained(model, str(start_from), is_trainable=True)}
     lora = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        target_parameters=_expert_parameters(model),
+        task_type="CAUSAL_LM",
     )
     return {"model": model, "peft_config": lora}
+
+
+def _expert_parameters(model: torch.nn.Module) -> list[str] | None:
+    """Return the weights of experts, which are parameters and no linear layers; None where there are none."""
+    found = {
+        name.partition(".layers.")[2].partition(".")[2]
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and ".experts." in name
+    }
+    return sorted(found) or None
 
 
 def _forget_steps_after(metrics: Path, step: int) -> None:

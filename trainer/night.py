@@ -10,10 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -22,31 +19,22 @@ from infra.db import Sessions, advisory_lock
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
-from reward.encoder import base_model_digest
 from reward.encoders import open_active_encoder
-from trainer import collect, erasure, gold, peak, prepared
+from trainer import collect, erasure, prepared
 from trainer.candidate import Candidate
 from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.fit import fitting
-from trainer.judge import gate_tasks
-from trainer.peak import Point
-from trainer.policy import ServedPolicy
+from trainer.material import material_of
 from trainer.prepared import Prepared
-from trainer.recipe import MIN_ROWS, Material, Messages, UnusableDataError, resolve
+from trainer.recipe import MIN_ROWS, UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
-from trainer.rollout import Sample, sample_served
 from trainer.scoring import PinnedReward
 from trainer.tables import TrainingRun
-from trainer.verify import Task, Verification
-
-if TYPE_CHECKING:
-    from trainer.loop import Trained
+from trainer.training import Training
+from trainer.verify import Verification
 
 log = logging.getLogger("everloop.night")
-ROLLOUT_SEED = 1
-TRAIN_TASKS_SEED = 1000
-PEAK_SEED = 6
 
 
 class Night:
@@ -136,9 +124,12 @@ class Night:
             return ready
         self.record.set_aside.update(ready.data.set_aside)
         self.record.set_aside.update(ready.rows.set_aside)
-        adapter_dir, taken = self._train(ready)
+        training = Training(
+            self.sessions, self.settings, self.recipe, self.config, self.record, ready, self.verification
+        )
+        adapter_dir, measured = training.run()
         candidate = Candidate(self.sessions, self.settings, self.config, self.record, ready)
-        return candidate.stand(adapter_dir, taken, self._sample, self.verification, self.canary_share)
+        return candidate.stand(adapter_dir, measured, self.verification, self.canary_share)
 
     def _prepare(self) -> Prepared | dict[str, Any]:
         """Return what is trained on; or how the run ended, where there is nothing."""
@@ -171,8 +162,9 @@ class Night:
             self.record.note_inputs(session, data, snapshot_id)
         reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
         ready = Prepared(data, reward, current.champion, start_from, snapshot_id)
+        material = material_of(self.settings, self.config, self.record, ready, self.verification)
         try:
-            made = self.recipe.rows(self._material(ready), self.config)
+            made = self.recipe.rows(material, self.config)
             ready.rows = fitting(made, self.settings.base_model_dir, self.config.max_row_tokens)
             if len(ready.rows.rows) < MIN_ROWS:
                 raise UnusableDataError(f"Only {len(ready.rows.rows)} rows to train on; {MIN_ROWS} are needed.")
@@ -185,84 +177,3 @@ class Night:
         self.record.metric(phase="rows", sources=Counter(rows.sources), set_aside=rows.set_aside, **rows.facts)
         ready.save(self.record.run_dir)
         return ready
-
-    def _material(self, ready: Prepared, policy: ServedPolicy | None = None) -> Material:
-        """Return what rows are made from, and what those recipes need that sample and score as they train."""
-
-        def fresh(prompts: Any, num_samples: int) -> list[list[Sample]]:
-            self.record.phase("sample", len(prompts))
-            return self._sample(ready.champion, list(prompts), num_samples, ROLLOUT_SEED)
-
-        def score(prompts: Any, answers: Any, references: Any) -> list[list[float]]:
-            if self.record.current_phase == "train":
-                return ready.reward.score(prompts, answers, references)
-            self.record.phase("score", sum(map(len, answers)) + len(prompts))
-            return ready.reward.score(prompts, answers, references, self.record.progress)
-
-        def tasks(num_tasks: int) -> list[Task]:
-            if not num_tasks:
-                return []
-            judging = [task.messages for task in gate_tasks(self.verification, self.config)]
-            made = self.verification.tasks(num_tasks, self.config.seed + TRAIN_TASKS_SEED)
-            return [task for task in made if task.messages not in judging]
-
-        return Material(ready.data, fresh, score, tasks, self.verification.judge, policy)
-
-    def _sample(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
-        return sample_served(
-            self.settings, self.config, model, prompts, num_samples, seed, on_done=self.record.progress
-        )
-
-    def _train(self, ready: Prepared) -> tuple[Path, Point | None]:
-        """Train; return the adapter to register, and how it was measured."""
-        from trainer import loop
-
-        with self.sessions() as session:
-            digest = registry.get_release(session, ready.start_from).adapter_digest
-            base_digest = base_model_digest(self.settings.base_model_dir)
-            start_from = registry.verified_path(session, digest, base_digest) if digest else None
-        steps = max(1, round(len(ready.rows.rows) * self.config.epochs / self.config.batch_rows))
-        self.record.phase("train", steps)
-        policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
-        with closing(policy):
-            trained = loop.train(
-                self.recipe,
-                self.config,
-                ready.rows.rows,
-                material=self._material(ready, policy),
-                model_dir=self.settings.base_model_dir,
-                start_from=start_from,
-                run_dir=self.record.run_dir,
-                on_step=self.record.progress,
-                is_cancelled=self.record.is_cancelled,
-            )
-            self.record.metric(
-                phase="trained",
-                steps=trained.num_steps,
-                stopped_by=trained.stopped_by,
-                resumed_from_step=trained.resumed_from_step,
-            )
-            return self._chosen(ready, policy, trained)
-
-    def _chosen(self, ready: Prepared, policy: ServedPolicy, trained: Trained) -> tuple[Path, Point | None]:
-        """Measure the kept checkpoints, and return the one to register."""
-        prompts, references = peak.unseen(ready.data, ready.rows, self.config.judge_prompts, self.config.seed)
-        if not trained.kept or not prompts:
-            return trained.adapter_dir, None
-        self.record.phase("peak", len(trained.kept) + 1)
-        scales = peak.Scales(
-            engine_url=policy.engine_url,
-            prompts=prompts,
-            references=references,
-            reward=ready.reward,
-            gold=gold.fit(ready.reward.encoder, ready.data.gate),
-            ask=partial(self._sample, num_samples=1, seed=PEAK_SEED),
-        )
-        points = peak.measure_all(scales, policy, ready.champion, trained.kept)
-        chosen = points[-1] if self.config.register_at == "last" else peak.choose(points[1:], self.config.max_kl)
-        for point in points:
-            self.record.metric(phase="peak", taken=point is chosen, **point.as_dict())
-        peak.plot(points, chosen, self.record.run_dir / peak.PLOT_FILE)
-        if self.config.keep_answers:
-            peak.write_answers(points, self.record.run_dir / peak.ANSWERS_FILE)
-        return dict(trained.kept)[chosen.step], chosen

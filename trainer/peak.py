@@ -33,7 +33,6 @@ from trainer.scoring import PinnedReward
 from trainer.snapshot import Snapshot
 
 PLOT_FILE = "overoptimisation.svg"
-ANSWERS_FILE = "answers.jsonl"
 
 Ask = Callable[[str, list[Messages]], list[list[Sample]]]
 

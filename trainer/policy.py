@@ -14,6 +14,7 @@ from pathlib import Path
 
 from infra.engine import RUN_PREFIX, EngineClient
 from infra.errors import EverloopError
+from trainer import processes
 
 log = logging.getLogger("everloop.training")
 
@@ -66,6 +67,9 @@ class ServedPolicy:
         version = self.version + 1
         directory = self.directory / str(version)
         save(directory)
+        if not processes.is_main():  # of several that train together one tells the engine
+            self.version = version
+            return
 
         async def load() -> None:
             async with EngineClient(self.engine_url) as engine:

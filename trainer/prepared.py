@@ -25,6 +25,7 @@ from trainer.tables import TrainingRun
 
 INPUTS_FILE = "inputs.json"
 ROWS_FILE = "rows.jsonl"
+ANSWERS_FILE = "answers.jsonl"
 
 
 @dataclass(slots=True)
@@ -71,8 +72,19 @@ def discard(run_dir: Path) -> None:
     (run_dir / ROWS_FILE).unlink(missing_ok=True)
 
 
-def load(session: Session, settings: Settings, run: TrainingRun) -> Prepared:
+def forget(run_dir: Path) -> None:
+    """Remove all that quotes people, or answers them."""
+    discard(run_dir)
+    (run_dir / ANSWERS_FILE).unlink(missing_ok=True)
+
+
+def load(session: Session, settings: Settings, run: TrainingRun, *, needs_checkpoint: bool = True) -> Prepared:
     """Return what an interrupted run trains on, where nothing that it rests on has changed.
+
+    Parameters
+    ----------
+    needs_checkpoint
+        Whether it must have come far enough to be worth going on with.
 
     Raises
     ------
@@ -80,7 +92,7 @@ def load(session: Session, settings: Settings, run: TrainingRun) -> Prepared:
         Code ``run_not_resumable``, with the reason.
     """
     run_dir = settings.runs_dir / run.id
-    if checkpoints.newest(run_dir / CHECKPOINTS_DIR) is None:
+    if needs_checkpoint and checkpoints.newest(run_dir / CHECKPOINTS_DIR) is None:
         raise _not_resumable("it has no whole checkpoint")
     try:
         inputs = json.loads((run_dir / INPUTS_FILE).read_text())

@@ -1,0 +1,66 @@
+"""One of two processes that `accelerate` starts on the CPU: trains what the arguments say (run by test_scale.py).
+
+accelerate 1.15 takes up FSDP for accelerators only and gives CPU processes plain data parallelism; here it is told
+to shard, so that the way of a GPU host is gone without one. Nothing of the platform is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from accelerate import state
+from accelerate.utils import DistributedType
+
+from trainer import loop
+from trainer.pairs import pair_of
+from trainer.recipe import Material, resolve
+from trainer.snapshot import Snapshot
+
+SETTINGS = {"recipe": "dpo", "batch_rows": 4, "lora_rank": 4, "max_row_tokens": 64, "checkpoint_steps": 2}
+
+
+def shard_on_cpu() -> None:
+    """Have accelerate shard over CPU processes as it does over accelerators."""
+    begin = state.AcceleratorState.__init__
+
+    def begin_sharded(self, *arguments, fsdp_plugin=None, **more):
+        begin(self, *arguments, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if getattr(self, "fsdp_plugin", None) is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    state.AcceleratorState.__init__ = begin_sharded
+
+
+def train(model_dir: Path, run_dir: Path, micro_batch_rows: int, is_cancelled=lambda: False) -> loop.Trained:
+    """Train on twelve comparisons, three steps."""
+    run_dir.mkdir(exist_ok=True)
+    recipe, config = resolve({**SETTINGS, "micro_batch_rows": micro_batch_rows, "checkpoints_judged": 2})
+    rows = [
+        pair_of([{"role": "user", "content": f"What is {n}?"}], f"It is {n}.", f"The answer {n} is long.")
+        for n in range(12)
+    ]
+
+    def nothing(*_):
+        return []
+
+    return loop.train(
+        recipe,
+        config,
+        rows,
+        material=Material(Snapshot(), nothing, nothing, nothing, nothing),
+        model_dir=model_dir,
+        start_from=None,
+        run_dir=run_dir,
+        is_cancelled=is_cancelled,
+    )
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    # Only the main process is told of the cancellation: the other one must stop at the same step.
+    cancel = len(sys.argv) > 3 and os.environ["RANK"] == "0"
+    train(Path(sys.argv[1]), Path(sys.argv[2]), 2, is_cancelled=lambda: cancel)

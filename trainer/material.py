@@ -1,0 +1,50 @@
+"""What recipes are given to work with: the assistant as it is served, the pinned reward, verifiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.settings import Settings
+from trainer.config import RunConfig
+from trainer.judge import gate_tasks
+from trainer.policy import ServedPolicy
+from trainer.prepared import Prepared
+from trainer.recipe import Material
+from trainer.record import RunRecord
+from trainer.rollout import Sample, sample_served
+from trainer.verify import Task, Verification
+
+ROLLOUT_SEED = 1
+TRAIN_TASKS_SEED = 1000
+
+
+def material_of(
+    settings: Settings,
+    config: RunConfig,
+    record: RunRecord,
+    ready: Prepared,
+    verification: Verification,
+    policy: ServedPolicy | None = None,
+) -> Material:
+    """Return what rows are made from, and what those recipes need that sample and score as they train."""
+
+    def fresh(prompts: Any, num_samples: int) -> list[list[Sample]]:
+        record.phase("sample", len(prompts))
+        return sample_served(
+            settings, config, ready.champion, list(prompts), num_samples, ROLLOUT_SEED, on_done=record.progress
+        )
+
+    def score(prompts: Any, answers: Any, references: Any) -> list[list[float]]:
+        if policy is not None:  # in mid-training: the phase is the training's
+            return ready.reward.score(prompts, answers, references)
+        record.phase("score", sum(map(len, answers)) + len(prompts))
+        return ready.reward.score(prompts, answers, references, record.progress)
+
+    def tasks(num_tasks: int) -> list[Task]:
+        if not num_tasks:
+            return []
+        judging = [task.messages for task in gate_tasks(verification, config)]
+        made = verification.tasks(num_tasks, config.seed + TRAIN_TASKS_SEED)
+        return [task for task in made if task.messages not in judging]
+
+    return Material(ready.data, fresh, score, tasks, verification.judge, policy)

@@ -1,0 +1,143 @@
+"""From rows to the adapter that is registered: trained here or by `accelerate`, measured, the best one taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy import registry
+from infra.db import Sessions
+from infra.settings import Settings
+from reward.encoder import base_model_digest
+from trainer import gold, peak
+from trainer.config import RunConfig
+from trainer.material import material_of
+from trainer.peak import Point
+from trainer.policy import ServedPolicy
+from trainer.prepared import ANSWERS_FILE, Prepared
+from trainer.recipe import Recipe
+from trainer.record import RunRecord
+from trainer.rollout import sample_served
+from trainer.verify import Verification
+
+if TYPE_CHECKING:
+    from trainer.loop import Trained
+
+OUTCOME_FILE = "trained.json"
+PARENT_PID = "EVERLOOP_PARENT_PID"
+PEAK_SEED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The training of one run."""
+
+    sessions: Sessions
+    settings: Settings
+    recipe: Recipe[Any]
+    config: RunConfig
+    record: RunRecord
+    ready: Prepared
+    verification: Verification
+
+    def run(self) -> tuple[Path, Point | None]:
+        """Train; return the adapter to register, and how it was measured.
+
+        Raises
+        ------
+        TrainingError
+            Where the training came to nothing.
+        """
+        rows = self.ready.rows.rows
+        steps = max(1, round(len(rows) * self.config.epochs / self.config.batch_rows))
+        self.record.phase("train", steps)
+        policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
+        with closing(policy):
+            trained = self.launch() if self.config.accelerate_config else self.train(policy)
+            self.record.metric(
+                phase="trained",
+                steps=trained.num_steps,
+                stopped_by=trained.stopped_by,
+                resumed_from_step=trained.resumed_from_step,
+            )
+            return self._chosen(policy, trained)
+
+    def train(self, policy: ServedPolicy) -> Trained:
+        """Train in this process, or as one of several that `accelerate` started."""
+        from trainer import loop
+
+        material = material_of(self.settings, self.config, self.record, self.ready, self.verification, policy)
+        return loop.train(
+            self.recipe,
+            self.config,
+            self.ready.rows.rows,
+            material=material,
+            model_dir=self.settings.base_model_dir,
+            start_from=self._start_from(),
+            run_dir=self.record.run_dir,
+            on_step=self.record.progress,
+            is_cancelled=self.record.is_cancelled,
+        )
+
+    def launch(self) -> Trained:
+        """Train in as many processes as the configuration of `accelerate` says, on its machines and devices."""
+        from trainer.loop import Trained, TrainingError
+
+        outcome_file = self.record.run_dir / OUTCOME_FILE
+        outcome_file.unlink(missing_ok=True)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch"),
+                *("--config_file", str(Path(self.config.accelerate_config or "").expanduser())),
+                *("--module", "trainer.worker", self.record.run_id),
+            ],
+            env={**os.environ, PARENT_PID: str(os.getpid())},
+            check=False,
+        )
+        outcome = json.loads(outcome_file.read_text()) if outcome_file.exists() else {}
+        if "code" in outcome:
+            raise TrainingError(outcome["message"], code=outcome["code"])
+        if not outcome:
+            raise TrainingError(
+                f"accelerate ended with status {done.returncode}; its reasons are in the log of `flows`.",
+                code="worker_failed",
+            )
+        return Trained.from_dict(outcome)
+
+    def _start_from(self) -> Path | None:
+        """Return the champion's adapter, its files checked; None for the base model."""
+        with self.sessions() as session:
+            digest = registry.get_release(session, self.ready.start_from).adapter_digest
+            base_digest = base_model_digest(self.settings.base_model_dir)
+            return registry.verified_path(session, digest, base_digest) if digest else None
+
+    def _chosen(self, policy: ServedPolicy, trained: Trained) -> tuple[Path, Point | None]:
+        """Measure the kept checkpoints, and return the one to register."""
+        config, ready = self.config, self.ready
+        prompts, references = peak.unseen(ready.data, ready.rows, config.judge_prompts, config.seed)
+        if not trained.kept or not prompts:
+            return trained.adapter_dir, None
+        self.record.phase("peak", len(trained.kept) + 1)
+        scales = peak.Scales(
+            engine_url=policy.engine_url,
+            prompts=prompts,
+            references=references,
+            reward=ready.reward,
+            gold=gold.fit(ready.reward.encoder, ready.data.gate),
+            ask=partial(sample_served, self.settings, config, num_samples=1, seed=PEAK_SEED),
+        )
+        points = peak.measure_all(scales, policy, ready.champion, trained.kept)
+        chosen = points[-1] if config.register_at == "last" else peak.choose(points[1:], config.max_kl)
+        for point in points:
+            self.record.metric(phase="peak", taken=point is chosen, **point.as_dict())
+        peak.plot(points, chosen, self.record.run_dir / peak.PLOT_FILE)
+        if config.keep_answers:
+            peak.write_answers(points, self.record.run_dir / ANSWERS_FILE)
+        return dict(trained.kept)[chosen.step], chosen

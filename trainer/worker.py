@@ -1,0 +1,67 @@
+"""One of the processes of a run that `accelerate` starts: ``python -m trainer.worker RUN``.
+
+It reads what the night prepared, trains, and leaves the outcome in the run's directory. The night waits for it, and
+registers, judges and deploys; where the night dies, the workers end too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+
+from infra.db import connect
+from infra.errors import EverloopError
+from infra.settings import load
+from trainer import prepared
+from trainer.policy import ServedPolicy
+from trainer.recipe import resolve
+from trainer.record import RunRecord
+from trainer.tables import TrainingRun
+from trainer.training import OUTCOME_FILE, PARENT_PID, Training
+from trainer.verify import Verification
+
+
+class WorkerRecord(RunRecord):
+    """The record of a run as its workers see it: it is over when the night is gone, too."""
+
+    def is_cancelled(self) -> bool:
+        """Tell whether somebody asked for the end of the run, or nobody waits for it any more."""
+        return not psutil.pid_exists(int(os.environ[PARENT_PID])) or super().is_cancelled()
+
+
+def main() -> None:
+    """Train the run that the one argument names."""
+    settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=1)
+    with sessions() as session:
+        run = session.get_one(TrainingRun, sys.argv[1])
+        recipe, config = resolve(run.config)
+        ready = prepared.load(session, settings, run, needs_checkpoint=False)
+    record = WorkerRecord(sessions, settings.runs_dir)
+    record.take_over(run.id)
+    verification = Verification(config.verifiers, config.verifier_timeout_s)
+    policy = ServedPolicy(settings.need("engine_url"), record.run_dir)
+    training = Training(sessions, settings, recipe, config, record, ready, verification)
+    with closing(verification), closing(policy):
+        try:
+            outcome = training.train(policy).as_dict()
+        except EverloopError as error:
+            outcome = {"code": error.code, "message": error.message}
+    if os.environ.get("RANK", "0") == "0":
+        write(record.run_dir / OUTCOME_FILE, json.dumps(outcome))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(text)
+    staging.replace(path)
+
+
+if __name__ == "__main__":
+    main()
