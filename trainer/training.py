@@ -22,7 +22,7 @@ from trainer.material import material_of
 from trainer.peak import Point
 from trainer.policy import ServedPolicy
 from trainer.prepared import ANSWERS_FILE, Prepared
-from trainer.recipe import Recipe
+from trainer.recipe import Material, Recipe
 from trainer.record import RunRecord
 from trainer.rollout import sample_served
 from trainer.verify import Verification
@@ -73,18 +73,21 @@ class Training:
         """Train in this process, or as one of several that `accelerate` started."""
         from trainer import loop
 
-        material = material_of(self.settings, self.config, self.record, self.ready, self.verification, policy)
         return loop.train(
             self.recipe,
             self.config,
             self.ready.rows.rows,
-            material=material,
+            material=self.material(policy),
             model_dir=self.settings.base_model_dir,
             start_from=self._start_from(),
             run_dir=self.record.run_dir,
             on_step=self.record.progress,
             is_cancelled=self.record.is_cancelled,
         )
+
+    def material(self, policy: ServedPolicy) -> Material:
+        """Return what recipes are given that sample and score as they train."""
+        return material_of(self.settings, self.config, self.record, self.ready, self.verification, policy)
 
     def launch(self) -> Trained:
         """Train in as many processes as the configuration of `accelerate` says, on its machines and devices."""

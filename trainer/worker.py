@@ -17,7 +17,7 @@ import psutil
 from infra.db import connect
 from infra.errors import EverloopError
 from infra.settings import load
-from trainer import prepared
+from trainer import prepared, processes
 from trainer.policy import ServedPolicy
 from trainer.recipe import resolve
 from trainer.record import RunRecord
@@ -34,26 +34,31 @@ class WorkerRecord(RunRecord):
         return not psutil.pid_exists(int(os.environ[PARENT_PID])) or super().is_cancelled()
 
 
-def main() -> None:
-    """Train the run that the one argument names."""
+def open_run(run_id: str) -> tuple[Training, ServedPolicy]:
+    """Return the training of a run that the night prepared, and what serves its versions."""
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=1)
     with sessions() as session:
-        run = session.get_one(TrainingRun, sys.argv[1])
+        run = session.get_one(TrainingRun, run_id)
         recipe, config = resolve(run.config)
         ready = prepared.load(session, settings, run, needs_checkpoint=False)
     record = WorkerRecord(sessions, settings.runs_dir)
-    record.take_over(run.id)
+    record.take_over(run_id)
     verification = Verification(config.verifiers, config.verifier_timeout_s)
     policy = ServedPolicy(settings.need("engine_url"), record.run_dir)
-    training = Training(sessions, settings, recipe, config, record, ready, verification)
-    with closing(verification), closing(policy):
+    return Training(sessions, settings, recipe, config, record, ready, verification), policy
+
+
+def main() -> None:
+    """Train the run that the one argument names."""
+    training, policy = open_run(sys.argv[1])
+    with closing(training.verification), closing(policy):
         try:
             outcome = training.train(policy).as_dict()
         except EverloopError as error:
             outcome = {"code": error.code, "message": error.message}
-    if os.environ.get("RANK", "0") == "0":
-        write(record.run_dir / OUTCOME_FILE, json.dumps(outcome))
+    if processes.is_main():
+        write(training.record.run_dir / OUTCOME_FILE, json.dumps(outcome))
 
 
 def write(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
 from trainer.snapshot import Snapshot
 from trainer.verify import Task
 
-NAMES = ["dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
+NAMES = ["async-grpo", "dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
 
 
 def nothing_fresh(*_):
