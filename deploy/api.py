@@ -1,17 +1,20 @@
-"""``GET /v1/deployment``: what is served to whom now."""
+"""``/v1/deployment``: what is served to whom now; ``/v1/runs``: what is trained, and ending it."""
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
 
-from deploy import head
+from deploy import audit, head, runs
+from deploy.runs import TrainingRun
 from deploy.tables import Canary
 from deploy.votes import weigh
 from infra.db import transaction
 
+ACTOR = "operator"
 router = APIRouter(prefix="/v1", tags=["deployment"])
 
 
@@ -41,3 +44,49 @@ def get_deployment(request: Request) -> DeploymentView:
             canary_id=current.canary_id,
             evidence=weigh(session, canary, settle_s).as_dict() if canary else None,
         )
+
+
+class RunView(BaseModel):
+    """A training run."""
+
+    id: str
+    recipe: str
+    status: str
+    phase: str
+    phase_done: int
+    phase_total: int
+    release: str | None
+    reason: str
+    cancel_requested: bool
+    started_at: datetime
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> RunView:
+        """Return a run as it is shown."""
+        own = {name: getattr(run, name) for name in cls.model_fields if name != "reason"}
+        return cls(**own, reason=str((run.result or {}).get("reason", "")))
+
+
+class CancelRequest(BaseModel):
+    """Why a run is to end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = Field(min_length=1, max_length=500)
+
+
+@router.get("/runs")
+def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[RunView]:
+    """Return training runs, the newest first."""
+    with transaction(request.app.state.sessions) as session:
+        return [RunView.of(run) for run in runs.newest(session, limit)]
+
+
+@router.post("/runs/{run_id}/cancel", status_code=202)
+def cancel_run(run_id: str, body: CancelRequest, request: Request) -> RunView:
+    """Ask a run to end: it does after its current step, and registers nothing."""
+    with transaction(request.app.state.sessions) as session:
+        runs.request_cancel(session, run_id)
+        audit.write(session, actor=ACTOR, action="run_cancelled", subject=run_id, reason=body.reason)
+        return RunView.of(session.get_one(TrainingRun, run_id))

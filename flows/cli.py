@@ -152,7 +152,7 @@ def train(
         return
     settings = load()
     if cancel is not None:
-        from trainer.record import request_cancel
+        from deploy.runs import request_cancel
 
         with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
             request_cancel(session, cancel)

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from deploy import head
 from deploy.gates import difference_interval
+from deploy.runs import TrainingRun
 from deploy.tables import Canary
 from deploy.votes import weigh
 from feedback.tables import Feedback, ReceiptFate, ReceiptRun, ReceiptUse
@@ -23,7 +24,6 @@ from flows.simulation import Simulation, mean_words, rate_of
 from infra import report
 from infra.errors import ConflictError
 from infra.settings import Settings
-from trainer.tables import TrainingRun
 
 CANARY_SHARE = 0.5
 RECEIPT_TRIES = 20

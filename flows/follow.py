@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 
+from deploy.runs import TrainingRun
 from flows.nightly import NIGHTLY
 from infra import report
 from infra.db import Sessions
 from infra.errors import EverloopError
-from trainer.tables import TrainingRun
 
 POLL_S = 0.5
 START_TIMEOUT_S = 180.0

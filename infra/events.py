@@ -296,6 +296,19 @@ class TrainingUsed(Event):
     feedback_ids: list[str] = Field(description="The signals.")
 
 
+class RunProgressed(Event):
+    """A training run began a phase, or came further in it; at most one in five seconds."""
+
+    topic = "everloop.deployments"
+    type = "run.progressed"
+
+    run_id: str = Field(description="The run.")
+    phase: str = Field(description="snapshot, sample, score, train, peak or gates.")
+    done: int = Field(description="Steps of the phase that are done.")
+    total: int = Field(description="Steps of the phase.")
+    seconds_left: float | None = Field(description="Time that the rest of the phase takes at this pace.")
+
+
 class RunEnded(Event):
     """A training run ended, with or without an adapter."""
 
@@ -330,6 +343,7 @@ EVENTS: tuple[type[Event], ...] = (
     RewardUpdated,
     SignalSetAside,
     TrainingUsed,
+    RunProgressed,
     RunEnded,
     DeploymentChanged,
     UserForgotten,

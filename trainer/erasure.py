@@ -14,11 +14,11 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from deploy.registry import lock_out_erasures
+from deploy.runs import TrainingRun
 from infra.db import Sessions
 from trainer import prepared
 from trainer.collect import forgotten
 from trainer.snapshot import episode_of, write_lines
-from trainer.tables import TrainingRun
 
 log = logging.getLogger("everloop.night")
 

@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from deploy import head, registry
+from deploy.runs import TrainingRun
 from infra.db import Sessions, advisory_lock
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
@@ -30,7 +31,6 @@ from trainer.recipe import MIN_ROWS, UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
 from trainer.scoring import PinnedReward
-from trainer.tables import TrainingRun
 from trainer.training import Training
 from trainer.verify import Verification
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -57,6 +58,49 @@ def corrections(examples: Sequence[Example]) -> Rows:
     return found
 
 
+def demonstrations(examples: Sequence[Example], *, liked: bool) -> Rows:
+    """Return answers as people want them, under ``answer``: corrections and, where `liked`, what they liked."""
+    found = Rows()
+    for example in examples:
+        for text in example.corrections:
+            found.add("corrections", {"prompt": example.messages, "answer": text})
+        if example.corrections:
+            continue
+        if liked and (example.balance > 0 or example.preferred_over):
+            found.add("liked", {"prompt": example.messages, "answer": example.answer})
+        else:
+            found.set_aside["no_demonstration"] += 1
+    return found
+
+
+def best_of(
+    prompts: Sequence[Messages],
+    samples: Sequence[Sequence[Sample]],
+    rewards: Sequence[Sequence[float]],
+    *,
+    min_margin: float,
+    words_range: tuple[int, int],
+) -> Rows:
+    """Return the best sample of each prompt as a demonstration, those that stand out most last.
+
+    The best is chosen as in :func:`best_against_worst`, and must be better than the mean of its prompt by
+    `min_margin`.
+    """
+    found = list[tuple[float, Row]]()
+    set_aside = Counter[str]()
+    for messages, group, scores in zip(prompts, samples, rewards, strict=True):
+        best = _best(group, scores, words_range, set_aside)
+        if best is None:
+            continue
+        margin = scores[best] - statistics.fmean(scores)
+        if margin < min_margin:
+            set_aside["margin_too_small"] += 1
+            continue
+        found.append((margin, {"prompt": messages, "answer": group[best].text}))
+    found.sort(key=itemgetter(0))
+    return Rows([row for _, row in found], ["samples"] * len(found), set_aside)
+
+
 def best_against_worst(
     prompts: Sequence[list[dict[str, Any]]],
     samples: Sequence[Sequence[Sample]],
@@ -72,19 +116,40 @@ def best_against_worst(
     """
     found = Rows()
     for messages, group, scores in zip(prompts, samples, rewards, strict=True):
-        if not group or not all(map(math.isfinite, scores)):
-            found.set_aside["reward_not_finite" if group else "prompt_refused"] += 1
+        best = _best(group, scores, words_range, found.set_aside)
+        if best is None:
             continue
-        allowed = [i for i, s in enumerate(group) if s.finish_reason == "stop" and _within(s.text, words_range)]
-        if not allowed:
-            found.set_aside["no_sample_of_allowed_length"] += 1
-            continue
-        best = max(allowed, key=lambda i: scores[i])
         worst = min(range(len(group)), key=lambda i: scores[i])
         if scores[best] - scores[worst] < min_margin or group[best].text == group[worst].text:
             found.set_aside["margin_too_small"] += 1
             continue
         found.add("samples", pair_of(messages, group[best].text, group[worst].text))
+    return found
+
+
+def _best(
+    group: Sequence[Sample], scores: Sequence[float], words_range: tuple[int, int], set_aside: Counter[str]
+) -> int | None:
+    """Return the place of the best sample that ended by itself within a range of lengths; None is counted."""
+    if not group or not all(map(math.isfinite, scores)):
+        set_aside["reward_not_finite" if group else "prompt_refused"] += 1
+        return None
+    low, high = words_range
+    allowed = [
+        i for i, one in enumerate(group) if one.finish_reason == "stop" and low <= num_words(one.text) <= high
+    ]
+    if not allowed:
+        set_aside["no_sample_of_allowed_length"] += 1
+        return None
+    return max(allowed, key=lambda i: scores[i])
+
+
+def right_ones(
+    tasks: Sequence[Task], samples: Sequence[Sequence[Sample]], verdicts: Sequence[Sequence[float | None]]
+) -> Rows:
+    """Return right answers to tasks as demonstrations, where not all are: what is always right is known already."""
+    found = right_against_wrong(tasks, samples, verdicts)
+    found.rows = [{"prompt": row["prompt"], "answer": row["chosen"][0]["content"]} for row in found.rows]
     return found
 
 
@@ -104,7 +169,3 @@ def right_against_wrong(
             continue
         found.add("tasks", pair_of(task.messages, best[1], worst[1]))
     return found
-
-
-def _within(text: str, words_range: tuple[int, int]) -> bool:
-    return words_range[0] <= num_words(text) <= words_range[1]

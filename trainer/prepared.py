@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from deploy import head, registry
+from deploy.runs import TrainingRun
 from infra.errors import IntegrityError
 from infra.settings import Settings
 from reward import store
@@ -21,7 +22,6 @@ from trainer.collect import forgotten
 from trainer.recipe import Rows
 from trainer.scoring import PinnedReward
 from trainer.snapshot import Snapshot
-from trainer.tables import TrainingRun
 
 INPUTS_FILE = "inputs.json"
 ROWS_FILE = "rows.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import uuid
 from collections import Counter
@@ -16,17 +17,17 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from deploy import registry
+from deploy.runs import TrainingRun
 from infra.db import Sessions
-from infra.errors import ConflictError, NotFoundError
-from infra.events import RunEnded, TrainingUsed
+from infra.events import RunEnded, RunProgressed, TrainingUsed
 from infra.log import outbox
 from trainer.config import DEFAULT_RECIPE, RunConfig
 from trainer.snapshot import Snapshot
-from trainer.tables import TrainingRun
 
 log = logging.getLogger("everloop.night")
 
 IDS_PER_EVENT = 500
+TELL_EVERY_S = 5.0
 CONFIG_FILE = "config.toml"
 
 
@@ -45,6 +46,8 @@ class RunRecord:
         self.run_dir = runs_dir / self.run_id
         self.set_aside: Counter[str] = Counter()
         self.current_phase = ""
+        self._phase_total = 0
+        self._told_s = -math.inf
         self._phase_started_s = time.monotonic()
         self._seconds: dict[str, float] = {}
 
@@ -81,15 +84,34 @@ class RunRecord:
         """Begin a phase of `total` steps."""
         self._close_phase()
         self.current_phase = name
+        self._phase_total = total
         self.update(phase=name, phase_done=0, phase_total=total)
+        self._tell(0)
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Note that `done` steps of the phase are behind us; a night outlives a database that blinks."""
-        values = {"phase_done": done} | ({"phase_total": total} if total else {})
+        self._phase_total = total or self._phase_total
         try:
-            self.update(**values)
+            self.update(phase_done=done, phase_total=self._phase_total)
+            if time.monotonic() - self._told_s >= TELL_EVERY_S:
+                self._tell(done)
         except (OperationalError, InterfaceError):
             log.warning("progress could not be noted")
+
+    def _tell(self, done: int) -> None:
+        """Publish how far the phase is, and how long the rest of it takes at this pace."""
+        self._told_s = time.monotonic()
+        elapsed_s = self._told_s - self._phase_started_s
+        left_s = elapsed_s / done * max(self._phase_total - done, 0) if done else None
+        event = RunProgressed(
+            run_id=self.run_id,
+            phase=self.current_phase,
+            done=done,
+            total=self._phase_total,
+            seconds_left=None if left_s is None else round(left_s, 1),
+        )
+        with self.sessions.begin() as session:
+            outbox.append(session, event, key="deployment")
 
     def _close_phase(self) -> None:
         now = time.monotonic()
@@ -170,21 +192,3 @@ def note_refusal(session: Session, given: Mapping[str, Any], reason: str) -> Non
 
 def _new_id() -> str:
     return f"run_{uuid.uuid4().hex[:12]}"
-
-
-def request_cancel(session: Session, run_id: str) -> None:
-    """Ask a run to end; it does after its current step, and registers nothing.
-
-    Raises
-    ------
-    NotFoundError
-        Code ``run_not_found``.
-    ConflictError
-        Code ``run_ended``.
-    """
-    run = session.get(TrainingRun, run_id)
-    if run is None:
-        raise NotFoundError(f"There is no run {run_id!r}.", code="run_not_found")
-    if run.status != "running":
-        raise ConflictError(f"The run has ended already: {run.status}.", code="run_ended")
-    run.cancel_requested = True

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from deploy.runs import TrainingRun
 from infra.db import connect
 from infra.errors import EverloopError
 from infra.settings import load
@@ -21,7 +22,6 @@ from trainer import prepared, processes
 from trainer.policy import ServedPolicy
 from trainer.recipe import resolve
 from trainer.record import RunRecord
-from trainer.tables import TrainingRun
 from trainer.training import OUTCOME_FILE, PARENT_PID, Training
 from trainer.verify import Verification
 

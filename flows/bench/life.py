@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from deploy import head
+from deploy.runs import TrainingRun
 from flows.bench.stack import own_stack
 from flows.population import Judgement, read_prompts
 from flows.preferences import BUILT_IN_PROMPTS
@@ -29,7 +30,6 @@ from infra.db import Sessions
 from infra.errors import EverloopError
 from infra.stack.cli import stop_on_sigterm
 from infra.stack.parts import prefect_environment
-from trainer.tables import TrainingRun
 
 ACTOR = "bench"
 

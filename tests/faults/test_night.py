@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from deploy import head
+from deploy.runs import TrainingRun
 from feedback import episodes
 from feedback.acceptance import accept
 from feedback.episodes import Recording, new_episode_id
@@ -19,7 +20,6 @@ from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.night import Night
 from trainer.record import CONFIG_FILE
-from trainer.tables import TrainingRun
 
 GIVEN = {"recipe": "dpo", "batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 64, "checkpoint_steps": 2}
 GIVEN |= {"max_rows": 12, "num_gate_prompts": 8, "max_answer_tokens": 16}

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DatabaseError
 from transformers import AutoModelForCausalLM
 
 from deploy import erasure, head, registry
+from deploy.runs import TrainingRun
 from deploy.tables import Adapter, AuditEntry, Canary, Release
 from deploy.votes import votes
 from feedback.tables import Episode
@@ -26,7 +27,6 @@ from trainer import collect
 from trainer.night import Night
 from trainer.redactor import Redactor
 from trainer.snapshot import DATASET_FILE
-from trainer.tables import TrainingRun
 
 SMALL = {
     "num_prompts": 4,

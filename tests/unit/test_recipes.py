@@ -17,7 +17,7 @@ from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
 from trainer.snapshot import Snapshot
 from trainer.verify import Task
 
-NAMES = ["async-grpo", "dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
+NAMES = ["async-grpo", "best-of-n", "dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
 
 
 def nothing_fresh(*_):
@@ -56,7 +56,7 @@ def test_the_default_is_a_recipe():
     ("given", "code", "said"),
     [
         ({"recipe": "online_dpo"}, "recipe_unknown", "Did you mean 'online-dpo'?"),
-        ({"recipe": "zzz"}, "recipe_unknown", "There are: dpo,"),
+        ({"recipe": "zzz"}, "recipe_unknown", "There are: async-grpo, best-of-n,"),
         ({"learningrate": 1e-4}, "config_invalid", "no setting 'learningrate'. Did you mean 'learning_rate'?"),
         ({"recipe": "kto", "num_prompts": 4}, "config_invalid", "no setting 'num_prompts'"),
         ({"epochs": 0}, "config_invalid", "epochs: Input should be greater than 0, not 0."),
@@ -132,8 +132,9 @@ def test_sft_takes_demonstrations():
         example("Wrong.", [1.0], ["Right."]),
         example("Preferred.", over=["Other."]),
     ]
-    assert said(rows_of("sft", examples)) == ["Good.", "Right.", "Preferred."]
-    assert said(rows_of("sft", examples, liked_answers=False)) == ["Right."]
+    found = rows_of("sft", examples, liked_answers=True)
+    assert [row["answer"] for row in found.rows] == ["Good.", "Right.", "Preferred."]
+    assert [row["answer"] for row in rows_of("sft", examples, liked_answers=False).rows] == ["Right."]
 
 
 def test_self_distillation_shows_the_teacher_what_people_wrote():
@@ -273,3 +274,38 @@ def test_the_further_a_length_is_from_what_people_rated_well_the_more_it_loses()
     found = guarded([0.0] * 6, texts, [True] * 6, (4, 8))
     assert found == [-2 * LENGTH_LOSS, -LENGTH_LOSS, 0.0, 0.0, -LENGTH_LOSS, -2 * LENGTH_LOSS]
     assert guarded([0.0, -7.9], ["", "a"], [True, False], (400, 500)) == [LOWEST_REWARD] * 2
+
+
+def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out():
+    lengths = {"0": (9, 1, 1), "1": (2, 1, 1), "2": (1, 1, 1), "3": (2, 2, 40)}  # 40 words were never rated well
+
+    def sample(prompts, num_samples):
+        assert num_samples == 3
+        return [[Sample("w " * words, "stop") for words in lengths[prompt[0]["content"]]] for prompt in prompts]
+
+    def score(prompts, answers, references):
+        return [[float(len(text.split())) for text in group] for group in answers]
+
+    rated = {"0": 9, "1": 1, "2": 2, "3": 9}
+    examples = [example("w " * words, [1.0], prompt=prompt) for prompt, words in rated.items()]
+    examples.append(example("Long.", fixed=["Short one."], prompt="4"))
+    lengths["4"] = (1, 1, 1)
+    found = rows_of("best-of-n", examples, sample, score, samples_per_prompt=3, min_margin=0.5)
+    # The sample that stands out most comes last of the samples, where room is short; corrections before all others.
+    assert [(row["prompt"][0]["content"], len(row["answer"].split())) for row in found.rows] == [
+        ("1", 2),
+        ("0", 9),
+        ("4", 2),
+    ]
+    assert found.sources == ["samples", "samples", "corrections"] and found.facts["reward_spread"] > 0
+    assert found.set_aside["margin_too_small"] == 3  # of two all samples are alike; of "3" the best is disallowed
+
+
+def test_best_of_n_without_spread_needs_corrections():
+    def sample(prompts, num_samples):
+        return [[Sample(f"Sample {n}.", "stop") for n in range(num_samples)] for _ in prompts]
+
+    examples = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(12)]
+    with pytest.raises(UnusableDataError) as held:
+        rows_of("best-of-n", examples, sample, lambda p, a, r: [[1.0] * len(g) for g in a])
+    assert held.value.code == "no_reward_spread"

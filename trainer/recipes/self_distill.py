@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from trainer.config import RunConfig
+from trainer.pairs import demonstrations
 from trainer.recipe import Material, Recipe, Rows
 
 TEACHER_PROMPT = (
@@ -39,15 +40,9 @@ class SelfDistill(Recipe[SelfDistillConfig]):
 
     def rows(self, material: Material, config: SelfDistillConfig) -> Rows:
         """Return prompts and what the teacher is shown, the newest."""
-        found = Rows()
-        for example in material.data.train:
-            for text in example.corrections:
-                found.add("corrections", {"prompt": example.messages, "privileged_context": text})
-            if config.liked_answers and example.balance > 0 and not example.corrections:
-                found.add("liked", {"prompt": example.messages, "privileged_context": example.answer})
-            elif not example.corrections:
-                found.set_aside["no_demonstration"] += 1
-        return found.newest(config.max_rows)
+        found = demonstrations(material.data.train, liked=config.liked_answers).newest(config.max_rows)
+        found.rows = [{"prompt": row["prompt"], "privileged_context": row["answer"]} for row in found.rows]
+        return found
 
     def trainer(
         self, config: SelfDistillConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from trainer import pairs
 from trainer.config import RunConfig
 from trainer.pairs import answer_of
 from trainer.recipe import Material, Recipe, Rows
@@ -21,7 +22,23 @@ class SFTConfig(RunConfig):
     """Settings of supervised fine-tuning."""
 
     recipe: str = "sft"
-    liked_answers: bool = Field(True, description="Train on liked answers too, not on corrections alone.")
+    learning_rate: float = Field(1e-3, gt=0)
+    epochs: float = Field(3.0, gt=0)
+    liked_answers: bool = Field(False, description="Train on liked answers too, not on corrections alone.")
+
+
+def imitating_trainer(config: SFTConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    """Return TRL's SFT trainer on rows with an ``answer``; the loss is on the answers alone."""
+    from trl import SFTConfig as Arguments
+    from trl import SFTTrainer
+
+    rows = parts["train_dataset"].map(
+        lambda row: answer_of(row["prompt"], row["answer"], "completion"), remove_columns=["answer"]
+    )
+    return SFTTrainer(
+        args=Arguments(**arguments, max_length=config.max_row_tokens, completion_only_loss=True),
+        **{**parts, "train_dataset": rows},
+    )
 
 
 class SFT(Recipe[SFTConfig]):
@@ -32,27 +49,13 @@ class SFT(Recipe[SFTConfig]):
 
     def rows(self, material: Material, config: SFTConfig) -> Rows:
         """Return the newest demonstrations."""
-        found = Rows()
-        for example in material.data.train:
-            for text in example.corrections:
-                found.add("corrections", answer_of(example.messages, text, "completion"))
-            liked = (example.balance > 0 or example.preferred_over) and not example.corrections
-            if liked and config.liked_answers:
-                found.add("liked", answer_of(example.messages, example.answer, "completion"))
-            elif not example.corrections:
-                found.set_aside["no_demonstration"] += 1
-        return found.newest(config.max_rows)
+        return pairs.demonstrations(material.data.train, liked=config.liked_answers).newest(config.max_rows)
 
     def trainer(
         self, config: SFTConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
     ) -> Any:
-        """Return TRL's SFT trainer; the loss is on the answers alone."""
-        from trl import SFTConfig as Arguments
-        from trl import SFTTrainer
-
-        return SFTTrainer(
-            args=Arguments(**arguments, max_length=config.max_row_tokens, completion_only_loss=True), **parts
-        )
+        """Return TRL's SFT trainer."""
+        return imitating_trainer(config, arguments, parts)
 
 
 RECIPE = SFT()

@@ -1,4 +1,4 @@
-"""Table of training runs: what each was made from, how far it is, how it ended."""
+"""Training runs as operators see them: what each was made from, how far it is, how it ended; and ending one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from infra.db import Base
+from infra.errors import ConflictError, NotFoundError
 from infra.tables import Timestamp
 
 
@@ -41,3 +42,26 @@ class TrainingRun(Base):
             "status IN ('running', 'canary', 'held', 'skipped', 'failed', 'cancelled')", name="status"
         ),
     )
+
+
+def newest(session: Session, limit: int) -> list[TrainingRun]:
+    """Return runs, the newest first."""
+    return list(session.scalars(sa.select(TrainingRun).order_by(TrainingRun.started_at.desc()).limit(limit)))
+
+
+def request_cancel(session: Session, run_id: str) -> None:
+    """Ask a run to end; it does after its current step, and registers nothing.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``run_not_found``.
+    ConflictError
+        Code ``run_ended``.
+    """
+    run = session.get(TrainingRun, run_id)
+    if run is None:
+        raise NotFoundError(f"There is no run {run_id!r}.", code="run_not_found")
+    if run.status != "running":
+        raise ConflictError(f"The run has ended already: {run.status}.", code="run_ended")
+    run.cancel_requested = True

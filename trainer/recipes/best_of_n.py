@@ -1,0 +1,81 @@
+"""``best-of-n``: corrections, and the best of n fresh samples under the learned reward, are imitated.
+
+Samples carry what the reward model has learned from votes; corrections what no sample shows. Imitation moves the
+policy to the answers that people want, and not, as comparisons do, away from what they are compared with: lengths
+stay as people like them.
+
+References
+----------
+Dong et al. (2023), RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment, arXiv 2304.06767.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from trainer import pairs
+from trainer.recipe import (
+    MIN_ROWS,
+    MIN_SPREAD,
+    Material,
+    Recipe,
+    Rows,
+    UnusableDataError,
+    one_per_prompt,
+    spread_of,
+)
+from trainer.recipes.sft import SFTConfig, imitating_trainer
+
+
+class BestOfNConfig(SFTConfig):
+    """Settings of best-of-n."""
+
+    recipe: str = "best-of-n"
+    max_rows: int = Field(96, ge=8, description="Most rows that are trained on.")
+    num_prompts: int = Field(48, ge=1, description="Prompts that get fresh samples.")
+    samples_per_prompt: int = Field(8, ge=2, description="n: the best of these is imitated.")
+    min_margin: float = Field(0.3, ge=0, description="Least distance of the best from the mean of its prompt.")
+
+
+class BestOfN(Recipe[BestOfNConfig]):
+    """Demonstrations by people and by luck."""
+
+    Config = BestOfNConfig
+    summary = "imitates corrections and the best of n fresh samples under the learned reward"
+
+    def rows(self, material: Material, config: BestOfNConfig) -> Rows:
+        """Return the newest corrections and, as far as there is room, the best samples."""
+        data = material.data
+        tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
+        examples = one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
+        prompts = [example.messages for example in examples]
+        samples = material.sample(prompts + [task.messages for task in tasks], config.samples_per_prompt)
+        texts = [[sample.text for sample in group] for group in samples]
+        at = len(prompts)
+        scores = material.score(prompts, texts[:at], [example.answer for example in examples])
+        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(config.max_rows)
+        best = pairs.best_of(
+            prompts, samples[:at], scores, min_margin=config.min_margin, words_range=data.well_rated_words()
+        )
+        best.facts["reward_spread"] = spread = spread_of(scores)
+        if spread < MIN_SPREAD and len(shown.rows) < MIN_ROWS:
+            raise UnusableDataError(
+                f"The rewards of samples to the same prompt hardly differ (median deviation {spread:.3g}): there "
+                "is nothing to learn from them. More ratings, samples_per_prompt or temperature may help.",
+                code="no_reward_spread",
+            )
+        solved = pairs.right_ones(tasks, samples[at:], material.verify(tasks, texts[at:]))
+        room = max(config.max_rows - len(shown.rows) - len(solved.rows), 0)
+        return best.newest(room).then(solved).then(shown)
+
+    def trainer(
+        self, config: BestOfNConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
+    ) -> Any:
+        """Return TRL's SFT trainer."""
+        return imitating_trainer(config, arguments, parts)
+
+
+RECIPE = BestOfN()
