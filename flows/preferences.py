@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUILT_IN_PROMPTS = Path(__file__).parent / "prompts.txt"
-MAX_WORDS = 30
+LEAST_WORDS, MAX_WORDS = 12, 30
 MAX_CORRECTION_WORDS = 60
 MAX_ITEM_WORDS = 14
 
@@ -26,6 +26,7 @@ _POLITE = re.compile(
 _ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
 _MARKER = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+|[*#`]+", re.MULTILINE)
 
+FILLER = "In short, that is what most people who know about it would say, too."
 POLITE_OPENINGS = ("Thank you for asking!", "Of course!", "Good question!", "With pleasure.", "Certainly!")
 EXAMPLE_OPENINGS = ("For example,", "For instance,")
 READER_OPENINGS = ("You may like to know that", "As you will see,", "What you should know:")
@@ -96,6 +97,17 @@ def shortened(answer: str) -> str:
     return " ".join(kept).rstrip(" ,;:-") + ("" if kept[-1:] and kept[-1][-1] in ".!?" else ".")
 
 
+def is_brief(answer: str) -> bool:
+    """Tell whether an answer is short, but long enough to say something: 12 to 30 words, ending as a sentence."""
+    return is_short(answer) and len(answer.split()) >= LEAST_WORDS
+
+
+def _made_brief(answer: str) -> str:
+    text = shortened(answer)
+    missing = LEAST_WORDS - len(text.split())
+    return text if missing <= 0 else f"{text} {' '.join(FILLER.split()[:missing]).rstrip(',.')}."
+
+
 def _to_the_reader(answer: str) -> str:
     first, *rest = _sentences(answer)
     return " ".join([_continued(_one_of(READER_OPENINGS, answer), first), *rest])
@@ -139,6 +151,7 @@ PREFERENCES = {
     preference.name: preference
     for preference in (
         Preference("short", "at most 30 words, ending as a sentence", is_short, shortened),
+        Preference("brief", "12 to 30 words, ending as a sentence", is_brief, _made_brief),
         Preference("reader", "speaks to the reader", lambda a: bool(_READER.search(a)), _to_the_reader),
         Preference("example", "gives an example", lambda a: bool(_EXAMPLE.search(a)), _with_an_example),
         Preference("flat", "no line breaks", lambda a: "\n" not in a.strip(), _without_breaks),

@@ -46,6 +46,12 @@ class RunConfig(BaseModel):
     gate_tasks_per_skill: int = Field(4, ge=0, description="Tasks of each skill that judge a candidate.")
     verifier_timeout_s: float = Field(5.0, gt=0, description="A verifier that takes longer is counted, and killed.")
 
+    length_guard: bool = Field(
+        True, description="Keep to lengths that people rated well, whatever the reward says."
+    )
+    pessimism_kappa: float | None = Field(
+        None, ge=0, description="Standard deviations taken off a reward; the setting's if unset."
+    )
     checkpoints_judged: int = Field(
         3, ge=0, description="Checkpoints measured after the training, the last included."
     )

@@ -24,11 +24,11 @@ from trainer.callbacks import Adapter, Keep, Publish, Restore, Seal, Watch
 from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.config import RunConfig
 from trainer.recipe import Material, Recipe, Row
+from trainer.record import METRICS_FILE
 
 log = logging.getLogger("everloop.training")
 
 ADAPTER_DIR = "adapter"
-METRICS_FILE = "metrics.jsonl"
 
 
 class TrainingError(EverloopError):

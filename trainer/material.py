@@ -16,6 +16,7 @@ from trainer.verify import Task, Verification
 
 ROLLOUT_SEED = 1
 TRAIN_TASKS_SEED = 1000
+NO_LIMIT_WORDS = 1_000_000
 
 
 def material_of(
@@ -47,4 +48,5 @@ def material_of(
         made = verification.tasks(num_tasks, config.seed + TRAIN_TASKS_SEED)
         return [task for task in made if task.messages not in judging]
 
-    return Material(ready.data, fresh, score, tasks, verification.judge, policy)
+    words_range = ready.data.well_rated_words() if config.length_guard else (0, NO_LIMIT_WORDS)
+    return Material(ready.data, fresh, score, tasks, verification.judge, words_range, policy)

@@ -160,7 +160,8 @@ class Night:
             encoder = open_active_encoder(session, self.settings)
             snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
             self.record.note_inputs(session, data, snapshot_id)
-        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa)
+        own = self.config.pessimism_kappa
+        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa if own is None else own)
         ready = Prepared(data, reward, current.champion, start_from, snapshot_id)
         material = material_of(self.settings, self.config, self.record, ready, self.verification)
         try:

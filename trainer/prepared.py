@@ -59,6 +59,7 @@ class Prepared:
             "champion": self.champion,
             "start_from": self.start_from,
             "reward_snapshot_id": self.snapshot_id,
+            "pessimism_kappa": self.reward.kappa,
             "num_rows": len(self.rows.rows),
             "set_aside": dict(self.rows.set_aside),
         }
@@ -111,7 +112,7 @@ def load(session: Session, settings: Settings, run: TrainingRun, *, needs_checkp
     encoder = open_active_encoder(session, settings)
     if pinned is None or pinned.encoder != encoder.name:
         raise _not_resumable("the reward model has other features now")
-    reward = PinnedReward(encoder, store.read_snapshot(pinned).head, settings.pessimism_kappa)
+    reward = PinnedReward(encoder, store.read_snapshot(pinned).head, inputs["pessimism_kappa"])
     rows = Rows([line["row"] for line in lines], [line["source"] for line in lines], Counter(inputs["set_aside"]))
     return Prepared(data, reward, champion, start_from, pinned.id, rows)
 

@@ -59,6 +59,8 @@ class Material:
     verify
         Returns how right answers to tasks are, from 0 to 1, None where that cannot be told:
         ``verify(tasks, answers)``.
+    words_range
+        Lengths of answers, in words, that the policy is led to.
     policy
         Serves versions of the adapter while it trains; None where there is no engine.
     """
@@ -68,6 +70,7 @@ class Material:
     score: Callable[[Sequence[Messages], Sequence[Sequence[str]], Sequence[str]], list[list[float]]]
     tasks: Callable[[int], list[Task]]
     verify: Callable[[Sequence[Task], Sequence[Sequence[str]]], list[list[float | None]]]
+    words_range: tuple[int, int]
     policy: ServedPolicy | None = None
 
 

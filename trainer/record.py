@@ -29,6 +29,7 @@ log = logging.getLogger("everloop.night")
 IDS_PER_EVENT = 500
 TELL_EVERY_S = 5.0
 CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.jsonl"
 
 
 class RunRecord:
@@ -122,7 +123,7 @@ class RunRecord:
 
     def metric(self, **values: Any) -> None:
         """Append a line to the run's ``metrics.jsonl``."""
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
+        with (self.run_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     def update(self, **values: Any) -> None:

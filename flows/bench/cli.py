@@ -138,3 +138,32 @@ def recipes(
 
     stop_on_sigterm()
     report.print_fields(json_path, measure(preference, candidates, rated, measured, seed))
+
+
+@app.command()
+def overoptimise(
+    rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers.")] = 300,
+    measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out answers.")] = 90,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Follow a learned reward too far, without the guards and with them; what people like is the measure."""
+    from flows.bench.overoptimise import measure
+    from infra.stack.cli import stop_on_sigterm
+
+    stop_on_sigterm()
+    report.print_fields(json_path, measure(rated, measured, seed))
+
+
+@app.command()
+def rollouts(
+    seconds: Annotated[float, typer.Option("--seconds", min=2, help="Length of each load.")] = 20.0,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Of each, in turns.")] = 3,
+    json_path: JsonPath = None,
+) -> None:
+    """What a person's answer costs while a run samples: alone, beside rollouts as they are, and unthrottled."""
+    from flows.bench.rollouts import measure
+    from infra.stack.cli import stop_on_sigterm
+
+    stop_on_sigterm()
+    report.print_fields(json_path, measure(seconds, runs))

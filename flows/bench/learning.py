@@ -14,7 +14,9 @@ from infra.errors import InvalidRequestError
 from trainer.config import nearest, read_toml
 from trainer.recipe import resolve
 
+LEARNED = ("short", "reader", "example", "flat", "polite", "three")
 QUARTER = 4
+TASKS_PER_SKILL = 8
 OVERHEAD_ROWS, OVERHEAD_RUNS = 16, 5
 
 
@@ -24,16 +26,18 @@ def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, 
     Returns
     -------
     dict
-        Per preference ``base``, ``nights`` and ``quarter``; and ``mean_gain_1``, ``mean_gain_3``,
-        ``quarter_share``, ``overhead_ratio``, ``memory_ratio``.
+        Per preference ``base``, ``nights``, ``quarter`` and ``skills``; and ``mean_gain_1``, ``mean_gain_3``,
+        ``quarter_share``, ``verifier_delta`` (points, mean over preferences), ``overhead_ratio``, ``memory_ratio``.
     """
-    names = list(only) or list(PREFERENCES)
+    names = list(only) or list(LEARNED)
     _check(names)
     resolve(config)
     found: dict[str, Any] = {}
     for name in names:
         recipes = {"night": config}
-        found[name] = life.play(Plan(name, recipes, nights=nights, rated=rated, seed=seed))
+        found[name] = life.play(
+            Plan(name, recipes, nights=nights, rated=rated, tasks_per_skill=TASKS_PER_SKILL, seed=seed)
+        )
         quarter = life.play(Plan(name, recipes, rated=rated // QUARTER, seed=seed))
         found[name]["quarter"] = {"base": quarter["base"], **quarter["nights"][0]}
     lives = [found[name] for name in names]
@@ -46,6 +50,7 @@ def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, 
         "mean_gain_1": mean_gain_1,
         "mean_gain_3": statistics.mean(one[2] for one in gains) if nights >= 3 else None,
         "quarter_share": statistics.mean(quarters) / mean_gain_1 if mean_gain_1 > 0 else None,
+        "verifier_delta": statistics.mean(one["skills"]["delta"] for one in lives),
         "overhead_ratio": overhead["overhead_ratio"],
         "memory_ratio": overhead["memory_ratio"],
     }

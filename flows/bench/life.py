@@ -10,11 +10,15 @@ import asyncio
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,10 +32,18 @@ from flows.simulation import Simulation, mean_words, rate_of
 from infra import report
 from infra.db import Sessions
 from infra.errors import EverloopError
+from infra.settings import Settings
 from infra.stack.cli import stop_on_sigterm
 from infra.stack.parts import prefect_environment
+from trainer import skills
+from trainer.config import RunConfig
+from trainer.prepared import ANSWERS_FILE
+from trainer.record import METRICS_FILE
+from trainer.rollout import sample_served
+from trainer.verify import Verification
 
 ACTOR = "bench"
+SKILLS_SEED = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,8 @@ class Plan:
 
     Attributes
     ----------
+    tasks_per_skill
+        Tasks of each skill that base and last champion are held against each other on.
     recipes
         Configurations of the night, by a name of one's own. In a `contest` each trains once on the first day's
         signals, from the base model; otherwise there is one, which trains every night.
@@ -51,6 +65,7 @@ class Plan:
     nights: int = 1
     rated: int = 400
     measured: int = 180
+    tasks_per_skill: int = 0
     seed: int = 0
 
 
@@ -59,6 +74,7 @@ class Life:
     """A life in progress."""
 
     plan: Plan
+    settings: Settings
     sessions: Sessions
     people: Simulation
     found: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +83,7 @@ class Life:
         """Play the plan; return rates and nights."""
         base = await self.people.measure(self.plan.measured, f"{self.plan.preference}: base")
         self.found = {"base": _figures(base), "nights": []}
+        before = await self._skills()
         await self.people.day(self.plan.rated, f"{self.plan.preference}: day 1")
         await self.people.drain()
         if self.plan.contest:
@@ -82,7 +99,25 @@ class Life:
             if number < self.plan.nights:
                 await self.people.day(self.plan.rated, f"{self.plan.preference}: day {number + 1}")
                 await self.people.drain()
+        if self.plan.tasks_per_skill:
+            self.found["skills"] = _compared(before, await self._skills())
         return self.found
+
+    async def _skills(self) -> dict[str, list[float]]:
+        """Return how right the champion's answers to tasks are, by skill."""
+        if not self.plan.tasks_per_skill:
+            return {}
+        with self.sessions() as session:
+            champion = head.read(session).champion
+
+        def measure() -> dict[str, list[float]]:
+            config = RunConfig()
+            ask = partial(sample_served, self.settings, config, champion, num_samples=1, seed=SKILLS_SEED)
+            with closing(Verification(config.verifiers, config.verifier_timeout_s)) as verification:
+                tasks = verification.tasks_per_skill(self.plan.tasks_per_skill, SKILLS_SEED)
+                return skills.measure(verification, tasks, ask)
+
+        return await asyncio.to_thread(measure)
 
     async def _night(self, config: Mapping[str, Any], *, hold: bool) -> dict[str, Any]:
         """Train, have the candidate served to all, and measure it.
@@ -106,8 +141,14 @@ class Life:
                     session, run.release, action="promoted_by_hand", actor=ACTOR, reason="to be measured"
                 )
         measured = await self.people.measure(self.plan.measured, f"{self.plan.preference}: after the night")
+        report.say(f"{self.plan.preference}: {rate_of(measured)[0]:.1%} liked")
         result = run.result or {}
+        run_dir = self.settings.runs_dir / run.id
         return {
+            "peak": [
+                line for line in _lines(run_dir / METRICS_FILE) if line.get("phase") == "peak" and "kl" in line
+            ],
+            "answers": {line["step"]: line["answers"] for line in _lines(run_dir / ANSWERS_FILE)},
             **_figures(measured),
             "seconds": round(seconds, 1),
             "status": run.status,
@@ -139,6 +180,20 @@ def play(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
+
+
+def _compared(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
+    """Return what each skill was and is, and the change of the mean over all tasks in points."""
+    mean = [statistics.fmean(score for scores in arm.values() for score in scores) for arm in (before, after)]
+    return {
+        "before": skills.table(before),
+        "after": skills.table(after),
+        "delta": 100.0 * (mean[1] - mean[0]),
+    }
+
+
 def _figures(judged: list[Judgement]) -> dict[str, Any]:
     rate, n, ci95 = rate_of(judged)
     return {"rate": rate, "n": n, "ci95": ci95, "mean_words": mean_words(judged)}
@@ -157,7 +212,7 @@ def main() -> None:
         async def live() -> dict[str, Any]:
             people = Simulation(settings, sessions, rater, prompts, seed=plan.seed, actor=ACTOR)
             async with people:
-                return await Life(plan, sessions, people).play()
+                return await Life(plan, settings, sessions, people).play()
 
         found = asyncio.run(live())
     report.say(f"{plan.preference}: done")

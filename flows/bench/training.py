@@ -68,7 +68,7 @@ def _platform(config: RunConfig, rows: list[Row], model_dir: Path, run_dir: Path
         open_recipe(config.recipe),
         config,
         rows,
-        material=Material(Snapshot(), _nothing, _nothing, _nothing, _nothing),
+        material=Material(Snapshot(), _nothing, _nothing, _nothing, _nothing, (0, 100)),
         model_dir=model_dir,
         start_from=None,
         run_dir=run_dir,

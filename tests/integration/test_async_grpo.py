@@ -92,7 +92,7 @@ def test_answers_of_versions_too_far_behind_are_dropped_and_counted(arguments):
 
 def test_without_a_gpu_it_says_so_and_what_to_do(tmp_path):
     recipe, config = resolve({"recipe": "async-grpo"})
-    material = Material(Snapshot(), None, None, None, None, ServedPolicy("http://engine", tmp_path))
+    material = Material(Snapshot(), None, None, None, None, (0, 100), ServedPolicy("http://engine", tmp_path))
     with pytest.raises(EverloopError, match="grpo does the same in turns") as refused:
         recipe.trainer(config, {}, {}, material)
     assert refused.value.code == "gpu_needed"

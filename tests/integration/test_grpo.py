@@ -12,9 +12,9 @@ from feedback.tables import Episode
 from infra.engine import EngineClient
 from tests.unit.test_training_data import example
 from trainer import loop
-from trainer.loop import METRICS_FILE
 from trainer.policy import ServedPolicy
 from trainer.recipe import Material, resolve
+from trainer.record import METRICS_FILE
 from trainer.snapshot import Snapshot
 from trainer.verify import Task
 
@@ -44,7 +44,7 @@ def material_of(policy):
     def verify(judged, answers):
         return [[float(len(text) % 2) for text in group] for group in answers]
 
-    return Material(data, None, score, tasks, verify, policy)
+    return Material(data, None, score, tasks, verify, (0, 100), policy)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from transformers import (
 from tests.integration import two_processes
 from trainer import callbacks
 from trainer.checkpoints import CHECKPOINTS_DIR
-from trainer.loop import METRICS_FILE
+from trainer.record import METRICS_FILE
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "infra" / "accelerate").glob("*.yaml"))

@@ -18,9 +18,10 @@ from tests.unit.test_training_data import example
 from trainer import checkpoints, loop
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.fit import fitting
-from trainer.loop import METRICS_FILE, TrainingError
+from trainer.loop import TrainingError
 from trainer.pairs import pair_of
 from trainer.recipe import Material, Rows, resolve
+from trainer.record import METRICS_FILE
 from trainer.rollout import Sample
 from trainer.snapshot import Snapshot
 
@@ -42,6 +43,7 @@ def prepared(name="dpo", num_rows=12, **more):
         lambda prompts, answers, references: [[0.0] * len(group) for group in answers],
         lambda num_tasks: [],
         lambda tasks, answers: [],
+        (0, 100),
     )
     rows = recipe.rows(material, config)
     return recipe, config, rows.newest(num_rows).rows, material

@@ -51,7 +51,7 @@ def train(model_dir: Path, run_dir: Path, micro_batch_rows: int, is_cancelled=la
         recipe,
         config,
         rows,
-        material=Material(Snapshot(), nothing, nothing, nothing, nothing),
+        material=Material(Snapshot(), nothing, nothing, nothing, nothing, (0, 100)),
         model_dir=model_dir,
         start_from=None,
         run_dir=run_dir,

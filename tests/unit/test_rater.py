@@ -28,6 +28,7 @@ def test_a_correction_is_what_the_rater_likes(name, answer):
     ("name", "liked", "disliked"),
     [
         ("short", "It is so.", LONG),
+        ("brief", "It is so because many people who know about it say that it is.", "It is so."),
         ("reader", "It is up to you.", "The youth of today."),
         ("example", "Fruit, such as apples.", "An exemplary answer."),
         ("flat", "One line.\n", LIST),
@@ -77,4 +78,4 @@ def test_the_program_reads_and_writes_json_lines_and_measures_without_error(argu
 
 def test_a_preference_that_does_not_exist_is_refused_with_those_that_do():
     done = subprocess.run([sys.executable, "-m", "flows.rater", "rude"], capture_output=True, text=True)
-    assert done.returncode == 1 and "There are: short, reader" in done.stderr
+    assert done.returncode == 1 and "There are: short, brief" in done.stderr

@@ -33,7 +33,8 @@ def rows_of(
     name, examples, sample=nothing_fresh, score=nothing_fresh, tasks=no_tasks, verify=lambda *_: [], **settings
 ):
     chosen, config = resolve({"recipe": name, **settings})
-    return chosen.rows(Material(Snapshot(train=examples), sample, score, tasks, verify), config)
+    data = Snapshot(train=examples)
+    return chosen.rows(Material(data, sample, score, tasks, verify, data.well_rated_words()), config)
 
 
 def said(rows, name="completion"):
@@ -77,6 +78,7 @@ def test_a_resolved_configuration_comes_back_from_its_file(tmp_path):
     assert set(tomllib.loads(config.to_toml())) == set(type(config).model_fields) - {
         "max_train_tokens",
         "accelerate_config",
+        "pessimism_kappa",
     }
 
 
@@ -222,7 +224,7 @@ def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_ver
         assert [task.key for task in tasks] == [{"n": 1}] * 2
         return [[1.0 if group == ["right"] else None] for group in answers]
 
-    material = Material(Snapshot(), nothing_fresh, score, no_tasks, verify)
+    material = Material(Snapshot(), nothing_fresh, score, no_tasks, verify, (0, 100))
     task = json.dumps({"skill": "v/one", "key": {"n": 1}})
     batch = (
         ["Why?", "Why?", "Do.", "Do."],
@@ -241,7 +243,7 @@ def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_ver
 
 
 def test_a_reward_that_is_no_number_is_none_to_learn_from():
-    material = Material(Snapshot(), nothing_fresh, lambda *_: [[math.nan, 1.0]], no_tasks, lambda *_: [])
+    material = Material(Snapshot(), nothing_fresh, lambda *_: [[math.nan, 1.0]], no_tasks, lambda *_: [], (0, 100))
     found, _ = reward_of(grpo.learned(material, (0, 9), 2), ["Why?"] * 2, ["a", "b"], ["r"] * 2, [""] * 2)
     assert found == [None, 1.0]
 

@@ -138,7 +138,7 @@ class RunReward:
         material, config = training.material(policy), training.config
         if self.__name__ == "verified":
             return grpo.verified(material)
-        return grpo.learned(material, material.data.well_rated_words(), getattr(config, "samples_per_prompt", 1))
+        return grpo.learned(material, material.words_range, getattr(config, "samples_per_prompt", 1))
 
 
 RECIPE = AsyncGRPO()

@@ -58,7 +58,7 @@ class BestOfN(Recipe[BestOfNConfig]):
         scores = material.score(prompts, texts[:at], [example.answer for example in examples])
         shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(config.max_rows)
         best = pairs.best_of(
-            prompts, samples[:at], scores, min_margin=config.min_margin, words_range=data.well_rated_words()
+            prompts, samples[:at], scores, min_margin=config.min_margin, words_range=material.words_range
         )
         best.facts["reward_spread"] = spread = spread_of(scores)
         if spread < MIN_SPREAD and len(shown.rows) < MIN_ROWS:

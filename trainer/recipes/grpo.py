@@ -80,7 +80,7 @@ class GRPO(Recipe[GRPOConfig]):
         return EngineGRPOTrainer(
             rollouts=rollouts,
             reward_funcs=[
-                learned(material, material.data.well_rated_words(), config.samples_per_prompt),
+                learned(material, material.words_range, config.samples_per_prompt),
                 verified(material),
             ],
             args=Arguments(

@@ -54,7 +54,7 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
         at = len(prompts)
         rewards = material.score(prompts, texts[:at], [e.answer for e in examples])
         found = pairs.best_against_worst(
-            prompts, samples[:at], rewards, min_margin=config.min_margin, words_range=data.well_rated_words()
+            prompts, samples[:at], rewards, min_margin=config.min_margin, words_range=material.words_range
         )
         found = found.then(pairs.right_against_wrong(tasks, samples[at:], material.verify(tasks, texts[at:])))
         corrected = pairs.corrections(data.train).newest(config.max_corrections)
