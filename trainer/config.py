@@ -67,6 +67,9 @@ class RunConfig(BaseModel):
         None,
         description="A configuration file of `accelerate`: processes, devices, sharding. One process if unset.",
     )
+    report_to: list[Literal["mlflow", "trackio"]] = Field(
+        [], description="Where metrics go besides metrics.jsonl; the package has to be installed."
+    )
     checkpoint_steps: int = Field(4, ge=1, description="Steps between checkpoints; a killed run goes on from one.")
 
     @classmethod

@@ -163,7 +163,9 @@ def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": config.checkpoint_steps,
         "save_total_limit": 2,  # where the newest is damaged, the one before it is still there
-        "report_to": [],
+        "report_to": list(config.report_to),
+        "project": "everloop",
+        "run_name": run_dir.name,
         "disable_tqdm": True,
         "seed": config.seed,
     }

@@ -7,6 +7,7 @@ A recipe is one module of :mod:`trainer.recipes`, named as it is (``online_dpo``
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import pkgutil
@@ -208,9 +209,15 @@ def resolve(given: Mapping[str, Any]) -> tuple[Recipe[Any], RunConfig]:
     Raises
     ------
     InvalidRequestError
-        Codes ``recipe_unknown``, ``verifier_unknown`` and ``config_invalid``.
+        Codes ``recipe_unknown``, ``verifier_unknown``, ``reporter_missing`` and ``config_invalid``.
     """
     recipe = open_recipe(str(given.get("recipe", DEFAULT_RECIPE)))
     config: RunConfig = recipe.Config.parse(given)
     verify.check_names(config.verifiers)
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise InvalidRequestError(
+                f"report_to names {package}, which is not installed here: pip install {package}.",
+                code="reporter_missing",
+            )
     return recipe, config

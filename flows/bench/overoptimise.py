@@ -1,9 +1,9 @@
 """``everloop bench overoptimise``: a reward followed too far, with the guards off and on.
 
 People like answers of 12 to 30 words; the base model's have about 70. So shorter is better for long, and the
-learned reward extrapolates that it always is. One run follows it alone, for many epochs, and its last checkpoint is taken;
-the other has the guards: pessimism, lengths that people rated well, the bound on the KL, the gold scorer's peak.
-What people really like, without error, is the measure of both.
+learned reward extrapolates that it always is. One run follows it alone, for many epochs, and its last checkpoint
+is taken; the other has the guards: pessimism, lengths that people rated well, the bound on the KL, the gold
+scorer's peak. What people really like, without error, is the measure of both.
 """
 
 from __future__ import annotations

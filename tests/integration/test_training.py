@@ -88,6 +88,14 @@ def test_every_recipe_trains_an_adapter_that_plain_peft_loads(base_model_dir, tm
     assert len(losses(tmp_path)) == num_steps
 
 
+def test_metrics_go_to_mlflow_where_it_is_installed(base_model_dir, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is an extra of its own: pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    train(base_model_dir, tmp_path / "run_told", num_rows=8, settings={"report_to": ["mlflow"]})
+    (told,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert told.info.run_name == "run_told" and told.data.metrics["loss"] == losses(tmp_path / "run_told")[4]
+
+
 def test_a_run_goes_on_from_the_champions_adapter(base_model_dir, tmp_path, undisturbed):
     champion, _ = undisturbed
     settings = {"learning_rate": 1e-12}

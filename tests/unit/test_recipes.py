@@ -57,6 +57,8 @@ def test_the_default_is_a_recipe():
     ("given", "code", "said"),
     [
         ({"recipe": "online_dpo"}, "recipe_unknown", "Did you mean 'online-dpo'?"),
+        ({"report_to": ["mlflow"]}, "reporter_missing", "pip install mlflow"),
+        ({"report_to": ["wandb"]}, "config_invalid", "'mlflow' or 'trackio'"),
         ({"recipe": "zzz"}, "recipe_unknown", "There are: async-grpo, best-of-n,"),
         ({"learningrate": 1e-4}, "config_invalid", "no setting 'learningrate'. Did you mean 'learning_rate'?"),
         ({"recipe": "kto", "num_prompts": 4}, "config_invalid", "no setting 'num_prompts'"),
