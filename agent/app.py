@@ -88,6 +88,8 @@ def build_app(settings: Settings) -> FastAPI:
     for room in (agent.api, feedback.api, reward.api, deploy.api):
         app.include_router(room.router)
     app.include_router(operations)
+    app.include_router(deploy.api.pages)
+    app.mount("/static/deploy", StaticFiles(directory=deploy.api.STATIC_DIR), name="static-deploy")
     app.mount("/static", StaticFiles(directory=agent.api.STATIC_DIR), name="static")
     return app
 

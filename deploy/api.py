@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy import audit, head, runs
@@ -15,6 +17,8 @@ from deploy.votes import weigh
 from infra.db import transaction
 
 ACTOR = "operator"
+STATIC_DIR = Path(__file__).parent / "static"
+pages = APIRouter()
 router = APIRouter(prefix="/v1", tags=["deployment"])
 
 
@@ -55,6 +59,7 @@ class RunView(BaseModel):
     phase: str
     phase_done: int
     phase_total: int
+    seconds_left: float | None
     release: str | None
     reason: str
     cancel_requested: bool
@@ -74,6 +79,12 @@ class CancelRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reason: str = Field(min_length=1, max_length=500)
+
+
+@pages.get("/runs", include_in_schema=False)
+def runs_page() -> FileResponse:
+    """Serve the page of training runs."""
+    return FileResponse(STATIC_DIR / "runs.html")
 
 
 @router.get("/runs")

@@ -25,6 +25,7 @@ class TrainingRun(Base):
     phase: Mapped[str]
     phase_done: Mapped[int] = mapped_column(default=0)
     phase_total: Mapped[int] = mapped_column(default=0)
+    seconds_left: Mapped[float | None]
     config: Mapped[dict[str, Any]] = mapped_column(JSONB)
     dataset_digest: Mapped[str | None]
     reward_snapshot_id: Mapped[int | None]

@@ -24,6 +24,7 @@ from reward.encoders import open_active_encoder
 from trainer import collect, erasure, prepared
 from trainer.candidate import Candidate
 from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
+from trainer.failures import explained
 from trainer.fit import fitting
 from trainer.material import material_of
 from trainer.prepared import Prepared
@@ -89,9 +90,12 @@ class Night:
             except BaseException as error:
                 # The reason is shown to users; what an exception quotes (paths, addresses, data) is for the log.
                 log.exception("%s failed", self.record.run_id)
-                message = error.message if isinstance(error, EverloopError) else type(error).__name__
-                is_cancelled = isinstance(error, EverloopError) and error.code == "run_cancelled"
-                self.record.end("cancelled" if is_cancelled else "failed", {"reason": message})
+                known = explained(error)
+                is_cancelled = known is not None and known.code == "run_cancelled"
+                reason = known.message if known else type(error).__name__
+                self.record.end("cancelled" if is_cancelled else "failed", {"reason": reason})
+                if known is not None and known is not error:
+                    raise known from error
                 raise
             finally:
                 self.verification.close()

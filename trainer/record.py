@@ -86,30 +86,35 @@ class RunRecord:
         self._close_phase()
         self.current_phase = name
         self._phase_total = total
-        self.update(phase=name, phase_done=0, phase_total=total)
+        self.update(phase=name, phase_done=0, phase_total=total, seconds_left=None)
         self._tell(0)
 
     def progress(self, done: int, total: int | None = None) -> None:
         """Note that `done` steps of the phase are behind us; a night outlives a database that blinks."""
         self._phase_total = total or self._phase_total
         try:
-            self.update(phase_done=done, phase_total=self._phase_total)
+            self.update(phase_done=done, phase_total=self._phase_total, seconds_left=self._seconds_left(done))
             if time.monotonic() - self._told_s >= TELL_EVERY_S:
                 self._tell(done)
         except (OperationalError, InterfaceError):
             log.warning("progress could not be noted")
 
+    def _seconds_left(self, done: int) -> float | None:
+        """Return how long the rest of the phase takes at this pace."""
+        if not done:
+            return None
+        elapsed_s = time.monotonic() - self._phase_started_s
+        return round(elapsed_s / done * max(self._phase_total - done, 0), 1)
+
     def _tell(self, done: int) -> None:
-        """Publish how far the phase is, and how long the rest of it takes at this pace."""
+        """Publish how far the phase is."""
         self._told_s = time.monotonic()
-        elapsed_s = self._told_s - self._phase_started_s
-        left_s = elapsed_s / done * max(self._phase_total - done, 0) if done else None
         event = RunProgressed(
             run_id=self.run_id,
             phase=self.current_phase,
             done=done,
             total=self._phase_total,
-            seconds_left=None if left_s is None else round(left_s, 1),
+            seconds_left=self._seconds_left(done),
         )
         with self.sessions.begin() as session:
             outbox.append(session, event, key="deployment")

@@ -11,6 +11,8 @@ from playwright.sync_api import expect, sync_playwright
 from feedback.tables import Episode, Feedback
 from reward.tables import Solicitation
 from tests.conftest import wait_until
+from trainer.config import RunConfig
+from trainer.record import RunRecord
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -178,3 +180,26 @@ def test_who_has_rated_already_is_not_asked(page, solicit):
     up.click()
     page.wait_for_timeout(5000)
     assert looks == [] and page.get_by_text(INVITATION).count() == 0
+
+
+def test_an_operator_sees_a_run_and_cancels_it(page, stack, tmp_path):
+    record = RunRecord(stack.sessions, tmp_path)
+    record.create(RunConfig())
+    record.phase("train", 40)
+    record.progress(10)
+    page.goto(f"{stack.settings.public_url}/runs")
+    row = page.locator(f'tr[data-run="{record.run_id}"]')
+    expect(row).to_contain_text("train 10 of 40")
+    expect(row).to_contain_text("left")
+    row.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Keep it running").click()
+    assert not record.is_cancelled()
+    row.get_by_role("button", name="Cancel").click()
+    page.get_by_label("Reason").fill("<b>wrong</b> recipe")
+    page.get_by_label("Reason").press("Enter")
+    expect(row).to_contain_text("ends after its current step")
+    assert record.is_cancelled()
+    if path := os.environ.get("EVERLOOP_SHOTS"):
+        page.screenshot(path=Path(path) / "runs.png")
+    record.end("cancelled", {"reason": "The run was cancelled."})
+    expect(row).to_contain_text("The run was cancelled.", timeout=10_000)

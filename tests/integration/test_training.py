@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.test_training_data import example
 from trainer import checkpoints, loop
 from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.failures import explained
 from trainer.fit import fitting
 from trainer.loop import TrainingError
 from trainer.pairs import pair_of
@@ -233,3 +234,24 @@ def test_plain_vllm_serves_the_adapter_as_plain_peft_does(base_model_dir, undist
     for ours, theirs in zip(expected, found, strict=True):
         # Both are rounded to bfloat16 on the way, in different orders.
         assert np.mean(np.abs(np.subtract(ours, theirs))) < 0.1 * apart
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB, smaller than a checkpoint."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", directory], stderr=subprocess.DEVNULL
+    ).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_a_full_disk_is_a_failure_that_says_so_and_leaves_no_adapter(base_model_dir, small_disk):
+    with pytest.raises(Exception) as failed:
+        train(base_model_dir, small_disk / "run", settings={"lora_rank": 16, "checkpoint_steps": 1})
+    assert explained(failed.value).code == "disk_full"
+    assert not (small_disk / "run" / "adapter").exists()
+    assert checkpoints.newest(small_disk / "run" / CHECKPOINTS_DIR) is None

@@ -1,5 +1,6 @@
-"""What ends a training."""
+"""What ends a training, and what is said of it."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 
 from trainer.callbacks import MAX_STEPS_WITHOUT_SPREAD, Watch
 from trainer.config import RunConfig
+from trainer.failures import explained
 from trainer.loop import TrainingError
 from trainer.recipe import MIN_SPREAD
 
@@ -37,3 +39,25 @@ def test_steps_without_that_figure_say_nothing_of_it(watch):
     assert not log(watch, *[{"loss": 0.5}] * 9)
     lines = [json.loads(line) for line in watch.metrics_path.read_text().splitlines()]
     assert lines[-1] == {"phase": "train", "step": 8, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk_full"),
+        (MemoryError(), "out_of_memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+            "out_of_memory",
+        ),
+        (TrainingError("Lost.", code="run_cancelled"), "run_cancelled"),
+    ],
+)
+def test_a_failure_says_what_to_do(error, code):
+    found = explained(error)
+    assert found.code == code and found.message
+
+
+def test_an_unknown_failure_is_not_explained():
+    assert explained(ValueError("secret path")) is None

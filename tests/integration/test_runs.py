@@ -1,0 +1,65 @@
+"""Runs as operators see them: listed, followed by events, cancelled with a reason."""
+
+import json
+
+import pytest
+import sqlalchemy as sa
+
+from deploy.runs import TrainingRun
+from deploy.tables import AuditEntry
+from infra.events import RunProgressed
+from infra.tables import OutboxRow
+from trainer.config import RunConfig
+from trainer.record import RunRecord
+
+
+@pytest.fixture
+def record(stack, tmp_path):
+    """A run in its training that nobody works on."""
+    found = RunRecord(stack.sessions, tmp_path)
+    found.create(RunConfig())
+    found.phase("train", 40)
+    yield found
+    found.end("failed", {"reason": "only a test"})
+
+
+def events(stack, run_id):
+    query = sa.select(OutboxRow.event).where(OutboxRow.topic == RunProgressed.topic).order_by(OutboxRow.seq)
+    with stack.sessions() as session:
+        found = [event["data"] for event in session.scalars(query) if "run.progressed" in event["dataschema"]]
+    return [data for data in found if data["run_id"] == run_id]
+
+
+def test_progress_is_in_the_list_with_the_time_left_and_as_events(stack, record, monkeypatch):
+    monkeypatch.setattr("trainer.record.TELL_EVERY_S", 0.0)
+    record._phase_started_s -= 10.0
+    record.progress(10)
+    (run,) = [run for run in stack.http.get("/v1/runs").json() if run["id"] == record.run_id]
+    assert (run["status"], run["phase"], run["phase_done"], run["phase_total"]) == ("running", "train", 10, 40)
+    assert run["seconds_left"] == pytest.approx(30.0, abs=3.0) and not run["cancel_requested"]
+    begun, further = events(stack, record.run_id)
+    assert (begun["phase"], begun["done"], begun["seconds_left"]) == ("train", 0, None)
+    assert (further["done"], further["total"], further["seconds_left"]) == (10, 40, pytest.approx(30.0, abs=3.0))
+    record.phase("gates", 2)
+    assert len(json.loads(json.dumps(events(stack, record.run_id)))) == 3
+
+
+def test_a_run_is_cancelled_over_http_with_a_reason_that_is_audited(stack, record):
+    path = f"/v1/runs/{record.run_id}/cancel"
+    assert stack.http.post(path, json={}).status_code == 400
+    assert stack.http.post(path, json={"reason": ""}).status_code == 400
+    assert not record.is_cancelled()
+    answer = stack.http.post(path, json={"reason": "wrong recipe"})
+    assert answer.status_code == 202 and answer.json()["cancel_requested"] and record.is_cancelled()
+    with stack.sessions() as session:
+        entry = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == record.run_id)).one()
+        assert (entry.action, entry.reason) == ("run_cancelled", "wrong recipe")
+
+
+def test_what_cannot_be_cancelled_says_why(stack):
+    unknown = stack.http.post("/v1/runs/run_none/cancel", json={"reason": "so"})
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "run_not_found"
+    with stack.sessions.begin() as session:
+        session.add(TrainingRun(id="run_over", recipe="dpo", status="held", phase="done", config={}))
+    over = stack.http.post("/v1/runs/run_over/cancel", json={"reason": "so"})
+    assert over.status_code == 409 and over.json()["error"]["code"] == "run_ended"
