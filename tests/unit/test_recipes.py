@@ -1,21 +1,29 @@
 """Recipes: how they are chosen, what each makes of what people said. Nothing is trained here."""
 
+import inspect
 import json
 import math
+import random
+import re
 import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import Field
 
 from infra.errors import InvalidRequestError
 from tests.unit.test_training_data import example
 from trainer import recipe
 from trainer.config import RunConfig, read_toml
-from trainer.recipe import Material, UnusableDataError, names, open_recipe, resolve
+from trainer.pairs import pair_of
+from trainer.recipe import Material, Recipe, Rows, UnusableDataError, names, open_recipe, resolve
 from trainer.recipes import grpo
 from trainer.rollout import Sample
 from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
 from trainer.snapshot import Snapshot
-from trainer.verify import Task
+from trainer.verify import Task, Verifier
 
 NAMES = ["async-grpo", "best-of-n", "dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
 
@@ -313,3 +321,32 @@ def test_best_of_n_without_spread_needs_corrections():
     with pytest.raises(UnusableDataError) as held:
         rows_of("best-of-n", examples, sample, lambda p, a, r: [[1.0] * len(g) for g in a])
     assert held.value.code == "no_reward_spread"
+
+
+def on_the_page(marker, names):
+    """Run a code block of docs/training.md with names that its reader would import; return what there is then."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if marker in code]
+    exec(block, names)
+    return names
+
+
+def test_the_recipe_that_the_page_shows_works():
+    names = {"Any": Any, "Mapping": Mapping, "Field": Field, "RunConfig": RunConfig, "Recipe": Recipe, "Rows": Rows}
+    names |= {"Material": Material, "pair_of": pair_of}
+    recipe = on_the_page("class Mine", names)["RECIPE"]
+    config = recipe.Config.parse({"recipe": "my-own", "beta": 0.2})
+    data = Snapshot(train=[example("Long.", fixed=["Short."]), example("Fine.", [1.0])])
+    found = recipe.rows(Material(data, None, None, None, None, (0, 9)), config)
+    assert found.sources == ["corrections"] and said(found, "chosen") == ["Short."]
+    wanted = inspect.signature(open_recipe("dpo").trainer).parameters
+    assert list(inspect.signature(recipe.trainer).parameters) == list(wanted)
+
+
+def test_the_verifier_that_the_page_shows_works():
+    verifier = on_the_page("class Sums", {"Any": Any, "random": random, "Verifier": Verifier})["Sums"]()
+    question, key = verifier.task("small", 3)
+    assert question.startswith("What is ")
+    assert (
+        verifier.judge("small", key, f"It is {key['sum']}.") == 1.0 and verifier.judge("small", key, "No.") == 0.0
+    )
