@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.errors import InvalidRequestError
 
-DEFAULT_RECIPE = "online-dpo"
+DEFAULT_RECIPE = "best-of-n"
 
 
 class RunConfig(BaseModel):

@@ -23,6 +23,7 @@ from trainer.record import CONFIG_FILE
 
 GIVEN = {"recipe": "dpo", "batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 64, "checkpoint_steps": 2}
 GIVEN |= {"max_rows": 12, "num_gate_prompts": 8, "max_answer_tokens": 16}
+GIVEN |= {"gate_tasks_per_skill": 0, "checkpoints_judged": 2, "judge_prompts": 4}
 
 # The night dies as its third step ends, as the machine would have it: no handler runs.
 KILLED = """
@@ -34,7 +35,7 @@ from trainer.record import RunRecord
 progress = RunRecord.progress
 def die(self, done, total=None):
     progress(self, done, total)
-    if self._current == "train" and done == 3:
+    if self.current_phase == "train" and done == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 RunRecord.progress = die
 settings = load()

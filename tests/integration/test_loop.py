@@ -27,14 +27,19 @@ from trainer import collect
 from trainer.night import Night
 from trainer.redactor import Redactor
 from trainer.snapshot import DATASET_FILE
+from trainer.verifiers.instructions import INSTRUCTIONS
+from trainer.verifiers.reasoning import LEVELS
 
 SMALL = {
     "num_prompts": 4,
     "samples_per_prompt": 2,
     "max_answer_tokens": 48,
-    "max_corrections": 12,
     "num_gate_prompts": 8,
     "min_margin": 0.0,
+    "epochs": 1.0,
+    "gate_tasks_per_skill": 1,
+    "checkpoints_judged": 2,
+    "judge_prompts": 4,
 }
 TOPICS = [
     *("rain", "bread", "chess", "tides", "bees", "glass", "maps", "salt", "kites", "moss", "ink", "owls"),
@@ -104,8 +109,17 @@ def test_the_night_trains_and_judges_by_what_is_really_served(stack, night):
     gates = {gate["gate"]: gate for gate in night.result["gates"]}
     assert gates["differs_from_base"]["verdict"] == gates["differs_from_champion"]["verdict"] == "pass"
     assert gates["win_rate"]["n"] > 0
-    lines = (stack.settings.runs_dir / night.id / "metrics.jsonl").read_text().splitlines()
-    assert {"sample", "score", "train", "gates"} <= {json.loads(line)["phase"] for line in lines}
+    skills = [name for name in gates if name.startswith("skill ")]
+    assert len(skills) == len(INSTRUCTIONS) + len(LEVELS) and gates["skills"]["n"] >= len(skills) - 1
+    run_dir = stack.settings.runs_dir / night.id
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {"sample", "score", "train", "peak", "gates"} <= {line["phase"] for line in lines}
+    points = [line for line in lines if line["phase"] == "peak" and "kl" in line]
+    assert [point["kl"] for point in points if point["step"] == 0] == [0.0]  # the champion is the base model
+    assert len(points) == 3 and sum(point["taken"] for point in points) == 1 and points[-1]["kl"] > 0.0
+    assert gates["kl_to_base"]["value"] == next(point["kl"] for point in points if point["taken"])
+    assert "sqrt(KL" in (run_dir / "overoptimisation.svg").read_text()
+    assert not (run_dir / "kept").exists() and not (run_dir / "policy").exists()
 
 
 def test_the_snapshot_holds_no_gate_prompt_and_only_what_may_be_learned(stack, night):
@@ -127,7 +141,7 @@ def test_the_adapter_is_registered_whole_and_loads_in_plain_peft(stack, night):
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".md", ".safetensors"]
     card = (path / registry.CARD).read_text()
     assert f"# {night.release}" in card and "goes on from: base" in card and "| win_rate |" in card
-    assert night.id in card and night.dataset_digest[:16] in card and "online-dpo" in card
+    assert night.id in card and night.dataset_digest[:16] in card and "best-of-n" in card
     model = AutoModelForCausalLM.from_pretrained(stack.settings.base_model_dir)
     loaded = PeftModel.from_pretrained(model, str(path))
     assert any("lora_B" in n and p.abs().sum() > 0 for n, p in loaded.named_parameters())

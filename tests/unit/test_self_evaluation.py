@@ -112,7 +112,7 @@ def test_it_waits_until_nobody_else_wants_the_engine(tmp_path, monkeypatch):
         await asyncio.sleep(0.2)
         assert engine.asked == []
         engine.idle_s = 60.0
-        await until(lambda: engine.asked)
+        await until(lambda: count(evaluator, "recorded"))
 
     assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
 
