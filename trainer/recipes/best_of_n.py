@@ -35,8 +35,8 @@ class BestOfNConfig(SFTConfig):
 
     recipe: str = "best-of-n"
     max_rows: int = Field(96, ge=8, description="Most rows that are trained on.")
-    num_prompts: int = Field(48, ge=1, description="Prompts that get fresh samples.")
-    samples_per_prompt: int = Field(8, ge=2, description="n: the best of these is imitated.")
+    num_prompts: int = Field(48, ge=1, description="Most prompts that get fresh samples.")
+    samples_per_prompt: int = Field(6, ge=2, description="n: the best of these is imitated.")
     min_margin: float = Field(0.3, ge=0, description="Least distance of the best from the mean of its prompt.")
 
 
@@ -47,16 +47,18 @@ class BestOfN(Recipe[BestOfNConfig]):
     summary = "imitates corrections and the best of n fresh samples under the learned reward"
 
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
-        """Return the newest corrections and, as far as there is room, the best samples."""
+        """Return the newest corrections, and the best samples as far as there is room."""
         data = material.data
-        tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
-        examples = one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
+        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(config.max_rows)
+        # Samples cost minutes: no more are made than there is room for, and some always, so that votes count.
+        num_prompts = min(config.num_prompts, max(config.max_rows - len(shown.rows), MIN_ROWS))
+        tasks = material.tasks(round(num_prompts * config.verifiable_share))
+        examples = one_per_prompt(data.train, num_prompts - len(tasks), config.seed)
         prompts = [example.messages for example in examples]
         samples = material.sample(prompts + [task.messages for task in tasks], config.samples_per_prompt)
         texts = [[sample.text for sample in group] for group in samples]
         at = len(prompts)
         scores = material.score(prompts, texts[:at], [example.answer for example in examples])
-        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(config.max_rows)
         best = pairs.best_of(
             prompts, samples[:at], scores, min_margin=config.min_margin, words_range=material.words_range
         )
@@ -68,8 +70,7 @@ class BestOfN(Recipe[BestOfNConfig]):
                 code="no_reward_spread",
             )
         solved = pairs.right_ones(tasks, samples[at:], material.verify(tasks, texts[at:]))
-        room = max(config.max_rows - len(shown.rows) - len(solved.rows), 0)
-        return best.newest(room).then(solved).then(shown)
+        return best.then(solved).then(shown)
 
     def trainer(
         self, config: BestOfNConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
