@@ -49,9 +49,10 @@ class BestOfN(Recipe[BestOfNConfig]):
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
         """Return the newest corrections, and the best samples as far as there is room."""
         data = material.data
-        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(config.max_rows)
         # Samples cost minutes: no more are made than there is room for, and some always, so that votes count.
-        num_prompts = min(config.num_prompts, max(config.max_rows - len(shown.rows), MIN_ROWS))
+        most_shown = max(config.max_rows - MIN_ROWS, 0)
+        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(most_shown)
+        num_prompts = min(config.num_prompts, config.max_rows - len(shown.rows))
         tasks = material.tasks(round(num_prompts * config.verifiable_share))
         examples = one_per_prompt(data.train, num_prompts - len(tasks), config.seed)
         prompts = [example.messages for example in examples]
