@@ -16,17 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from trainer import pairs
-from trainer.recipe import (
-    MIN_ROWS,
-    MIN_SPREAD,
-    Material,
-    Recipe,
-    Rows,
-    UnusableDataError,
-    one_per_prompt,
-    spread_of,
-)
+from trainer import fresh, pairs
+from trainer.recipe import MIN_ROWS, Material, Recipe, Rows
 from trainer.recipes.sft import SFTConfig, imitating_trainer
 
 
@@ -48,30 +39,21 @@ class BestOfN(Recipe[BestOfNConfig]):
 
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
         """Return the newest corrections, and the best samples as far as there is room."""
-        data = material.data
         # Samples cost minutes: no more are made than there is room for, and some always, so that votes count.
         most_shown = max(config.max_rows - MIN_ROWS, 0)
-        shown = pairs.demonstrations(data.train, liked=config.liked_answers).newest(most_shown)
+        shown = pairs.demonstrations(material.data.train, liked=config.liked_answers).newest(most_shown)
         num_prompts = min(config.num_prompts, config.max_rows - len(shown.rows))
-        tasks = material.tasks(round(num_prompts * config.verifiable_share))
-        examples = one_per_prompt(data.train, num_prompts - len(tasks), config.seed)
-        prompts = [example.messages for example in examples]
-        samples = material.sample(prompts + [task.messages for task in tasks], config.samples_per_prompt)
-        texts = [[sample.text for sample in group] for group in samples]
-        at = len(prompts)
-        scores = material.score(prompts, texts[:at], [example.answer for example in examples])
+        made = fresh.take(material, num_prompts, config.samples_per_prompt, config.verifiable_share, config.seed)
+        made.check_spread(len(shown.rows))
         best = pairs.best_of(
-            prompts, samples[:at], scores, min_margin=config.min_margin, words_range=material.words_range
+            made.prompts,
+            made.samples,
+            made.rewards,
+            min_margin=config.min_margin,
+            words_range=material.words_range,
         )
-        best.facts["reward_spread"] = spread = spread_of(scores)
-        if spread < MIN_SPREAD and len(shown.rows) < MIN_ROWS:
-            raise UnusableDataError(
-                f"The rewards of samples to the same prompt hardly differ (median deviation {spread:.3g}): there "
-                "is nothing to learn from them. More ratings, samples_per_prompt or temperature may help.",
-                code="no_reward_spread",
-            )
-        solved = pairs.right_ones(tasks, samples[at:], material.verify(tasks, texts[at:]))
-        return best.then(solved).then(shown)
+        best.facts["reward_spread"] = made.spread
+        return best.then(pairs.right_ones(made.tasks, made.task_samples, made.verdicts)).then(shown)
 
     def trainer(
         self, config: BestOfNConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material

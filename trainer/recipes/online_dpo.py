@@ -12,17 +12,8 @@ from typing import Any
 
 from pydantic import Field
 
-from trainer import pairs
-from trainer.recipe import (
-    MIN_ROWS,
-    MIN_SPREAD,
-    Material,
-    Recipe,
-    Rows,
-    UnusableDataError,
-    one_per_prompt,
-    spread_of,
-)
+from trainer import fresh, pairs
+from trainer.recipe import Material, Recipe, Rows
 from trainer.recipes.dpo import DPOConfig, preference_trainer
 
 
@@ -44,27 +35,20 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
 
     def rows(self, material: Material, config: OnlineDPOConfig) -> Rows:
         """Sample, score, and pair."""
-        data = material.data
-        tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
-        examples = one_per_prompt(data.train, config.num_prompts - len(tasks), config.seed)
-        prompts = [example.messages for example in examples]
-        asked = prompts + [task.messages for task in tasks]
-        samples = material.sample(asked, config.samples_per_prompt)
-        texts = [[sample.text for sample in group] for group in samples]
-        at = len(prompts)
-        rewards = material.score(prompts, texts[:at], [e.answer for e in examples])
-        found = pairs.best_against_worst(
-            prompts, samples[:at], rewards, min_margin=config.min_margin, words_range=material.words_range
+        made = fresh.take(
+            material, config.num_prompts, config.samples_per_prompt, config.verifiable_share, config.seed
         )
-        found = found.then(pairs.right_against_wrong(tasks, samples[at:], material.verify(tasks, texts[at:])))
-        corrected = pairs.corrections(data.train).newest(config.max_corrections)
-        found.facts["reward_spread"] = spread = spread_of(rewards)
-        if spread < MIN_SPREAD and len(corrected.rows) < MIN_ROWS:
-            raise UnusableDataError(
-                f"The rewards of samples to the same prompt hardly differ (median deviation {spread:.3g}): there "
-                "is nothing to learn from them. More ratings, samples_per_prompt or temperature may help.",
-                code="no_reward_spread",
-            )
+        corrected = pairs.corrections(material.data.train).newest(config.max_corrections)
+        made.check_spread(len(corrected.rows))
+        found = pairs.best_against_worst(
+            made.prompts,
+            made.samples,
+            made.rewards,
+            min_margin=config.min_margin,
+            words_range=material.words_range,
+        )
+        found = found.then(pairs.right_against_wrong(made.tasks, made.task_samples, made.verdicts))
+        found.facts["reward_spread"] = made.spread
         return found.newest(max(config.max_rows - len(corrected.rows), 0)).then(corrected)
 
     def trainer(
