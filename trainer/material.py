@@ -12,6 +12,7 @@ from trainer.prepared import Prepared
 from trainer.recipe import Material
 from trainer.record import RunRecord
 from trainer.rollout import Sample, sample_served
+from trainer.snapshot import Snapshot
 from trainer.verify import Task, Verification
 
 ROLLOUT_SEED = 1
@@ -48,5 +49,10 @@ def material_of(
         made = verification.tasks(num_tasks, config.seed + TRAIN_TASKS_SEED)
         return [task for task in made if task.messages not in judging]
 
-    words_range = ready.data.well_rated_words() if config.length_guard else (0, NO_LIMIT_WORDS)
-    return Material(ready.data, fresh, score, tasks, verification.judge, words_range, policy)
+    lengths = words_range(config, ready.data)
+    return Material(ready.data, fresh, score, tasks, verification.judge, lengths, policy)
+
+
+def words_range(config: RunConfig, data: Snapshot) -> tuple[int, int]:
+    """Return the lengths that the policy is led to."""
+    return data.well_rated_words() if config.length_guard else (0, NO_LIMIT_WORDS)

@@ -29,7 +29,7 @@ from trainer.gold import Gold
 from trainer.policy import ServedPolicy
 from trainer.recipe import Messages, Rows, one_per_prompt
 from trainer.rollout import Sample
-from trainer.scoring import PinnedReward
+from trainer.scoring import PinnedReward, guarded
 from trainer.snapshot import Snapshot
 
 PLOT_FILE = "overoptimisation.svg"
@@ -71,6 +71,9 @@ class Scales:
 
     Attributes
     ----------
+    words_range
+        Lengths that people rated well: gold is fitted to few answers, and knows no more than the proxy of lengths
+        that nobody has seen.
     ask
         Returns one answer of a served model to each prompt.
     """
@@ -80,6 +83,7 @@ class Scales:
     references: list[str]
     reward: PinnedReward
     gold: Gold
+    words_range: tuple[int, int]
     ask: Ask
 
     def measure(self, model: str, step: int) -> Point:
@@ -93,22 +97,25 @@ class Scales:
         ]
         prompts = [prompt for prompt, _, _ in answered]
         samples = [sample for _, _, sample in answered]
+        texts = [sample.text for sample in samples]
         judges = [(self.reward.head, self.reward.kappa), (self.gold.head, 0.0)]
         proxies, golds = (
             [group[0] for group in scores]
             for scores in self.reward.score_under(
-                judges, prompts, [[s.text] for s in samples], [reference for _, reference, _ in answered]
+                judges, prompts, [[text] for text in texts], [reference for _, reference, _ in answered]
             )
         )
+        ended = [sample.finish_reason == "stop" for sample in samples]
+        golds = guarded(golds, texts, ended, self.words_range)
         return Point(
             step=step,
             kl=_mean(asyncio.run(self._log_ratios(model, samples))),
             proxy=_mean(proxies),
             gold=_mean(golds) if self.gold.is_informed else None,
-            mean_words=_mean([num_words(sample.text) for sample in samples]),
+            mean_words=_mean([num_words(text) for text in texts]),
             n=len(samples),
             golds=tuple(golds) if self.gold.is_informed else (),
-            texts=tuple(sample.text for sample in samples),
+            texts=tuple(texts),
         )
 
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:

@@ -18,7 +18,7 @@ from infra.settings import Settings
 from reward.encoder import base_model_digest
 from trainer import gold, peak
 from trainer.config import RunConfig
-from trainer.material import material_of
+from trainer.material import material_of, words_range
 from trainer.peak import Point
 from trainer.policy import ServedPolicy
 from trainer.prepared import ANSWERS_FILE, Prepared
@@ -134,6 +134,7 @@ class Training:
             references=references,
             reward=ready.reward,
             gold=gold.fit(ready.reward.encoder, ready.data.gate),
+            words_range=words_range(config, ready.data),
             ask=partial(sample_served, self.settings, config, num_samples=1, seed=PEAK_SEED),
         )
         points = peak.measure_all(scales, policy, ready.champion, trained.kept)

@@ -18,7 +18,7 @@ from flows.preferences import PREFERENCES
 PREFERENCE = "brief"
 FOLLOWED = {
     "recipe": "online-dpo",
-    "epochs": 6.0,
+    "epochs": 11.0,
     "max_corrections": 0,
     "max_rows": 48,
     "checkpoints_judged": 6,

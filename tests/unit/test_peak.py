@@ -9,6 +9,8 @@ from tests.unit.test_training_data import example
 from trainer import gold, peak
 from trainer.peak import Point
 from trainer.recipe import Rows
+from trainer.rollout import Sample
+from trainer.scoring import CUT_LOSS, LENGTH_LOSS, PinnedReward
 from trainer.snapshot import Snapshot
 
 
@@ -97,3 +99,50 @@ def test_gold_leaves_out_what_cannot_be_encoded():
 def test_gold_of_nothing_knows_nothing(held_out):
     found = gold.fit(Encoder(), held_out)
     assert found.num_judgements == 0 and math.isclose(found.head.predict_one(np.array([1.0])).mean, 0.0)
+
+
+class Engine:
+    """Finds each token of an answer twice as probable under a trained model as under the base."""
+
+    def __init__(self, url):
+        pass
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def token_logprobs(self, model, prompt_ids, token_ids):
+        return [-1.0 if model == "base" else -1.0 + math.log(2.0)] * len(token_ids)
+
+
+def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch):
+    monkeypatch.setattr(peak, "EngineClient", Engine)
+    likes_short = gold.fit(Encoder(), [example("a b", [1.0]), example("a " * 20, [0.0])] * 40)
+    answers = {"0": ("a " * 4, "stop"), "1": ("a", "stop"), "2": ("a " * 8, "length"), "3": None}
+
+    def ask(model, prompts):
+        found = [answers[prompt[0]["content"]] for prompt in prompts]
+        return [[Sample(one[0], one[1], (1,), (5, 6, 7))] if one else [] for one in found]
+
+    scales = peak.Scales(
+        engine_url="",
+        prompts=[[{"role": "user", "content": name}] for name in answers],
+        references=["a " * 10] * 4,
+        reward=PinnedReward(Encoder(), likes_short.head, 0.5),
+        gold=likes_short,
+        words_range=(2, 9),
+        ask=ask,
+    )
+    found = scales.measure("run/r@1", 6)
+    assert (found.step, found.n) == (6, 3) and found.kl == pytest.approx(3 * math.log(2.0))
+    assert found.mean_words == pytest.approx(13 / 3)
+    # To the gold head the shortest is best; nobody rated anything so short, and the third was cut off.
+    raw = scales.reward.score_under(
+        [(likes_short.head, 0.0)], scales.prompts[:3], [["a " * 4], ["a"], ["a " * 8]], scales.references[:3]
+    )[0]
+    assert raw[1][0] > raw[0][0] > raw[2][0]
+    assert found.golds == pytest.approx([raw[0][0], raw[1][0] - LENGTH_LOSS, raw[2][0] - CUT_LOSS])
+    assert found.proxy < sum(score for (score,) in raw) / 3  # pessimistic
+    assert "texts" not in found.as_dict() and "golds" not in found.as_dict()
