@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -25,6 +26,10 @@ from infra.settings import Settings
 from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileged
 from infra.stack.supervisor import Supervisor, stack_processes, write_config
 
+# Below the ports that systems give to outgoing connections: a client that tries again and again to reach a part
+# that was killed may be given that part's port for its own end, meet itself there, and keep the part away.
+OWN_PORTS = range(20_000, 32_000)
+PORT_TRIES = 50
 MIN_FREE_BYTES = 2 * 1024**3
 Say = Callable[[str], None]
 
@@ -150,17 +155,18 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
 
 def _free_port(wanted: int | None, name: str, held: contextlib.ExitStack) -> int:
     """Return a port that is free now, keeping it bound until all are chosen."""
-    sock = held.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((LOOPBACK, wanted or 0))
-    except OSError as error:
-        raise SetupError(
-            f"Port {wanted} is taken. Free it, or set EVERLOOP_{name.upper()} to another "
-            "(unset it to have a free one chosen).",
-            code="port_taken",
-        ) from error
-    return int(sock.getsockname()[1])
+    candidates = [wanted] if wanted else random.sample(OWN_PORTS, PORT_TRIES)
+    for port in candidates:
+        sock = held.enter_context(socket.socket())
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            sock.bind((LOOPBACK, port))
+            return port
+    raise SetupError(
+        f"Port {candidates[-1]} is taken. Free it, or set EVERLOOP_{name.upper()} to another "
+        "(unset it to have a free one chosen).",
+        code="port_taken",
+    )
 
 
 def _database_password(settings: Settings) -> str:

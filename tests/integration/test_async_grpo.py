@@ -32,7 +32,7 @@ def arguments(tmp_path):
     return recipe.arguments(config, loop.arguments(config, tmp_path), "http://engine"), config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy_model(base_model_dir):
     torch.manual_seed(0)
     _, config = resolve({"recipe": "async-grpo"})

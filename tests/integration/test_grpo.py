@@ -77,6 +77,14 @@ def served(stack):
     return [model.id for model in stack.openai.models.list() if model.id.startswith("run/")]
 
 
+def test_the_engine_reports_what_it_samples_from_and_what_it_has_to_do(stack):
+    async def look():
+        async with EngineClient(stack.settings.need("engine_url")) as engine:
+            return await engine.logprobs_are_processed("base"), await engine.num_requests()
+
+    assert asyncio.run(look()) == (True, 0)
+
+
 def test_a_policy_trains_on_its_own_answers_and_can_be_tried_meanwhile(stack, policy):
     tried = []
 
@@ -109,12 +117,8 @@ def test_a_policy_trains_on_its_own_answers_and_can_be_tried_meanwhile(stack, po
     assert served(stack) == []
 
 
+@pytest.mark.slow
 def test_answers_sampled_ahead_are_of_an_older_version_and_weighed_by_what_they_were_sampled_from(stack, policy):
-    async def look():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
-            return await engine.logprobs_are_processed("base"), await engine.num_requests()
-
-    assert asyncio.run(look()) == (True, 0)
     _, lines = train(stack, policy, rollouts_ahead=1, temperature=0.7, top_p=0.9)
     assert [line["rollout/lag"] for line in lines] == [0.0, 1.0]
     # Answers came from fewer tokens than the policy has, so the engine held each for more probable.

@@ -24,9 +24,11 @@ from flows.preferences import shortened
 from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
 from trainer import collect
+from trainer.candidate import Candidate
 from trainer.night import Night
+from trainer.prepared import Prepared
 from trainer.redactor import Redactor
-from trainer.snapshot import DATASET_FILE
+from trainer.snapshot import DATASET_FILE, Snapshot
 from trainer.verifiers.instructions import INSTRUCTIONS
 from trainer.verifiers.reasoning import LEVELS
 
@@ -163,7 +165,7 @@ def test_a_changed_adapter_is_not_loaded(stack, night):
 
 def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack, release):
     wait_until(lambda: release in served(stack), timeout_s=30, what="the reconciler did not load the challenger")
-    arms = {}
+    arms, answers = {}, {}
 
     def visit(number):
         user = f"visitor-{number}"
@@ -174,12 +176,16 @@ def test_the_canary_is_sticky_logs_its_propensity_and_is_promoted_on_votes(stack
         assert (completion.model == release) == (episode.arm == "challenger")
         assert episode.arm == arms.setdefault(user, episode.arm)
         assert stack.ask("Say hello.", user=user).model == completion.model
-        good = episode.arm == "challenger"
-        for value in (1 if good else -1, 1):  # only the user's first thumb counts
-            assert stack.feedback(completion.id, kind="thumb", value=value, user=user).status_code == 202
+        answers[user] = completion.id
 
+    def vote(user):
+        for value in (1 if arms[user] == "challenger" else -1, 1):  # only the user's first thumb counts
+            assert stack.feedback(answers[user], kind="thumb", value=value, user=user).status_code == 202
+
+    # A night that passed has the canary watched: nobody votes before all have asked, or it is decided meanwhile.
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(visit, range(40)))
+        list(pool.map(vote, arms))
     with stack.sessions() as session:
         canary_id = session.scalar(sa.select(sa.func.max(Canary.id)))
         assert sum(map(len, votes(session, canary_id, settle_s=0))) == 40
@@ -323,7 +329,9 @@ def test_a_candidate_that_was_marked_while_it_was_judged_meets_nobody(stack, nig
     judged.record.create(judged.config)
     with stack.sessions() as session:
         release = registry.get_release(session, night.release)
-    result = judged._open_canary(release, "base", [])
+    ready = Prepared(Snapshot(), None, "base", "base", 1)
+    candidate = Candidate(stack.sessions, stack.settings, judged.config, judged.record, ready)
+    result = candidate._open_canary(release, 0.5, [])
     assert result["status"] == "held" and "forgotten" in result["reason"]
     with stack.sessions() as session:
         assert head.read(session).canary_id is None

@@ -96,6 +96,7 @@ def test_two_sharded_processes_train_the_same_adapter_as_one(tiny_model_dir, tmp
     assert all(torch.equal(kept[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_what_the_main_process_is_told_ends_all_of_them(tiny_model_dir, tmp_path):
     done = launch(tiny_model_dir, tmp_path / "cancelled", "cancel")
     assert done.returncode != 0 and "The run was cancelled." in done.stderr

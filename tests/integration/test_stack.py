@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,9 +69,16 @@ def test_secrets_are_readable_by_their_owner_only(stack):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):
+    ports = [getattr(stack.settings, name) for name in ("api_port", "reward_port")]
+    addresses = (stack.settings.database_url, stack.settings.kafka_bootstrap, stack.settings.engine_url)
+    ports += [int(re.search(r":(\d+)(?:/|$)", address).group(1)) for address in addresses]
+    assert all(port in embedded.OWN_PORTS for port in ports)
+
+
 def test_the_models_are_what_the_migrations_make(stack):
-    for package in ("infra", "feedback", "reward", "deploy", "trainer"):
-        importlib.import_module(f"{package}.tables")
+    for module in ("infra.tables", "feedback.tables", "reward.tables", "deploy.tables", "deploy.runs"):
+        importlib.import_module(module)
     engine = stack.sessions.kw["bind"]
     with engine.connect() as connection:
         options = {"compare_type": True, "include_object": _is_not_of_a_partition}

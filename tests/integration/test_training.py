@@ -78,7 +78,7 @@ def undisturbed(base_model_dir, tmp_path_factory):
     [("dpo", 4), ("kto", 4), ("sft", 4), ("online-dpo", 4), ("self-distill", 8)],  # two samples of each row
 )
 def test_every_recipe_trains_an_adapter_that_plain_peft_loads(base_model_dir, tmp_path, name, num_steps):
-    trained = train(base_model_dir, tmp_path, name, num_rows=8, settings={"max_answer_tokens": 12})
+    trained = train(base_model_dir, tmp_path, name, num_rows=8, settings={"max_answer_tokens": 12, "epochs": 1})
     assert trained.num_steps == num_steps and trained.stopped_by is None
     model = AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.bfloat16)
     ids = torch.tensor([[1, 2, 3, 4]])
