@@ -12,12 +12,11 @@ from trainer.prepared import Prepared
 from trainer.recipe import Material
 from trainer.record import RunRecord
 from trainer.rollout import Sample, sample_served
-from trainer.snapshot import Snapshot
+from trainer.snapshot import ANY_LENGTH, Snapshot
 from trainer.verify import Task, Verification
 
 ROLLOUT_SEED = 1
 TRAIN_TASKS_SEED = 1000
-NO_LIMIT_WORDS = 1_000_000
 
 
 def material_of(
@@ -55,4 +54,4 @@ def material_of(
 
 def words_range(config: RunConfig, data: Snapshot) -> tuple[int, int]:
     """Return the lengths that the policy is led to."""
-    return data.well_rated_words() if config.length_guard else (0, NO_LIMIT_WORDS)
+    return data.well_rated_words() if config.length_guard else ANY_LENGTH

@@ -19,6 +19,7 @@ CARD_FILE = "card.json"
 CARD_PAGE = "README.md"
 
 Split = Literal["train", "gate"]
+ANY_LENGTH = (0, 1_000_000)  # words
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Snapshot:
             + [num_words(text) for e in self.train for text in e.corrections]
         )
         if not words:
-            return 0, 1_000_000
+            return ANY_LENGTH
         cut = int(len(words) * tail)
         return words[cut], words[-1 - cut]
 
