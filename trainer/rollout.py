@@ -18,6 +18,7 @@ from trainer.throttle import Throttle
 log = logging.getLogger("everloop.night")
 
 MAX_IN_FLIGHT = 32
+BESIDE_PEOPLE = 1  # samples in flight while somebody else asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ async def sample(
 ) -> list[list[Sample]]:
     """Sample `num_samples` answers to each prompt; requests of people go first.
 
+    Each sample is a request of its own: the engine counts sequences, and one that is over makes room at once.
+
     Parameters
     ----------
     on_done
@@ -92,41 +95,45 @@ async def sample(
     list of list of Sample
         One list per prompt, in the order of `prompts`; empty for a prompt that the engine refused.
     """
-    gate = throttle or Throttle(max(MAX_IN_FLIGHT, num_samples), num_samples)
+    gate = throttle or Throttle(MAX_IN_FLIGHT, BESIDE_PEOPLE)
     done = 0
 
-    async def one(index: int, messages: list[dict[str, Any]]) -> list[Sample]:
-        nonlocal done
-        async with gate.passing(num_samples):
-            payload = {
-                "model": model,
-                "messages": messages,
-                "n": num_samples,
-                "seed": seed * 1_000_003 + index,
-                "logprobs": True,
-                "return_token_ids": True,
-                **sampling.payload(),
-            }
+    async def one(messages: list[dict[str, Any]], number: int) -> Sample | None:
+        payload = {
+            "model": model,
+            "messages": messages,
+            "seed": seed * 1_000_003 + number,
+            "logprobs": True,
+            "return_token_ids": True,
+            **sampling.payload(),
+        }
+        async with gate.passing():
             try:
-                body = await engine.chat(payload)
+                return _sample_of(await engine.chat(payload), model)
             except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
                 log.warning("the engine refused a prompt: %s", error.code)
-                body = {"choices": []}
+                return None
+
+    async def group(index: int, messages: list[dict[str, Any]]) -> list[Sample]:
+        nonlocal done
+        numbers = range(index * num_samples, (index + 1) * num_samples)
+        found = await asyncio.gather(*(one(messages, number) for number in numbers))
         done += 1
         on_done(done)
-        return [_sample_of(choice, body, model) for choice in body["choices"]]
+        return [sampled for sampled in found if sampled is not None]
 
     await gate.look(engine)
     watching = asyncio.create_task(gate.watch(engine))
     try:
-        return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
+        return list(await asyncio.gather(*(group(i, p) for i, p in enumerate(prompts))))
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
 
 
-def _sample_of(choice: dict[str, Any], body: dict[str, Any], model: str) -> Sample:
+def _sample_of(body: dict[str, Any], model: str) -> Sample:
+    (choice,) = body["choices"]
     tokens = (choice.get("logprobs") or {}).get("content") or []
     return Sample(
         text=choice["message"]["content"] or "",

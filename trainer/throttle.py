@@ -55,16 +55,16 @@ class Throttle:
             log.debug("the engine's queue cannot be seen: %s", error.code)
 
     @asynccontextmanager
-    async def passing(self, num_samples: int) -> AsyncIterator[None]:
-        """Wait until `num_samples` more may be in flight; one request at a time always may."""
+    async def passing(self) -> AsyncIterator[None]:
+        """Wait until one more sample may be in flight."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._in_flight or self._in_flight + num_samples <= self.limit)
-            self._in_flight += num_samples
+            await self._changed.wait_for(lambda: self._in_flight < self.limit)
+            self._in_flight += 1
         try:
             yield
         finally:
             async with self._changed:
-                self._in_flight -= num_samples
+                self._in_flight -= 1
                 self._changed.notify_all()
 
     async def watch(self, engine: EngineClient) -> None:

@@ -11,7 +11,8 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ OVERLAPPING_PAUSES_S = (0.05, 0.4)
 POLL_S = 0.05
 RECOVERY_TIMEOUT_S = 180.0
 DRAIN_TIMEOUT_S = 300.0
+LOG_LINES = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def storm(kills: int, seed: int) -> dict[str, Any]:
         raters = Raters(settings.need("public_url"), write_pairs(sessions), seed)
         _until_drained(sessions)
         began_s = time.monotonic()
-        with raters:
+        with raters, _logs_where_stuck(settings):
             done, num_overlapping = Storm(sessions, supervisor, raters).run(plan(kills, seed))
         seconds = time.monotonic() - began_s
         report.say(f"{len(raters.accepted)} signals accepted in {seconds:.0f} s; waiting until they are applied")
@@ -200,6 +202,19 @@ class Storm:
                 return session.scalar(applied.limit(1)) is not None
         except (OperationalError, InterfaceError):
             return False
+
+
+@contextmanager
+def _logs_where_stuck(settings: Settings) -> Iterator[None]:
+    """Say the last lines of each part's log where the storm gets stuck: the directory goes away with it."""
+    try:
+        yield
+    except EverloopError:
+        for path in sorted(settings.log_dir.glob("*.log")):
+            report.say(f"the end of {path.name}:")
+            for line in path.read_text(errors="replace").splitlines()[-LOG_LINES:]:
+                report.say(f"  {line[:300]}")
+        raise
 
 
 def _until_drained(sessions: Sessions) -> float:

@@ -15,7 +15,7 @@ from flows.preferences import BUILT_IN_PROMPTS
 from infra import report
 from infra.engine import EngineClient
 from infra.settings import BASE_MODEL_NAME
-from trainer.rollout import MAX_IN_FLIGHT, Sampling, sample
+from trainer.rollout import BESIDE_PEOPLE, MAX_IN_FLIGHT, Sampling, sample
 from trainer.throttle import Throttle
 
 NUM_SAMPLES = 4
@@ -54,7 +54,7 @@ async def _load(
 ) -> dict[str, Any]:
     async with EngineClient(url) as engine:
         done: list[float] = []
-        throttle = Throttle(MAX_IN_FLIGHT, NUM_SAMPLES if kind == "throttled" else MAX_IN_FLIGHT)
+        throttle = Throttle(MAX_IN_FLIGHT, BESIDE_PEOPLE if kind == "throttled" else MAX_IN_FLIGHT)
         sampling = None
         if kind != "alone":
             sampling = asyncio.create_task(

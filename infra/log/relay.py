@@ -136,7 +136,8 @@ class Relay:
                 )
                 for row in rows
             ]
-            self._producer.flush()
+            # Bounded: a producer that waits for a new epoch from a broker without memory expires nothing by itself.
+            self._producer.flush(timeout=kafka.REQUEST_TIMEOUT_MS / 1000)
             offsets: dict[Place, list[int]] = {}
             for future in futures:
                 meta = future.get(timeout=kafka.REQUEST_TIMEOUT_MS / 1000)

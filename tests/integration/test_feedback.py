@@ -32,7 +32,8 @@ def test_a_thumb_moves_the_score_a_withdrawal_moves_it_back(stack):
     down = wait_until(lambda: (s := score(stack, episode_id)) and s["mean"] < before["mean"] and s)
     assert stack.feedback(episode_id, kind="thumb", value=1).status_code == 202
     up = wait_until(lambda: (s := score(stack, episode_id)) and s["mean"] > before["mean"] and s)
-    assert up["p_good"] > before["p_good"] > down["p_good"]
+    # Not against what was before: the calibration learned from both votes, and from everybody else's.
+    assert up["p_good"] > down["p_good"]
     assert stack.feedback(episode_id, kind="thumb", value=0).status_code == 202
     wait_until(lambda: score(stack, episode_id)["mean"] == pytest.approx(before["mean"], abs=1e-6))
     assert stack.http.get(f"/v1/episodes/{episode_id}").json()["feedback"] == []

@@ -36,17 +36,17 @@ class Engine:
 
     async def chat(self, payload):
         self.asked.append(payload)
-        self.in_flight += payload["n"]
+        self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         await asyncio.sleep(0.02)
-        self.in_flight -= payload["n"]
+        self.in_flight -= 1
         choice = {
             "message": {"content": "So."},
             "finish_reason": "stop",
             "token_ids": [5, 2],
             "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
         }
-        return {"choices": [choice] * payload["n"], "prompt_token_ids": [1, 7]}
+        return {"choices": [choice], "prompt_token_ids": [1, 7]}
 
 
 @pytest.fixture
@@ -64,7 +64,8 @@ def test_a_sample_has_the_ids_and_log_probabilities_that_the_engine_used():
     engine = Engine()
     found = run(engine, 1, None, sampling=Sampling(8, 0.7, 0.9, 40))
     assert found == [[Sample("So.", "stop", (1, 7), (5, 2), (-0.5, -0.25), "base")] * 2]
-    (payload,) = engine.asked
+    payload, other = engine.asked
+    assert payload["seed"] != other["seed"]
     assert payload["logprobs"] and payload["return_token_ids"]
     assert (payload["temperature"], payload["top_p"], payload["top_k"]) == (0.7, 0.9, 40)
     assert not Sampling(8, 0.7).is_plain and not Sampling(8, top_k=4).is_plain and Sampling(8).is_plain
@@ -75,7 +76,7 @@ def test_alone_the_engine_is_filled_and_beside_people_it_is_left_to_them(quick):
     run(alone, 12, Throttle(8, 2))
     assert alone.most == 8
     run(busy, 12, throttle := Throttle(8, 2))
-    assert busy.most == 2 and len(busy.asked) == 12 and throttle.held_s > 0
+    assert busy.most == 2 and len(busy.asked) == 24 and throttle.held_s > 0
 
 
 def test_when_people_leave_the_engine_is_filled_again(quick):
@@ -87,18 +88,6 @@ def test_when_people_leave_the_engine_is_filled_again(quick):
         return gate.limit
 
     assert asyncio.run(scene()) == 8
-
-
-def test_a_request_larger_than_the_limit_passes_when_it_is_alone():
-    async def scene():
-        gate = Throttle(2, 2)
-        async with gate.passing(5):
-            waiting = asyncio.ensure_future(gate.passing(1).__aenter__())
-            await asyncio.sleep(0.01)
-            assert not waiting.done()
-        await asyncio.wait_for(waiting, 1)
-
-    asyncio.run(scene())
 
 
 def test_an_engine_that_does_not_tell_its_queue_holds_nothing_back(quick):

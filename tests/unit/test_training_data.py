@@ -143,7 +143,7 @@ def test_a_prompt_that_the_engine_refuses_has_no_samples_and_the_others_have():
             if "long" in payload["messages"][0]["content"]:
                 raise InvalidRequestError("Too long.", code="context_length_exceeded")
             choice = {"message": {"content": "So."}, "finish_reason": "stop"}
-            return {"choices": [choice] * payload["n"]}
+            return {"choices": [choice]}
 
     done = []
     prompts = [[{"role": "user", "content": text}] for text in ("Why?", "long", "How?")]
