@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
 
 from infra.events import TOPICS, dead_letter_topic
 
-__all__ = ["KafkaError", "TopicPartition", "consumer", "ensure_topics", "partitions", "producer"]
+__all__ = ["KafkaError", "TopicPartition", "beginnings", "consumer", "ensure_topics", "partitions", "producer"]
 
 REQUEST_TIMEOUT_MS = 10_000
 MAX_EVENT_BYTES = 8 * 1024**2
@@ -68,3 +68,17 @@ def consumer(bootstrap: str) -> KafkaConsumer:
 def partitions(client: KafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
     """Return the partitions of `topics` that exist now."""
     return [TopicPartition(topic, p) for topic in topics for p in sorted(client.partitions_for_topic(topic) or ())]
+
+
+def beginnings(client: KafkaConsumer, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+    """Return the first offset that the broker has of each partition.
+
+    Raises
+    ------
+    KafkaError
+        A partition is gone: its topic was made anew with fewer of them. The client's own error is a ``KeyError``.
+    """
+    try:
+        return dict(client.beginning_offsets(list(wanted)))
+    except KeyError as error:
+        raise UnknownTopicOrPartitionError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -21,11 +22,20 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None:
-    """Call ``run(stop)``; SIGTERM and SIGINT set `stop`, so that work in hand is finished first."""
+    """Call ``run(stop)``; SIGTERM and SIGINT set `stop`, so that work in hand is finished first.
+
+    Where `run` raises, the process ends at once: threads that are still busy could keep it, and so keep another from
+    being started in its place.
+    """
     setup_logging()
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
     logging.getLogger(f"everloop.{name}").info("started")
-    run(stop)
+    try:
+        run(stop)
+    except Exception:
+        logging.getLogger(f"everloop.{name}").exception("failed")
+        logging.shutdown()
+        os._exit(1)
     logging.getLogger(f"everloop.{name}").info("stopped")

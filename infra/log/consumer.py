@@ -185,7 +185,7 @@ class Consumer:
         """Have the log send again what Kafka dropped before this consumer came to it."""
         if not self._positions:
             return
-        begins = client.beginning_offsets(list(self._positions))
+        begins = kafka.beginnings(client, self._positions)
         dropped = {p.topic for p, (_, next_offset) in self._positions.items() if begins.get(p, 0) > next_offset}
         if dropped:
             with self.sessions.begin() as session:
