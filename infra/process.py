@@ -24,8 +24,8 @@ def setup_logging(level: int = logging.INFO) -> None:
 def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None:
     """Call ``run(stop)``; SIGTERM and SIGINT set `stop`, so that work in hand is finished first.
 
-    Where `run` raises, the process ends at once: threads that are still busy could keep it, and so keep another from
-    being started in its place.
+    Where `run` raises, the process ends at once: threads that are still busy could keep it, and with it keep
+    another from being started in its place.
     """
     setup_logging()
     stop = threading.Event()
