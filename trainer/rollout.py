@@ -107,12 +107,11 @@ async def sample(
             "return_token_ids": True,
             **sampling.payload(),
         }
-        async with gate.passing():
-            try:
-                return _sample_of(await engine.chat(payload), model)
-            except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
-                log.warning("the engine refused a prompt: %s", error.code)
-                return None
+        try:
+            return _sample_of(await gate.run(lambda: engine.chat(payload)), model)
+        except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
+            log.warning("the engine refused a prompt: %s", error.code)
+            return None
 
     async def group(index: int, messages: list[dict[str, Any]]) -> list[Sample]:
         nonlocal done

@@ -1,4 +1,8 @@
-"""People first: how many samples a run may have in flight, by what else the engine has to do."""
+"""People first: how many samples a run may have in flight, by what else the engine has to do.
+
+When somebody asks while the engine is full of samples, all but a few are given up and asked for again later: an
+answer that somebody waits for is worth more than the seconds that were spent on them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from infra.engine import EngineClient
 from infra.errors import EverloopError
@@ -16,7 +20,9 @@ from infra.errors import EverloopError
 log = logging.getLogger("everloop.night")
 
 LOOK_EVERY_S = 0.2
-QUIET_S = 2.0  # a person who has just read an answer is likely to ask again
+QUIET_S = 5.0  # a person who has just read an answer is likely to ask again
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -30,14 +36,15 @@ class Throttle:
 
     Attributes
     ----------
-    held_s
-        Time for which somebody else's requests kept it down.
+    num_given_up
+        Samples that made room for people, and were asked for again.
     """
 
     most: int
     least: int
-    held_s: float = 0.0
-    _in_flight: int = 0
+    num_given_up: int = 0
+    _in_flight: list[asyncio.Task[Any]] = field(default_factory=list)
+    _given_up: set[asyncio.Task[Any]] = field(default_factory=set)
     _quiet_since_s: float = -math.inf
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -48,31 +55,42 @@ class Throttle:
 
     async def look(self, engine: EngineClient) -> None:
         """See whether the engine has more to do than what is ours; where it does not tell, nothing is held back."""
+        ours = len(self._in_flight)
         try:
-            if await engine.num_requests() > self._in_flight:
-                self._quiet_since_s = time.monotonic()
+            others = await engine.num_requests() - max(ours, len(self._in_flight))
         except EverloopError as error:
             log.debug("the engine's queue cannot be seen: %s", error.code)
+            return
+        if others > 0:
+            self._quiet_since_s = time.monotonic()
+            for task in self._in_flight[self.least :]:  # the newest have got least far
+                self._given_up.add(task)
+                task.cancel()
 
-    @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
-        """Wait until one more sample may be in flight."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._in_flight < self.limit)
-            self._in_flight += 1
-        try:
-            yield
-        finally:
+    async def run(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Ask once there is room, again if it was given up, and return what came."""
+        while True:
             async with self._changed:
-                self._in_flight -= 1
-                self._changed.notify_all()
+                await self._changed.wait_for(lambda: len(self._in_flight) < self.limit)
+                task = asyncio.create_task(ask())
+                self._in_flight.append(task)
+            try:
+                return await task
+            except asyncio.CancelledError:
+                caller = asyncio.current_task()
+                if task not in self._given_up or (caller is not None and caller.cancelling()):
+                    raise
+                self.num_given_up += 1
+            finally:
+                self._given_up.discard(task)
+                self._in_flight.remove(task)
+                async with self._changed:
+                    self._changed.notify_all()
 
     async def watch(self, engine: EngineClient) -> None:
         """Look again and again, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             await self.look(engine)
-            if self.limit < self.most:
-                self.held_s += LOOK_EVERY_S
             async with self._changed:
                 self._changed.notify_all()

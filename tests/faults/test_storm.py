@@ -41,6 +41,7 @@ def test_the_plan_follows_from_its_seed_and_spares_no_part():
     assert sum(following.overlapping for following in plans) == 10
 
 
+@pytest.mark.slow
 def test_six_kills_lose_nothing(home, tmp_path):
     check(storm(tmp_path, 6, seed=1), 6)
 

@@ -73,15 +73,17 @@ def train(stack, *arguments):
 @pytest.fixture(scope="module")
 def night(stack):
     """A night after some rated and corrected answers; its run."""
-    for number, topic in enumerate(TOPICS):
-        completion = stack.ask(f"Tell me something about {topic}.", max_tokens=48, user=f"teacher-{number % 5}")
-        answer = completion.choices[0].message.content
-        stack.feedback(
-            completion.id, kind="thumb", value=1 if number % 4 == 0 else -1, user=f"teacher-{number % 5}"
-        )
+
+    def teach(number):
+        user = f"teacher-{number % 5}"
+        completion = stack.ask(f"Tell me something about {TOPICS[number]}.", max_tokens=48, user=user)
+        stack.feedback(completion.id, kind="thumb", value=1 if number % 4 == 0 else -1, user=user)
         if number % 4:
-            text = shortened(answer)
-            stack.feedback(completion.id, kind="correction", text=text, user=f"teacher-{number % 5}")
+            text = shortened(completion.choices[0].message.content)
+            stack.feedback(completion.id, kind="correction", text=text, user=user)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(teach, range(len(TOPICS))))
     wait_until(lambda: drained(stack), timeout_s=60)
     return train(stack)
 

@@ -25,8 +25,9 @@ def prompts_of(*texts):
 class Engine:
     """Answers after a moment; `others` sequences of other people are there too."""
 
-    def __init__(self, others=lambda: 0):
+    def __init__(self, others=lambda: 0, takes_s=0.02):
         self.others = others
+        self.takes_s = takes_s
         self.in_flight = 0
         self.most = 0
         self.asked = []
@@ -38,8 +39,10 @@ class Engine:
         self.asked.append(payload)
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
-        await asyncio.sleep(0.02)
-        self.in_flight -= 1
+        try:
+            await asyncio.sleep(self.takes_s)
+        finally:
+            self.in_flight -= 1
         choice = {
             "message": {"content": "So."},
             "finish_reason": "stop",
@@ -75,8 +78,44 @@ def test_alone_the_engine_is_filled_and_beside_people_it_is_left_to_them(quick):
     alone, busy = Engine(), Engine(lambda: 1)
     run(alone, 12, Throttle(8, 2))
     assert alone.most == 8
-    run(busy, 12, throttle := Throttle(8, 2))
-    assert busy.most == 2 and len(busy.asked) == 24 and throttle.held_s > 0
+    run(busy, 12, Throttle(8, 2))
+    assert busy.most == 2 and len(busy.asked) == 24
+
+
+def test_what_is_in_flight_when_somebody_asks_makes_room_and_is_asked_for_again(quick):
+    engine = Engine(takes_s=0.1)
+    throttle = Throttle(8, 2)
+
+    async def scene():
+        found = asyncio.create_task(
+            sample(engine, "base", [ASK] * 4, num_samples=2, sampling=Sampling(8), seed=3, throttle=throttle)
+        )
+        await asyncio.sleep(0.03)
+        assert engine.in_flight == 8
+        engine.others = lambda: 1
+        await asyncio.sleep(0.03)
+        assert engine.in_flight == 2
+        engine.others = lambda: 0
+        return await found
+
+    assert [len(group) for group in asyncio.run(scene())] == [2] * 4
+    seeds = [payload["seed"] for payload in engine.asked]
+    assert throttle.num_given_up == 6 and len(seeds) == 14 and len(set(seeds)) == 8
+
+
+def test_sampling_that_is_cancelled_leaves_nothing_in_flight(quick):
+    engine = Engine(lambda: 1, takes_s=30.0)
+
+    async def scene():
+        found = asyncio.create_task(sample(engine, "base", [ASK], num_samples=2, sampling=Sampling(8), seed=3))
+        await asyncio.sleep(0.03)
+        found.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await found
+        await asyncio.sleep(0.01)
+
+    asyncio.run(scene())
+    assert engine.asked and engine.in_flight == 0
 
 
 def test_when_people_leave_the_engine_is_filled_again(quick):
