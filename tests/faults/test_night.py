@@ -1,13 +1,16 @@
 """A night whose process is killed in its training, on the running stack."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import uuid
 
+import psutil
 import pytest
 import sqlalchemy as sa
+import yaml
 
 from deploy import head
 from deploy.runs import TrainingRun
@@ -16,6 +19,7 @@ from feedback.acceptance import accept
 from feedback.episodes import Recording, new_episode_id
 from feedback.signals import read_signal
 from infra.errors import IntegrityError, InvalidRequestError
+from tests.conftest import wait_until
 from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.night import Night
@@ -41,6 +45,24 @@ RunRecord.progress = die
 settings = load()
 Night(connect(settings.need("database_url")), settings, json.loads(sys.argv[1]), 0.5).run()
 """
+
+NIGHT = """
+import json, sys
+from infra.db import connect
+from infra.settings import load
+from trainer.night import Night
+settings = load()
+Night(connect(settings.need("database_url")), settings, json.loads(sys.argv[1]), 0.5).run()
+"""
+TWO_CPUS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_CPU",
+    "use_cpu": True,
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "mixed_precision": "no",
+}
 
 
 def teach(stack, count=40):
@@ -104,8 +126,44 @@ def test_a_night_that_was_killed_goes_on_where_its_last_checkpoint_was(stack):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     [trained] = [line for line in lines if line["phase"] == "trained"]
     assert (trained["resumed_from_step"], trained["steps"]) == (2, 6)
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert steps(run_dir / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
     assert not rows.exists() and not (run_dir / CHECKPOINTS_DIR).exists() and not running(stack)
+
+
+@pytest.mark.slow
+def test_a_night_in_two_processes_dies_whole_and_goes_on(stack, tmp_path):
+    """What `accelerate` starts trains, ends when nobody waits for it any more, and resumes."""
+    path = tmp_path / "two-cpus.yaml"
+    path.write_text(yaml.safe_dump(TWO_CPUS))
+    given = {**GIVEN, "micro_batch_rows": 1, "accelerate_config": str(path), "register_at": "last"}
+    teach(stack)
+    close_canary(stack)
+    night = subprocess.Popen([sys.executable, "-c", NIGHT, json.dumps(given)], start_new_session=True)
+    try:
+        [run] = wait_until(lambda: running(stack), timeout_s=60)
+        metrics = stack.settings.runs_dir / run.id / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and 3 in steps(metrics), timeout_s=240)
+        workers = [p for p in psutil.Process(night.pid).children(recursive=True) if "trainer.worker" in p.cmdline()]
+        assert len(workers) >= 2
+    finally:
+        os.kill(night.pid, signal.SIGKILL)
+        night.wait()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    try:
+        result = Night(stack.sessions, stack.settings, {}, 0.5).run()
+    finally:
+        close_canary(stack)
+    assert result["run_id"] == run.id and result["status"] in ("held", "canary"), result
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    [trained] = [line for line in lines if line["phase"] == "trained"]
+    assert trained["resumed_from_step"] >= 2 and steps(metrics) == [1, 2, 3, 4, 5, 6]
+    with stack.sessions() as session:
+        assert session.get_one(TrainingRun, run.id).release is not None
+
+
+def steps(metrics):
+    """Return the steps that a run's metrics tell a loss of."""
+    return [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
 
 
 def test_a_dead_night_that_cannot_go_on_has_failed_and_says_why(stack):
