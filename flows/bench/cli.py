@@ -108,10 +108,14 @@ def learning(
     ] = None,
     nights: Annotated[int, typer.Option("--nights", min=1, max=30)] = 3,
     rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers a day.")] = 400,
+    measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out answers.")] = 90,
     config: Annotated[
         Path | None, typer.Option("--config", help="TOML of the nights; the defaults if unset.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    lives: Annotated[
+        Path | None, typer.Option("--lives", help="Keep finished lives here; go on with those that are missing.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Play hidden preferences against the public API: what people gain a night, and from how few ratings."""
@@ -120,7 +124,8 @@ def learning(
     from trainer.config import read_toml
 
     stop_on_sigterm()
-    report.print_fields(json_path, measure(only or [], nights, rated, read_toml(config) if config else {}, seed))
+    settings = read_toml(config) if config else {}
+    report.print_fields(json_path, measure(only or [], nights, rated, measured, settings, seed, lives))
 
 
 @app.command()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,23 @@ TASKS_PER_SKILL = 8
 OVERHEAD_ROWS, OVERHEAD_RUNS = 16, 5
 
 
-def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def learning(
+    only: Sequence[str],
+    nights: int,
+    rated: int,
+    measured: int,
+    config: Mapping[str, Any],
+    seed: int,
+    lives_dir: Path | None,
+) -> dict[str, Any]:
     """Play preferences through `nights` nights each; once more for one night with a quarter of the ratings.
+
+    Parameters
+    ----------
+    measured
+        Held-out answers of each measurement.
+    lives_dir
+        Where finished lives are kept: a bench that was stopped goes on with the others.
 
     Returns
     -------
@@ -34,11 +52,17 @@ def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, 
     resolve(config)
     found: dict[str, Any] = {}
     for name in names:
-        recipes = {"night": config}
-        found[name] = life.play(
-            Plan(name, recipes, nights=nights, rated=rated, tasks_per_skill=TASKS_PER_SKILL, seed=seed)
+        whole = Plan(
+            name,
+            {"night": config},
+            nights=nights,
+            rated=rated,
+            measured=measured,
+            tasks_per_skill=TASKS_PER_SKILL,
+            seed=seed,
         )
-        quarter = life.play(Plan(name, recipes, rated=rated // QUARTER, seed=seed))
+        found[name] = _played(whole, lives_dir)
+        quarter = _played(replace(whole, nights=1, rated=rated // QUARTER, tasks_per_skill=0), lives_dir)
         found[name]["quarter"] = {"base": quarter["base"], **quarter["nights"][0]}
     lives = [found[name] for name in names]
     gains = [[gain(one["base"]["rate"], night.get("rate")) for night in one["nights"]] for one in lives]
@@ -54,6 +78,19 @@ def learning(only: Sequence[str], nights: int, rated: int, config: Mapping[str, 
         "overhead_ratio": overhead["overhead_ratio"],
         "memory_ratio": overhead["memory_ratio"],
     }
+
+
+def _played(plan: Plan, lives_dir: Path | None) -> dict[str, Any]:
+    """Return what a life found, from where it is kept if it was played before."""
+    if lives_dir is None:
+        return life.play(plan)
+    text = json.dumps(asdict(plan), sort_keys=True)
+    kept = lives_dir / f"{plan.preference}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if not kept.exists():
+        found = life.play(plan)
+        lives_dir.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"plan": asdict(plan), "found": found}, indent=1))
+    return dict(json.loads(kept.read_text())["found"])
 
 
 def recipes(preference: str, candidates: Sequence[str], rated: int, measured: int, seed: int) -> dict[str, Any]:
