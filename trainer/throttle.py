@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -23,6 +24,21 @@ LOOK_EVERY_S = 0.2
 QUIET_S = 5.0  # a person who has just read an answer is likely to ask again
 
 T = TypeVar("T")
+
+
+class _Ours:
+    """How many samples all throttles of this process have in flight: a run that samples ahead has several."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.count += number
+
+
+_ours = _Ours()
 
 
 @dataclass(slots=True)
@@ -55,9 +71,9 @@ class Throttle:
 
     async def look(self, engine: EngineClient) -> None:
         """See whether the engine has more to do than what is ours; where it does not tell, nothing is held back."""
-        ours = len(self._in_flight)
+        ours = _ours.count
         try:
-            others = await engine.num_requests() - max(ours, len(self._in_flight))
+            others = await engine.num_requests() - max(ours, _ours.count)
         except EverloopError as error:
             log.debug("the engine's queue cannot be seen: %s", error.code)
             return
@@ -74,6 +90,7 @@ class Throttle:
                 await self._changed.wait_for(lambda: len(self._in_flight) < self.limit)
                 task = asyncio.create_task(ask())
                 self._in_flight.append(task)
+                _ours.add(1)
             try:
                 return await task
             except asyncio.CancelledError:
@@ -84,6 +101,7 @@ class Throttle:
             finally:
                 self._given_up.discard(task)
                 self._in_flight.remove(task)
+                _ours.add(-1)
                 async with self._changed:
                     self._changed.notify_all()
 

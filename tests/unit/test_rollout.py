@@ -103,6 +103,18 @@ def test_what_is_in_flight_when_somebody_asks_makes_room_and_is_asked_for_again(
     assert throttle.num_given_up == 6 and len(seeds) == 14 and len(set(seeds)) == 8
 
 
+def test_a_run_that_samples_twice_at_once_does_not_take_itself_for_somebody_else(quick):
+    engine = Engine()
+
+    async def scene():
+        ask = {"num_samples": 2, "sampling": Sampling(8), "seed": 3}
+        both = [sample(engine, "base", [ASK] * 12, throttle=Throttle(8, 2), **ask) for _ in range(2)]
+        await asyncio.gather(*both)
+
+    asyncio.run(scene())
+    assert engine.most == 16
+
+
 def test_sampling_that_is_cancelled_leaves_nothing_in_flight(quick):
     engine = Engine(lambda: 1, takes_s=30.0)
 
