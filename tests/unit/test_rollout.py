@@ -104,15 +104,14 @@ def test_what_is_in_flight_when_somebody_asks_makes_room_and_is_asked_for_again(
 
 
 def test_a_run_that_samples_twice_at_once_does_not_take_itself_for_somebody_else(quick):
-    engine = Engine()
+    engine, throttles = Engine(), [Throttle(8, 2), Throttle(8, 2)]
 
     async def scene():
         ask = {"num_samples": 2, "sampling": Sampling(8), "seed": 3}
-        both = [sample(engine, "base", [ASK] * 12, throttle=Throttle(8, 2), **ask) for _ in range(2)]
-        await asyncio.gather(*both)
+        await asyncio.gather(*(sample(engine, "base", [ASK] * 12, throttle=one, **ask) for one in throttles))
 
     asyncio.run(scene())
-    assert engine.most == 16
+    assert engine.most == 16 and [throttle.num_given_up for throttle in throttles] == [0, 0]
 
 
 def test_sampling_that_is_cancelled_leaves_nothing_in_flight(quick):
