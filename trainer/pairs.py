@@ -79,12 +79,13 @@ def best_of(
     rewards: Sequence[Sequence[float]],
     *,
     min_margin: float,
+    least_reward: float,
     words_range: tuple[int, int],
 ) -> Rows:
     """Return the best sample of each prompt as a demonstration, those that stand out most last.
 
-    The best is chosen as in :func:`best_against_worst`, and must be better than the mean of its prompt by
-    `min_margin`.
+    The best is chosen as in :func:`best_against_worst`, must be better than the mean of its prompt by `min_margin`,
+    and must have `least_reward`.
     """
     found = list[tuple[float, Row]]()
     set_aside = Counter[str]()
@@ -95,6 +96,9 @@ def best_of(
         margin = scores[best] - statistics.fmean(scores)
         if margin < min_margin:
             set_aside["margin_too_small"] += 1
+            continue
+        if scores[best] < least_reward:
+            set_aside["worse_than_corrections"] += 1
             continue
         found.append((margin, {"prompt": messages, "answer": group[best].text}))
     found.sort(key=itemgetter(0))

@@ -313,6 +313,28 @@ def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out():
     assert found.set_aside["margin_too_small"] == 3  # of two all samples are alike; of "3" the best is disallowed
 
 
+def test_best_of_n_imitates_no_sample_that_improves_less_than_corrections_do():
+    def sample(prompts, num_samples):
+        best = [6 if prompt[0]["content"] == "8" else 4 for prompt in prompts]
+        return [[Sample("w " * words, "stop") for words in (1, 1, longest)] for longest in best]
+
+    def score(prompts, answers, references):
+        return [
+            [float(len(text.split()) - len(reference.split())) for text in group]
+            for group, reference in zip(answers, references, strict=True)
+        ]
+
+    def found(corrected):
+        examples = [example("w " * 3, fixed=["w " * 6], prompt=str(n)) for n in range(corrected)]
+        examples.append(example("w", [1.0], prompt="8"))
+        return rows_of("best-of-n", examples, sample, score, samples_per_prompt=3, min_margin=0.5)
+
+    many = found(8)
+    assert many.sources == ["samples"] + ["corrections"] * 8 and len(many.rows[0]["answer"].split()) == 6
+    assert many.set_aside["worse_than_corrections"] == 8
+    assert found(7).sources == ["samples"] * 8 + ["corrections"] * 7  # too few to ask that much
+
+
 def test_best_of_n_without_spread_needs_corrections():
     def sample(prompts, num_samples):
         return [[Sample(f"Sample {n}.", "stop") for n in range(num_samples)] for _ in prompts]

@@ -2,7 +2,8 @@
 
 Samples carry what the reward model has learned from votes; corrections what no sample shows. Imitation moves the
 policy to the answers that people want, and not, as comparisons do, away from what they are compared with: lengths
-stay as people like them.
+stay as people like them. The best of n bad samples is still bad: a sample is imitated only if it improves on the
+logged answer as much as corrections do.
 
 References
 ----------
@@ -11,6 +12,8 @@ Dong et al. (2023), RAFT: Reward rAnked FineTuning for Generative Foundation Mod
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,12 +23,13 @@ from trainer import fresh, pairs
 from trainer.recipe import MIN_ROWS, Material, Recipe, Rows
 from trainer.recipes.sft import SFTConfig, imitating_trainer
 
+MAX_COMPARED = 16  # each costs two encodings
+
 
 class BestOfNConfig(SFTConfig):
     """Settings of best-of-n."""
 
     recipe: str = "best-of-n"
-    max_rows: int = Field(96, ge=8, description="Most rows that are trained on.")
     num_prompts: int = Field(48, ge=1, description="Most prompts that get fresh samples.")
     samples_per_prompt: int = Field(6, ge=2, description="n: the best of these is imitated.")
     min_margin: float = Field(0.3, ge=0, description="Least distance of the best from the mean of its prompt.")
@@ -50,6 +54,7 @@ class BestOfN(Recipe[BestOfNConfig]):
             made.samples,
             made.rewards,
             min_margin=config.min_margin,
+            least_reward=_gain_of_corrections(material),
             words_range=material.words_range,
         )
         best.facts["reward_spread"] = made.spread
@@ -60,6 +65,19 @@ class BestOfN(Recipe[BestOfNConfig]):
     ) -> Any:
         """Return TRL's SFT trainer."""
         return imitating_trainer(config, arguments, parts)
+
+
+def _gain_of_corrections(material: Material) -> float:
+    """Return the median reward of the newest corrections against what they correct; nothing is asked of a few."""
+    corrected = [example for example in material.data.train if example.corrections][-MAX_COMPARED:]
+    if len(corrected) < MIN_ROWS:
+        return -math.inf
+    gains = material.score(
+        [example.messages for example in corrected],
+        [[example.corrections[-1]] for example in corrected],
+        [example.answer for example in corrected],
+    )
+    return statistics.median(gain for (gain,) in gains)
 
 
 RECIPE = BestOfN()
