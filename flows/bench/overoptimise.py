@@ -1,10 +1,9 @@
 """``everloop bench overoptimise``: a reward followed too far, with the guards off and on.
 
 People like answers of 12 to 30 words; the base model's have about 70. So shorter is better for long, and the
-learned reward extrapolates that it always is; corrections, being shorter, teach the same. One run follows both
-alone, for three epochs, and its last checkpoint is taken; the other has the guards: pessimism, lengths that people
-rated well, the bound on the KL, the gold scorer's peak. What people really like, without error, is the measure of
-both.
+learned reward extrapolates that it always is. One run follows it alone, for many epochs, and its last checkpoint
+is taken; the other has the guards: pessimism, lengths that people rated well, the bound on the KL, the gold
+scorer's peak. What people really like, without error, is the measure of both.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from flows.preferences import PREFERENCES
 PREFERENCE = "brief"
 FOLLOWED = {
     "recipe": "online-dpo",
-    "epochs": 3.0,
-    "num_prompts": 24,
-    "max_corrections": 40,
+    "epochs": 11.0,
+    "max_corrections": 0,
     "max_rows": 48,
     "checkpoints_judged": 6,
     "judge_prompts": 24,
