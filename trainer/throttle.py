@@ -60,7 +60,6 @@ class Throttle:
     least: int
     num_given_up: int = 0
     _in_flight: list[asyncio.Task[Any]] = field(default_factory=list)
-    _given_up: set[asyncio.Task[Any]] = field(default_factory=set)
     _quiet_since_s: float = -math.inf
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -80,7 +79,6 @@ class Throttle:
         if others > 0:
             self._quiet_since_s = time.monotonic()
             for task in self._in_flight[self.least :]:  # the newest have got least far
-                self._given_up.add(task)
                 task.cancel()
 
     async def run(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -95,11 +93,10 @@ class Throttle:
                 return await task
             except asyncio.CancelledError:
                 caller = asyncio.current_task()
-                if task not in self._given_up or (caller is not None and caller.cancelling()):
+                if caller is not None and caller.cancelling():  # not the sample was given up, but all of them
                     raise
                 self.num_given_up += 1
             finally:
-                self._given_up.discard(task)
                 self._in_flight.remove(task)
                 _ours.add(-1)
                 async with self._changed:
