@@ -29,23 +29,6 @@ GIVEN = {"recipe": "dpo", "batch_rows": 2, "micro_batch_rows": 2, "max_row_token
 GIVEN |= {"max_rows": 12, "num_gate_prompts": 8, "max_answer_tokens": 16}
 GIVEN |= {"gate_tasks_per_skill": 0, "checkpoints_judged": 2, "judge_prompts": 4}
 
-# The night dies as its third step ends, as the machine would have it: no handler runs.
-KILLED = """
-import json, os, signal, sys
-from infra.db import connect
-from infra.settings import load
-from trainer.night import Night
-from trainer.record import RunRecord
-progress = RunRecord.progress
-def die(self, done, total=None):
-    progress(self, done, total)
-    if self.current_phase == "train" and done == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-RunRecord.progress = die
-settings = load()
-Night(connect(settings.need("database_url")), settings, json.loads(sys.argv[1]), 0.5).run()
-"""
-
 NIGHT = """
 import json, sys
 from infra.db import connect
@@ -54,6 +37,20 @@ from trainer.night import Night
 settings = load()
 Night(connect(settings.need("database_url")), settings, json.loads(sys.argv[1]), 0.5).run()
 """
+# The night dies as its third step ends, as the machine would have it: no handler runs.
+KILLED = (
+    """
+import os, signal
+from trainer.record import RunRecord
+progress = RunRecord.progress
+def die(self, done, total=None):
+    progress(self, done, total)
+    if self.current_phase == "train" and done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunRecord.progress = die
+"""
+    + NIGHT
+)
 TWO_CPUS = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_CPU",
