@@ -117,7 +117,9 @@ class Seal(TrainerCallback):  # type: ignore[misc]
     """Seals each checkpoint when it is written."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the seal."""
+        """Write the seal, once every process has written its part."""
+        if processes.num_processes() > 1:
+            torch.distributed.barrier()
         if processes.is_main():
             checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -49,10 +49,10 @@ class Fresh:
             )
 
 
-def take(material: Material, num_prompts: int, num_samples: int, verifiable_share: float, seed: int) -> Fresh:
+def take(material: Material, num_prompts: int, num_tasks: int, num_samples: int, seed: int) -> Fresh:
     """Sample answers to prompts of people and to tasks, and score them."""
-    tasks = material.tasks(round(num_prompts * verifiable_share))
-    examples = one_per_prompt(material.data.train, num_prompts - len(tasks), seed)
+    tasks = material.tasks(num_tasks)
+    examples = one_per_prompt(material.data.train, num_prompts, seed)
     prompts = [example.messages for example in examples]
     samples = material.sample(prompts + [task.messages for task in tasks], num_samples)
     texts = [[sample.text for sample in group] for group in samples]

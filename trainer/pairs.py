@@ -16,6 +16,8 @@ from trainer.rollout import Sample
 from trainer.snapshot import Example
 from trainer.verify import Task
 
+LEAST_RIGHT = 0.5
+
 
 def answer_of(messages: Messages, answer: str, name: str) -> Row:
     """Return a row with a prompt and one answer under `name`."""
@@ -151,9 +153,21 @@ def _best(
 def right_ones(
     tasks: Sequence[Task], samples: Sequence[Sequence[Sample]], verdicts: Sequence[Sequence[float | None]]
 ) -> Rows:
-    """Return right answers to tasks as demonstrations, where not all are: what is always right is known already."""
-    found = right_against_wrong(tasks, samples, verdicts)
-    found.rows = [{"prompt": row["prompt"], "answer": row["chosen"][0]["content"]} for row in found.rows]
+    """Return the best answer to each task as a demonstration, where it ended by itself and is right.
+
+    What is always right is among them: by imitating people a model unlearns what it does not rehearse.
+    """
+    found = Rows()
+    for task, group, scores in zip(tasks, samples, verdicts, strict=True):
+        right = [
+            (score, sample.text)
+            for score, sample in zip(scores, group, strict=True)
+            if score is not None and score >= LEAST_RIGHT and sample.finish_reason == "stop"
+        ]
+        if right:
+            found.add("tasks", {"prompt": task.messages, "answer": max(right, key=itemgetter(0))[1]})
+        else:
+            found.set_aside["task_not_solved"] += 1
     return found
 
 

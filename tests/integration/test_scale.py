@@ -75,6 +75,11 @@ def launch(tiny_model_dir, run_dir, *more):
     )
 
 
+def losses_of(run_dir):
+    lines = map(json.loads, (run_dir / METRICS_FILE).read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 def test_two_sharded_processes_train_the_same_adapter_as_one(tiny_model_dir, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = two_processes.train(tiny_model_dir, one, 4)
@@ -86,14 +91,25 @@ def test_two_sharded_processes_train_the_same_adapter_as_one(tiny_model_dir, tmp
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
     assert any(weight.abs().max() > 1e-4 for name, weight in ours.items() if "lora_B" in name)
-    losses = [
-        [line["loss"] for line in map(json.loads, (run / METRICS_FILE).read_text().splitlines()) if "loss" in line]
-        for run in (one, two)
-    ]
+    losses = [losses_of(run) for run in (one, two)]
     assert len(losses[1]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert [path.name for path in sorted((two / "kept").iterdir())] == ["step-2", "step-3"]
     kept = load_file(two / "kept" / "step-3" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_killed_goes_on_as_if_nothing_had_happened(tiny_model_dir, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    done = launch(tiny_model_dir, undisturbed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert launch(tiny_model_dir, killed, "die").returncode != 0
+    assert not (killed / "adapter").exists()
+    resumed = launch(tiny_model_dir, killed)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert losses_of(killed) == losses_of(undisturbed)  # begun anew there would be the first two twice
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (undisturbed, killed))
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
 
 
 @pytest.mark.slow

@@ -33,7 +33,6 @@ def nothing_fresh(*_):
 
 
 def no_tasks(num_tasks):
-    assert num_tasks == 0
     return []
 
 
@@ -311,6 +310,30 @@ def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out():
     ]
     assert found.sources == ["samples", "samples", "corrections"] and found.facts["reward_spread"] > 0
     assert found.set_aside["margin_too_small"] == 3  # of two all samples are alike; of "3" the best is disallowed
+
+
+def test_a_share_of_the_rows_of_best_of_n_are_right_answers_to_tasks():
+    def tasks(num_tasks):
+        return [Task("v/one", [{"role": "user", "content": f"Task {n}"}]) for n in range(num_tasks)]
+
+    def sample(prompts, num_samples):
+        return [[Sample("wrong", "stop"), Sample("right", "stop")] for _ in prompts]
+
+    def score(prompts, answers, references):
+        value = {"wrong": 0.0, "right": 1.0}
+        return [[value.get(text, 2.0) for text in group] for group in answers]
+
+    def verify(judged, answers):
+        return [[0.0, 1.0] for _ in judged]
+
+    examples = [example(f"Answer {n}.", fixed=[f"Short {n}."], prompt=f"Why {n}?") for n in range(40)]
+    settings = {"samples_per_prompt": 2, "max_rows": 24}
+    found = rows_of("best-of-n", examples, sample, score, tasks, verify, **settings)
+    assert found.sources == ["tasks"] * 6 + ["corrections"] * 10  # none of 8 samples is as good as a correction
+    assert [row["answer"] for row in found.rows[:6]] == ["right"] * 6
+    assert found.set_aside["rows_over_budget"] == 30
+    without = rows_of("best-of-n", examples, sample, score, **settings, verifiable_share=0.0)
+    assert without.sources == ["corrections"] * 16
 
 
 def test_best_of_n_imitates_no_sample_that_improves_less_than_corrections_do():

@@ -6,7 +6,7 @@ import pytest
 
 from infra.errors import InvalidRequestError
 from trainer import skills, verify
-from trainer.pairs import right_against_wrong
+from trainer.pairs import right_against_wrong, right_ones
 from trainer.recipe import resolve
 from trainer.rollout import Sample
 from trainer.verifiers.instructions import INSTRUCTIONS
@@ -157,6 +157,16 @@ def test_the_best_answer_to_a_task_is_paired_with_its_worst():
         "task_not_judged": 1,
         "prompt_refused": 1,
     }
+
+
+def test_of_each_task_the_best_answer_that_ended_by_itself_is_imitated_if_it_is_right():
+    tasks = [Task(f"v/{n}", [{"role": "user", "content": f"{n}?"}]) for n in range(5)]
+    ended = [Sample("a", "length"), Sample("b", "stop"), Sample("c", "stop")]
+    verdicts = [[1.0, 0.5, 0.9], [1.0, 1.0, 1.0], [1.0, 0.4, 0.0], [1.0, None, None], []]
+    found = right_ones(tasks, [ended] * 4 + [[]], verdicts)
+    assert [(row["prompt"][0]["content"], row["answer"]) for row in found.rows] == [("0?", "c"), ("1?", "b")]
+    assert found.sources == ["tasks"] * 2
+    assert found.set_aside == {"task_not_solved": 3}
 
 
 def test_skills_are_measured_by_what_could_be_judged():

@@ -30,6 +30,10 @@ class BestOfNConfig(SFTConfig):
     """Settings of best-of-n."""
 
     recipe: str = "best-of-n"
+    max_rows: int = Field(64, ge=8, description="Most rows that are trained on.")
+    verifiable_share: float = Field(
+        0.25, ge=0, lt=1, description="Of the rows, share for right answers to tasks: what it can do is kept."
+    )
     num_prompts: int = Field(48, ge=1, description="Most prompts that get fresh samples.")
     samples_per_prompt: int = Field(6, ge=2, description="n: the best of these is imitated.")
     min_margin: float = Field(0.3, ge=0, description="Least distance of the best from the mean of its prompt.")
@@ -43,11 +47,14 @@ class BestOfN(Recipe[BestOfNConfig]):
 
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
         """Return the newest corrections, and the best samples as far as there is room."""
+        num_tasks = round(config.max_rows * config.verifiable_share)
+        room = config.max_rows - num_tasks
         # Samples cost minutes: no more are made than there is room for, and some always, so that votes count.
-        most_shown = max(config.max_rows - MIN_ROWS, 0)
-        shown = pairs.demonstrations(material.data.train, liked=config.liked_answers).newest(most_shown)
-        num_prompts = min(config.num_prompts, config.max_rows - len(shown.rows))
-        made = fresh.take(material, num_prompts, config.samples_per_prompt, config.verifiable_share, config.seed)
+        shown = pairs.demonstrations(material.data.train, liked=config.liked_answers).newest(
+            max(room - MIN_ROWS, 0)
+        )
+        num_prompts = min(config.num_prompts, room - len(shown.rows))
+        made = fresh.take(material, num_prompts, num_tasks, config.samples_per_prompt, config.seed)
         made.check_spread(len(shown.rows))
         best = pairs.best_of(
             made.prompts,
