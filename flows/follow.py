@@ -19,7 +19,7 @@ from infra.errors import EverloopError
 POLL_S = 0.5
 START_TIMEOUT_S = 180.0
 PHASES = {"snapshot": "freezing the data", "sample": "fresh samples", "score": "scoring", "train": "training",
-          "gates": "gates"}  # fmt: skip
+          "peak": "measuring checkpoints", "gates": "gates"}  # fmt: skip
 
 
 async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingRun:

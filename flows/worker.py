@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from prefect import flow
@@ -19,34 +20,33 @@ from infra.settings import Settings, load
 
 log = logging.getLogger("everloop.flows")
 
-POOL = "everloop"
+POOL = "everloop"  # this machine's
 ROOT = Path(__file__).resolve().parents[1]
 WATCH_CRON = "*/30 * * * *"  # the night starts the watch itself; this takes over where that was lost
 
 
 def register(settings: Settings) -> None:
-    """Create the work pool and the deployments; safe to repeat."""
+    """Create the work pools and the deployments; safe to repeat."""
     with get_client(sync_client=True) as client:
-        try:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        except ObjectAlreadyExists:
-            pass
-    schedules = {
-        "nightly.py:nightly": Cron(settings.night_cron, timezone=settings.time_zone),
-        "nightly.py:watch_canary": Cron(WATCH_CRON, timezone=settings.time_zone),
-        "backbone.py:reward_backbone": Cron(settings.backbone_cron, timezone=settings.time_zone),
+        for pool in (POOL, settings.night_pool):
+            with suppress(ObjectAlreadyExists):
+                client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+    deployments = {
+        "nightly.py:nightly": (settings.night_pool, settings.night_cron),
+        "nightly.py:watch_canary": (POOL, WATCH_CRON),
+        "backbone.py:reward_backbone": (POOL, settings.backbone_cron),
     }
-    for entrypoint, schedule in schedules.items():
+    for entrypoint, (pool, cron) in deployments.items():
         remote = flow.from_source(source=str(ROOT), entrypoint=f"flows/{entrypoint}")
         remote.deploy(
             name="everloop",
-            work_pool_name=POOL,
-            schedules=[schedule],
+            work_pool_name=pool,
+            schedules=[Cron(cron, timezone=settings.time_zone)],
             build=False,
             push=False,
             print_next_steps=False,
         )
-        log.info("deployed %s", entrypoint)
+        log.info("deployed %s to %s", entrypoint, pool)
 
 
 def main() -> None:

@@ -82,6 +82,11 @@ class Settings(BaseSettings):
     )
 
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
+    night_pool: str = Field(
+        "everloop",
+        min_length=1,
+        description="Prefect work pool whose worker runs the nights, such as a GPU host's.",
+    )
     training_config: Path | None = Field(
         None,
         description="TOML file with the recipe of the night and its settings; training.toml in the home if unset.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from trainer import collect, judge
 from trainer.config import RunConfig
 from trainer.peak import Point
 from trainer.prepared import Prepared
+from trainer.recipe import Messages
 from trainer.record import RunRecord
-from trainer.rollout import sample_served
+from trainer.rollout import Sample, sample_served
 from trainer.verify import Verification
 
 ACTOR = "nightly"
@@ -47,9 +47,12 @@ class Candidate:
         release = self._register(adapter_dir)
         if release is None:
             return self._held_for_erasure()
-        self.record.phase("gates", 2 * self.config.num_gate_prompts)
-        sample = partial(sample_served, self.settings, self.config, on_done=self.record.progress)
-        results = judge.judge(self.sessions, self.settings, self.config, release, self.ready, sample, verification)
+        tasks = judge.gate_tasks(verification, self.config)
+        prompts, _ = judge.gate_prompts(self.ready.data, self.config.num_gate_prompts)
+        self.record.phase("gates", 2 * (len(prompts) + len(tasks)))
+        results = judge.judge(
+            self.sessions, self.settings, self.config, release, self.ready, self._sampler(), tasks, verification
+        )
         if measured is not None:
             results.append(gates.kl_gate(measured.kl, measured.n, self.config.max_kl))
         self.record.set_aside.update(verification.pop_faults())
@@ -58,6 +61,26 @@ class Candidate:
         with self.sessions() as session:
             registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
         return self._open_canary(release, canary_share, results)
+
+    def _sampler(self) -> judge.Sampler:
+        """Return what samples for the gates, and counts over all that it is asked."""
+        num_asked = 0
+
+        def sample(model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
+            nonlocal num_asked
+            before = num_asked
+            num_asked += len(prompts)
+            return sample_served(
+                self.settings,
+                self.config,
+                model,
+                prompts,
+                num_samples,
+                seed,
+                on_done=lambda done: self.record.progress(before + done),
+            )
+
+        return sample
 
     def _held_for_erasure(self) -> dict[str, Any]:
         # Its signals are left to the next night, as if it had not been.

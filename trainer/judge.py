@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ def judge(
     release: Release,
     ready: Prepared,
     sample: Sampler,
+    tasks: Sequence[Task],
     verification: Verification,
 ) -> list[GateResult]:
     """Hold a candidate against the champion on held-out prompts and tasks, as both are really served."""
@@ -67,7 +69,6 @@ def judge(
         for answers in (new, old)
     ]
     low, high = ready.data.well_rated_words(tail=0.0)
-    tasks = gate_tasks(verification, config)
     able = [
         skills.measure(verification, tasks, partial(sample, name, num_samples=1, seed=seed))
         for name, seed in ((ready.champion, 4), (release.name, 5))

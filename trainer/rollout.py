@@ -129,6 +129,8 @@ async def sample(
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
+        if gate.num_given_up:
+            log.info("%d samples made room for people and were asked for again", gate.num_given_up)
 
 
 def _sample_of(body: dict[str, Any], model: str) -> Sample:

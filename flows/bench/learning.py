@@ -89,7 +89,9 @@ def _played(plan: Plan, lives_dir: Path | None) -> dict[str, Any]:
     if not kept.exists():
         found = life.play(plan)
         lives_dir.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"plan": asdict(plan), "found": found}, indent=1))
+        staging = kept.with_suffix(".part")
+        staging.write_text(json.dumps({"plan": asdict(plan), "found": found}, indent=1))
+        staging.replace(kept)
     return dict(json.loads(kept.read_text())["found"])
 
 

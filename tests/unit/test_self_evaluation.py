@@ -34,6 +34,12 @@ class Engine:
         self.gate.set()
         self.failing = None
         self.idle_s = 60.0
+        self.num_others = 0
+
+    async def num_requests(self):
+        if self.num_others < 0:
+            raise EngineError("It does not tell.", code="engine_refused")
+        return self.num_others
 
     async def p_yes(self, release, messages):
         self.asked.append((release, messages))
@@ -115,6 +121,29 @@ def test_it_waits_until_nobody_else_wants_the_engine(tmp_path, monkeypatch):
         await until(lambda: count(evaluator, "recorded"))
 
     assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
+
+
+def test_it_waits_while_the_engine_works_for_others_such_as_a_run_that_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_evaluation, "LONG_POLL_S", 0.01)
+    monkeypatch.setattr(self_evaluation, "PATIENCE_S", 0.05)
+
+    async def work(evaluator, engine):
+        engine.num_others = 1
+        await evaluator.offer(recording())
+        await asyncio.sleep(0.2)  # longer than it waits for our own clients
+        assert engine.asked == []
+        engine.num_others = 0
+        await until(lambda: count(evaluator, "recorded") == 1)
+        engine.num_others = 1
+        monkeypatch.setattr(self_evaluation, "LONG_PATIENCE_S", 0.05)
+        await evaluator.offer(recording(1))
+        await until(lambda: count(evaluator, "recorded") == 2)
+        monkeypatch.setattr(self_evaluation, "LONG_PATIENCE_S", 60.0)
+        engine.num_others = -1
+        await evaluator.offer(recording(2))
+        await until(lambda: count(evaluator, "recorded") == 3)
+
+    assert [episode for episode, _ in run(work, tmp_path, monkeypatch)] == ["ep_0", "ep_1", "ep_2"]
 
 
 def test_under_load_that_does_not_end_its_patience_does(tmp_path, monkeypatch):

@@ -1,0 +1,45 @@
+"""Nights go to the work pool that the settings name, and are run by its worker alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows import worker
+from flows.nightly import NIGHTLY
+from infra.stack.parts import prefect_environment
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.slow
+OTHER = "gpu"
+
+
+@pytest.fixture
+def other_pool(stack, monkeypatch):
+    """Have nights run by another pool; at the end by this machine's again."""
+    environment = prefect_environment(stack.settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    worker.register(stack.settings.model_copy(update={"night_pool": OTHER}))
+    yield {**os.environ, **environment}
+    worker.register(stack.settings)
+
+
+def test_a_night_is_run_by_the_worker_of_its_pool(stack, other_pool):
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(NIGHTLY)
+        assert deployment.work_pool_name == OTHER
+        assert client.read_deployment_by_name("watch-canary/everloop").work_pool_name == worker.POOL
+        night = client.create_flow_run_from_deployment(deployment.id, parameters={"config": {"recipe": "none"}})
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", OTHER, "--run-once"]
+        done = subprocess.run(command, env=other_pool, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+        def ended():
+            state = client.read_flow_run(night.id).state
+            return state if state.is_final() else None
+
+        state = wait_until(ended, timeout_s=60)
+        assert state.is_failed() and "There is no recipe 'none'" in state.message
