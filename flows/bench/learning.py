@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def learning(
     seed: int,
     lives_dir: Path | None,
 ) -> dict[str, Any]:
-    """Play preferences through `nights` nights each; once more for one night with a quarter of the ratings.
+    """Play preferences through `nights` nights each, with a night tried out after a quarter of the first day.
 
     Parameters
     ----------
@@ -57,16 +57,16 @@ def learning(
             {"night": config},
             nights=nights,
             rated=rated,
+            tried_after=rated // QUARTER,
             measured=measured,
             tasks_per_skill=TASKS_PER_SKILL,
             seed=seed,
         )
         found[name] = _played(whole, lives_dir)
-        quarter = _played(replace(whole, nights=1, rated=rated // QUARTER, tasks_per_skill=0), lives_dir)
-        found[name]["quarter"] = {"base": quarter["base"], **quarter["nights"][0]}
+        found[name]["quarter"] = found[name].pop("tried")
     lives = [found[name] for name in names]
     gains = [[gain(one["base"]["rate"], night.get("rate")) for night in one["nights"]] for one in lives]
-    quarters = [gain(one["quarter"]["base"]["rate"], one["quarter"].get("rate")) for one in lives]
+    quarters = [gain(one["base"]["rate"], one["quarter"].get("rate")) for one in lives]
     overhead = training.measure(OVERHEAD_ROWS, OVERHEAD_RUNS)
     mean_gain_1 = statistics.mean(one[0] for one in gains)
     return {

@@ -57,6 +57,8 @@ class Plan:
     recipes
         Configurations of the night, by a name of one's own. In a `contest` each trains once on the first day's
         signals, from the base model; otherwise there is one, which trains every night.
+    tried_after
+        Ratings of the first day after which a night is tried out and put away again; 0 for none.
     """
 
     preference: str
@@ -64,6 +66,7 @@ class Plan:
     contest: bool = False
     nights: int = 1
     rated: int = 400
+    tried_after: int = 0
     measured: int = 180
     tasks_per_skill: int = 0
     seed: int = 0
@@ -84,24 +87,36 @@ class Life:
         base = await self.people.measure(self.plan.measured, f"{self.plan.preference}: base")
         self.found = {"base": _figures(base), "nights": []}
         before = await self._skills()
-        await self.people.day(self.plan.rated, f"{self.plan.preference}: day 1")
-        await self.people.drain()
+        recipes = self.plan.recipes
+        if self.plan.tried_after:
+            await self._day(1, self.plan.tried_after)
+            ((_, config),) = recipes.items()
+            self.found["tried"] = await self._try_out(config, hold=False)
+        await self._day(1, self.plan.rated - self.plan.tried_after)
         if self.plan.contest:
-            for name, config in self.plan.recipes.items():
-                self.found["nights"].append({"name": name, **await self._night(config, hold=True)})
-                self.people.start_from_base()
-                with self.sessions.begin() as session:  # the next one finds the day as new as this one did
-                    session.execute(sa.update(TrainingRun).values(last_signal_seq=None))
+            for name, config in recipes.items():
+                self.found["nights"].append({"name": name, **await self._try_out(config, hold=True)})
             return self.found
-        ((_, config),) = self.plan.recipes.items()
+        ((_, config),) = recipes.items()
         for number in range(1, self.plan.nights + 1):
+            if number > 1:
+                await self._day(number, self.plan.rated)
             self.found["nights"].append(await self._night(config, hold=False))
-            if number < self.plan.nights:
-                await self.people.day(self.plan.rated, f"{self.plan.preference}: day {number + 1}")
-                await self.people.drain()
         if self.plan.tasks_per_skill:
             self.found["skills"] = _compared(before, await self._skills())
         return self.found
+
+    async def _day(self, number: int, rated: int) -> None:
+        await self.people.day(rated, f"{self.plan.preference}: day {number}")
+        await self.people.drain()
+
+    async def _try_out(self, config: Mapping[str, Any], *, hold: bool) -> dict[str, Any]:
+        """Have a night, then put the base model back and leave its signals to the next one."""
+        found = await self._night(config, hold=hold)
+        self.people.start_from_base()
+        with self.sessions.begin() as session:
+            session.execute(sa.update(TrainingRun).values(last_signal_seq=None))
+        return found
 
     async def _skills(self) -> dict[str, list[float]]:
         """Return how right the champion's answers to tasks are, by skill."""

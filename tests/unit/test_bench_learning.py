@@ -18,10 +18,10 @@ def played(monkeypatch):
     def play(plan):
         plans.append(plan)
         base, nights, quarter = RATES[plan.preference]
-        rates = nights if plan.rated == 400 else [quarter]
         return {
             "base": {"rate": base},
-            "nights": [{"rate": rate} for rate in rates[: plan.nights]],
+            "tried": {"rate": quarter},
+            "nights": [{"rate": rate} for rate in nights[: plan.nights]],
             "skills": {"delta": -1.0},
         }
 
@@ -40,22 +40,20 @@ def test_gains_are_points_and_above_one_half_the_share_of_the_way_to_one(played)
     assert found["mean_gain_3"] == pytest.approx((90 + 100) / 2)
     assert found["quarter_share"] == pytest.approx(((40 + 25) / 2) / 55)
     assert (found["verifier_delta"], found["overhead_ratio"], found["memory_ratio"]) == (-1.0, 1.01, 1.02)
-    assert [(plan.preference, plan.rated, plan.nights) for plan in played] == [
-        ("short", 400, 3),
-        ("short", 100, 1),
-        ("reader", 400, 3),
-        ("reader", 100, 1),
+    assert [(plan.preference, plan.rated, plan.tried_after, plan.nights) for plan in played] == [
+        ("short", 400, 100, 3),
+        ("reader", 400, 100, 3),
     ]
 
 
 def test_a_bench_that_was_stopped_plays_only_what_is_missing(played, tmp_path):
     first = measured(tmp_path)
     kept = sorted(tmp_path.iterdir())
-    assert len(kept) == len(played) == 4
+    assert len(kept) == len(played) == 2
     next(path for path in kept if json.loads(path.read_text())["plan"]["preference"] == "reader").unlink()
-    assert measured(tmp_path) == first and len(played) == 5
+    assert measured(tmp_path) == first and len(played) == 3
     learning.learning(["short"], 2, 400, 90, {}, 0, tmp_path)  # another plan is another life
-    assert len(played) == 6
+    assert len(played) == 4
 
 
 def test_a_night_that_failed_gained_nothing_and_an_unknown_preference_is_refused_before_anything_is_played(played):
