@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import worker
 from flows.nightly import NIGHTLY
@@ -17,24 +18,22 @@ OTHER = "gpu"
 
 
 @pytest.fixture
-def other_pool(stack, monkeypatch):
-    """Have nights run by another pool; at the end by this machine's again."""
-    environment = prefect_environment(stack.settings)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    worker.register(stack.settings.model_copy(update={"night_pool": OTHER}))
-    yield {**os.environ, **environment}
-    worker.register(stack.settings)
+def environment(stack):
+    """Have nights run by another pool, at the end by this machine's again; the environment of its worker."""
+    with temporary_settings({PREFECT_API_URL: stack.settings.need("prefect_url")}):
+        worker.register(stack.settings.model_copy(update={"night_pool": OTHER}))
+        yield {**os.environ, **prefect_environment(stack.settings)}
+        worker.register(stack.settings)
 
 
-def test_a_night_is_run_by_the_worker_of_its_pool(stack, other_pool):
+def test_a_night_is_run_by_the_worker_of_its_pool(environment):
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(NIGHTLY)
         assert deployment.work_pool_name == OTHER
         assert client.read_deployment_by_name("watch-canary/everloop").work_pool_name == worker.POOL
         night = client.create_flow_run_from_deployment(deployment.id, parameters={"config": {"recipe": "none"}})
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", OTHER, "--run-once"]
-        done = subprocess.run(command, env=other_pool, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-2000:]
 
         def ended():
