@@ -40,8 +40,8 @@ def gate_prompts(data: Snapshot, limit: int) -> tuple[list[Messages], list[str]]
 
 
 def gate_tasks(verification: Verification, config: RunConfig) -> list[Task]:
-    """Return the tasks that judge candidates: the same for all, and none that a run trains on."""
-    return verification.tasks_per_skill(config.gate_tasks_per_skill, GATE_TASKS_SEED)
+    """Return the tasks that judge candidates: the same for all."""
+    return verification.judging_tasks(config.gate_tasks_per_skill, GATE_TASKS_SEED)
 
 
 def judge(

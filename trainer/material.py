@@ -6,7 +6,6 @@ from typing import Any
 
 from infra.settings import Settings
 from trainer.config import RunConfig
-from trainer.judge import gate_tasks
 from trainer.policy import ServedPolicy
 from trainer.prepared import Prepared
 from trainer.recipe import Material
@@ -16,7 +15,6 @@ from trainer.snapshot import ANY_LENGTH, Snapshot
 from trainer.verify import Task, Verification
 
 ROLLOUT_SEED = 1
-TRAIN_TASKS_SEED = 1000
 
 
 def material_of(
@@ -42,11 +40,7 @@ def material_of(
         return ready.reward.score(prompts, answers, references, record.progress)
 
     def tasks(num_tasks: int) -> list[Task]:
-        if not num_tasks:
-            return []
-        judging = [task.messages for task in gate_tasks(verification, config)]
-        made = verification.tasks(num_tasks, config.seed + TRAIN_TASKS_SEED)
-        return [task for task in made if task.messages not in judging]
+        return verification.training_tasks(num_tasks, config.seed)
 
     lengths = words_range(config, ready.data)
     return Material(ready.data, fresh, score, tasks, verification.judge, lengths, policy)

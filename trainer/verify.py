@@ -29,6 +29,8 @@ from trainer.config import nearest
 log = logging.getLogger("everloop.verify")
 
 ENTRY_POINTS = "everloop.verifiers"
+JUDGING_PART = 3  # of so many tasks one judges
+MAX_DRAWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +134,24 @@ class Verification:
         faults, self.faults = self.faults, Counter()
         return faults
 
-    def tasks(self, num_tasks: int, seed: int) -> list[Task]:
-        """Return tasks, the skills in turn; the same for the same seed. Those that fail are left out."""
+    def training_tasks(self, num_tasks: int, seed: int) -> list[Task]:
+        """Return tasks to train on, the skills in turn; the same for the same seed.
+
+        Those that fail are left out.
+        """
         skills = self._skills() if num_tasks else []
         wanted = [skills[number % len(skills)] for number in range(num_tasks)] if skills else []
-        return self._make(wanted, seed)
+        return self._make(wanted, seed, judges=False)
 
-    def tasks_per_skill(self, per_skill: int, seed: int) -> list[Task]:
-        """Return `per_skill` tasks of each skill, likewise."""
-        return self._make(self._skills() * per_skill, seed) if per_skill else []
+    def judging_tasks(self, per_skill: int, seed: int) -> list[Task]:
+        """Return `per_skill` tasks of each skill to judge by, likewise; none of them ever trains."""
+        return self._make(self._skills() * per_skill, seed, judges=True) if per_skill else []
 
     def _skills(self) -> list[str]:
         return [skill for found in self._run(_skills_of, self.verifier_names) if found for skill in found]
 
-    def _make(self, wanted: Sequence[str], seed: int) -> list[Task]:
-        seeded = [(skill, _seed(skill, seed, number)) for number, skill in enumerate(wanted)]
+    def _make(self, wanted: Sequence[str], seed: int, *, judges: bool) -> list[Task]:
+        seeded = [(skill, _seed(skill, seed, number), judges) for number, skill in enumerate(wanted)]
         return [task for task in self._run(_make, seeded) if task is not None]
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[Sequence[str]]) -> list[list[float | None]]:
@@ -195,11 +200,21 @@ def _skills_of(name: str) -> list[str]:
     return [f"{name}/{skill}" for skill in open_verifier(name).skills]
 
 
-def _make(wanted: tuple[str, int]) -> Task:
-    skill, seed = wanted
+def is_judging(question: str) -> bool:
+    """Tell whether a task is one of those that judge, by what is asked alone: it never trains."""
+    return zlib.crc32(question.encode()) % JUDGING_PART == 0
+
+
+def _make(wanted: tuple[str, int, bool]) -> Task | None:
+    """Return the first task that is on the wanted side; None where none of many was, as where there is only one."""
+    skill, seed, judges = wanted
     name, _, own = skill.partition("/")
-    question, key = open_verifier(name).task(own, seed)
-    return Task(skill, [{"role": "user", "content": question}], key)
+    verifier = open_verifier(name)
+    for draw in range(MAX_DRAWS):
+        question, key = verifier.task(own, seed + draw)
+        if is_judging(question) == judges:
+            return Task(skill, [{"role": "user", "content": question}], key)
+    return None
 
 
 def _judge(judged: tuple[Task, str]) -> float:

@@ -129,7 +129,7 @@ class Life:
             config = RunConfig()
             ask = partial(sample_served, self.settings, config, champion, num_samples=1, seed=SKILLS_SEED)
             with closing(Verification(config.verifiers, config.verifier_timeout_s)) as verification:
-                tasks = verification.tasks_per_skill(self.plan.tasks_per_skill, SKILLS_SEED)
+                tasks = verification.judging_tasks(self.plan.tasks_per_skill, SKILLS_SEED)
                 return skills.measure(verification, tasks, ask)
 
         return await asyncio.to_thread(measure)

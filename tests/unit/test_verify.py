@@ -1,5 +1,6 @@
 """Verifiers: tasks and verdicts are reproducible, and one that misbehaves costs its task and nothing else."""
 
+import json
 from contextlib import closing
 
 import pytest
@@ -23,11 +24,13 @@ import math, time
 from trainer.verify import Verifier
 
 class Unruly(Verifier):
-    skills = ("fine", "hangs", "raises", "nonsense", "too_much", "no_task")
+    skills = ("fine", "hangs", "raises", "nonsense", "too_much", "no_task", "single")
 
     def task(self, skill, seed):
         if skill == "no_task":
             raise RuntimeError("none today")
+        if skill == "single":
+            return "The only one.", {"right": "yes"}
         return f"Do it {seed}.", {"right": "yes"}
 
     def judge(self, skill, key, answer):
@@ -57,7 +60,7 @@ def verification():
 
 
 def test_tasks_are_the_same_for_the_same_seed_and_others_for_another(verification):
-    one, again, other = (verification.tasks_per_skill(2, seed) for seed in (1, 1, 2))
+    one, again, other = (verification.judging_tasks(2, seed) for seed in (1, 1, 2))
     assert one == again and one != other
     assert sorted({task.skill for task in one}) == sorted(
         [f"instructions/{skill}" for skill in INSTRUCTIONS] + [f"reasoning/{skill}" for skill in LEVELS]
@@ -67,9 +70,26 @@ def test_tasks_are_the_same_for_the_same_seed_and_others_for_another(verificatio
 
 
 def test_the_skills_take_turns(verification):
-    found = [task.skill for task in verification.tasks(20, 3)]
+    found = [task.skill for task in verification.training_tasks(20, 3)]
     assert len(found) == 20 and max(map(found.count, found)) == 2
-    assert verification.tasks(0, 3) == []
+    assert verification.training_tasks(0, 3) == []
+
+
+def test_no_task_that_judges_ever_trains_whatever_the_seeds(verification):
+    judging = [json.dumps(task.messages) for seed in range(3) for task in verification.judging_tasks(8, seed)]
+    training = [json.dumps(task.messages) for seed in range(3) for task in verification.training_tasks(128, seed)]
+    assert len(judging) == len(training) == 3 * 128
+    assert len(set(judging)) > 150 and len(set(training)) > 200  # they do repeat: there are not many small sums
+    assert not set(judging) & set(training)
+
+
+def test_a_verifier_with_a_single_task_has_it_judge_or_train(plug_in, monkeypatch):
+    with closing(Verification(["unruly"], 5.0)) as found:
+        both = [
+            [task.skill for task in tasks if task.skill == "unruly/single"]
+            for tasks in (found.judging_tasks(1, 1), found.training_tasks(7, 1))
+        ]
+    assert sorted(both) == [[], ["unruly/single"]]
 
 
 @pytest.mark.parametrize("skill", LEVELS)
@@ -128,7 +148,7 @@ def test_what_an_instruction_asks_for_is_in_its_key(skill):
 def test_a_plug_in_that_hangs_raises_or_talks_nonsense_is_counted_and_the_others_go_on(plug_in):
     assert verify.names() == [*NAMES, "unruly"]
     with closing(Verification(["unruly"], 0.5)) as found:
-        tasks = found.tasks_per_skill(1, 1)
+        tasks = found.judging_tasks(1, 1)
         assert [task.skill.removeprefix("unruly/") for task in tasks] == [
             "fine", "hangs", "raises", "nonsense", "too_much"
         ]  # fmt: skip
