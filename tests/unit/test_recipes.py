@@ -328,7 +328,7 @@ def test_a_share_of_the_rows_of_best_of_n_are_right_answers_to_tasks():
 
     examples = [example(f"Answer {n}.", fixed=[f"Short {n}."], prompt=f"Why {n}?") for n in range(40)]
     settings = {"samples_per_prompt": 2, "max_rows": 24}
-    found = rows_of("best-of-n", examples, sample, score, tasks, verify, **settings)
+    found = rows_of("best-of-n", examples, sample, score, tasks, verify, **settings, verifiable_share=0.25)
     assert found.sources == ["tasks"] * 6 + ["corrections"] * 10  # none of 8 samples is as good as a correction
     assert [row["answer"] for row in found.rows[:6]] == ["right"] * 6
     assert found.set_aside["rows_over_budget"] == 30

@@ -3,7 +3,8 @@
 Samples carry what the reward model has learned from votes; corrections what no sample shows. Imitation moves the
 policy to the answers that people want, and not, as comparisons do, away from what they are compared with: lengths
 stay as people like them. The best of n bad samples is still bad: a sample is imitated only if it improves on the
-logged answer as much as corrections do.
+logged answer as much as corrections do. Right answers of its own to tasks are rehearsed beside them, or the policy
+unlearns what nobody asks for.
 
 References
 ----------
@@ -30,12 +31,12 @@ class BestOfNConfig(SFTConfig):
     """Settings of best-of-n."""
 
     recipe: str = "best-of-n"
-    max_rows: int = Field(64, ge=8, description="Most rows that are trained on.")
+    max_rows: int = Field(80, ge=8, description="Most rows that are trained on.")
     verifiable_share: float = Field(
-        0.25, ge=0, lt=1, description="Of the rows, share for right answers to tasks: what it can do is kept."
+        0.4, ge=0, lt=1, description="Of the rows, share for right answers to tasks: what it can do is kept."
     )
     num_prompts: int = Field(48, ge=1, description="Most prompts that get fresh samples.")
-    samples_per_prompt: int = Field(6, ge=2, description="n: the best of these is imitated.")
+    samples_per_prompt: int = Field(4, ge=2, description="n: the best of these is imitated.")
     min_margin: float = Field(0.3, ge=0, description="Least distance of the best from the mean of its prompt.")
 
 
