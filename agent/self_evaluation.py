@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
@@ -84,8 +83,8 @@ class SelfEvaluator:
     async def _evaluate_all(self) -> None:
         while True:
             recording = await self._waiting.get()
-            await self._quiet()
             try:
+                await self._quiet()
                 recorded = await self._evaluate(recording)
             except EverloopError as error:
                 log.debug("%s has no self-evaluation: %s", recording.episode_id, error.code)
@@ -96,16 +95,22 @@ class SelfEvaluator:
             self.outcomes.labels("recorded" if recorded else "lost").inc()
 
     async def _quiet(self) -> None:
-        began_s = time.monotonic()
-        while self.engine.idle_s < QUIET_S and time.monotonic() - began_s < PATIENCE_S:
-            await asyncio.sleep(POLL_S)
-        while await self._is_at_work() and time.monotonic() - began_s < LONG_PATIENCE_S:
-            await asyncio.sleep(LONG_POLL_S)
+        """Wait until nobody wants the engine, but not for ever: our own clients less long than others."""
+        behind_clients_s = behind_others_s = 0.0
+        while True:
+            if self.engine.idle_s < QUIET_S:
+                if behind_clients_s >= PATIENCE_S:
+                    return
+                behind_clients_s += POLL_S
+                await asyncio.sleep(POLL_S)
+            elif behind_others_s < LONG_PATIENCE_S and await self._is_at_work():
+                behind_others_s += LONG_POLL_S
+                await asyncio.sleep(LONG_POLL_S)
+            else:
+                return
 
     async def _is_at_work(self) -> bool:
-        """Tell whether the engine works for others than our own clients; one that does not tell is asked anyway."""
-        if self.engine.idle_s < QUIET_S:
-            return False
+        """Tell whether the engine has anything to do; of one that does not tell nothing is known."""
         try:
             return await self.engine.num_requests() > 0
         except EverloopError:

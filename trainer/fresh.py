@@ -49,9 +49,8 @@ class Fresh:
             )
 
 
-def take(material: Material, num_prompts: int, num_tasks: int, num_samples: int, seed: int) -> Fresh:
+def take(material: Material, num_prompts: int, tasks: list[Task], num_samples: int, seed: int) -> Fresh:
     """Sample answers to prompts of people and to tasks, and score them."""
-    tasks = material.tasks(num_tasks)
     examples = one_per_prompt(material.data.train, num_prompts, seed)
     prompts = [example.messages for example in examples]
     samples = material.sample(prompts + [task.messages for task in tasks], num_samples)

@@ -40,7 +40,8 @@ def material_of(
         return ready.reward.score(prompts, answers, references, record.progress)
 
     def tasks(num_tasks: int) -> list[Task]:
-        return verification.training_tasks(num_tasks, config.seed)
+        # Other ones each night: a few that came again and again would be learned by heart.
+        return verification.training_tasks(num_tasks, config.seed + ready.data.last_signal_seq)
 
     lengths = words_range(config, ready.data)
     return Material(ready.data, fresh, score, tasks, verification.judge, lengths, policy)

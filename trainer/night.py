@@ -28,7 +28,7 @@ from trainer.failures import explained
 from trainer.fit import fitting
 from trainer.material import material_of
 from trainer.prepared import Prepared
-from trainer.recipe import MIN_ROWS, UnusableDataError, resolve
+from trainer.recipe import UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
 from trainer.scoring import PinnedReward
@@ -171,8 +171,7 @@ class Night:
         try:
             made = self.recipe.rows(material, self.config)
             ready.rows = fitting(made, self.settings.base_model_dir, self.config.max_row_tokens)
-            if len(ready.rows.rows) < MIN_ROWS:
-                raise UnusableDataError(f"Only {len(ready.rows.rows)} rows to train on; {MIN_ROWS} are needed.")
+            ready.rows.check_number()
         except UnusableDataError as error:
             self.record.set_aside.update(data.set_aside)
             self.record.set_aside.update(ready.rows.set_aside)

@@ -16,7 +16,7 @@ from trainer.rollout import Sample
 from trainer.snapshot import Example
 from trainer.verify import Task
 
-LEAST_RIGHT = 0.5
+LEAST_RIGHT = 0.5  # of verifiers that know more than right and wrong
 
 
 def answer_of(messages: Messages, answer: str, name: str) -> Row:
@@ -159,15 +159,12 @@ def right_ones(
     """
     found = Rows()
     for task, group, scores in zip(tasks, samples, verdicts, strict=True):
-        right = [
-            (score, sample.text)
-            for score, sample in zip(scores, group, strict=True)
-            if score is not None and score >= LEAST_RIGHT and sample.finish_reason == "stop"
-        ]
+        told = [(score, sample) for score, sample in zip(scores, group, strict=True) if score is not None]
+        right = [(s, one.text) for s, one in told if s >= LEAST_RIGHT and one.finish_reason == "stop"]
         if right:
             found.add("tasks", {"prompt": task.messages, "answer": max(right, key=itemgetter(0))[1]})
         else:
-            found.set_aside["task_not_solved"] += 1
+            found.set_aside["task_not_solved" if told else _unjudged(group)] += 1
     return found
 
 
@@ -179,7 +176,7 @@ def right_against_wrong(
     for task, group, scores in zip(tasks, samples, verdicts, strict=True):
         told = [(score, sample.text) for score, sample in zip(scores, group, strict=True) if score is not None]
         if not told:
-            found.set_aside["task_not_judged" if group else "prompt_refused"] += 1
+            found.set_aside[_unjudged(group)] += 1
             continue
         best, worst = max(told, key=itemgetter(0)), min(told, key=itemgetter(0))
         if best[0] == worst[0]:
@@ -187,3 +184,7 @@ def right_against_wrong(
             continue
         found.add("tasks", pair_of(task.messages, best[1], worst[1]))
     return found
+
+
+def _unjudged(group: Sequence[Sample]) -> str:
+    return "task_not_judged" if group else "prompt_refused"

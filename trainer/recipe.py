@@ -123,6 +123,19 @@ class Rows:
             self.facts,
         )
 
+    def check_number(self) -> None:
+        """Refuse to train on fewer than there must be.
+
+        Raises
+        ------
+        UnusableDataError
+            Code ``too_few_rows``.
+        """
+        if len(self.rows) < MIN_ROWS:
+            raise UnusableDataError(
+                f"Only {len(self.rows)} rows to train on; {MIN_ROWS} are needed.", code="too_few_rows"
+            )
+
     def newest(self, limit: int) -> Rows:
         """Return the last `limit` rows; those before them are counted as set aside."""
         return self.only(range(max(len(self.rows) - limit, 0), len(self.rows)), "rows_over_budget")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import logging
 import math
 import pkgutil
@@ -115,7 +116,8 @@ class Verification:
     Attributes
     ----------
     faults
-        What went wrong, counted: ``verifier_failed``, ``verifier_timed_out``, ``verifier_not_a_score``.
+        What went wrong, counted: ``verifier_failed``, ``verifier_timed_out``, ``verifier_not_a_score``,
+        ``no_task_of_this_part``.
     """
 
     def __init__(self, verifier_names: Sequence[str], timeout_s: float) -> None:
@@ -151,8 +153,20 @@ class Verification:
         return [skill for found in self._run(_skills_of, self.verifier_names) if found for skill in found]
 
     def _make(self, wanted: Sequence[str], seed: int, *, judges: bool) -> list[Task]:
-        seeded = [(skill, _seed(skill, seed, number), judges) for number, skill in enumerate(wanted)]
-        return [task for task in self._run(_make, seeded) if task is not None]
+        """Draw tasks until each is of the wanted part; those of which no draw was are counted and left out."""
+        found: dict[int, Task] = {}
+        left = list(enumerate(wanted))
+        for draw in range(MAX_DRAWS):
+            if not left:
+                break
+            drawn = list(self._run(_make, [(skill, _seed(skill, seed, number) + draw) for number, skill in left]))
+            made = {number: task for (number, _), task in zip(left, drawn, strict=True) if task is not None}
+            fitting = {number: task for number, task in made.items() if is_judging(task) == judges}
+            found |= fitting
+            left = [(number, skill) for number, skill in left if number in made and number not in fitting]
+        if left:
+            self.faults["no_task_of_this_part"] += len(left)
+        return [found[number] for number in sorted(found)]
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[Sequence[str]]) -> list[list[float | None]]:
         """Return how right each answer to each task is, from 0 to 1; None where the verifier could not tell."""
@@ -169,6 +183,8 @@ class Verification:
 
     def _run(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
         """Yield what `function` returns for each argument, None where it failed."""
+        if not arguments:
+            return
         # The first call of a process imports what verifiers need, which may take longer than they may.
         self._pool.schedule(_warm_up, [self.verifier_names]).result()
         futures = [self._pool.schedule(function, [one], timeout=self.timeout_s) for one in arguments]
@@ -200,21 +216,16 @@ def _skills_of(name: str) -> list[str]:
     return [f"{name}/{skill}" for skill in open_verifier(name).skills]
 
 
-def is_judging(question: str) -> bool:
+def is_judging(task: Task) -> bool:
     """Tell whether a task is one of those that judge, by what is asked alone: it never trains."""
-    return zlib.crc32(question.encode()) % JUDGING_PART == 0
+    return zlib.crc32(json.dumps(task.messages).encode()) % JUDGING_PART == 0
 
 
-def _make(wanted: tuple[str, int, bool]) -> Task | None:
-    """Return the first task that is on the wanted side; None where none of many was, as where there is only one."""
-    skill, seed, judges = wanted
+def _make(wanted: tuple[str, int]) -> Task:
+    skill, seed = wanted
     name, _, own = skill.partition("/")
-    verifier = open_verifier(name)
-    for draw in range(MAX_DRAWS):
-        question, key = verifier.task(own, seed + draw)
-        if is_judging(question) == judges:
-            return Task(skill, [{"role": "user", "content": question}], key)
-    return None
+    question, key = open_verifier(name).task(own, seed)
+    return Task(skill, [{"role": "user", "content": question}], key)
 
 
 def _judge(judged: tuple[Task, str]) -> float:

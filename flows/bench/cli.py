@@ -109,6 +109,7 @@ def learning(
     nights: Annotated[int, typer.Option("--nights", min=1, max=30)] = 3,
     rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers a day.")] = 400,
     measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out answers.")] = 90,
+    quarter: Annotated[bool, typer.Option(help="Try a night out after a quarter of the first day, too.")] = True,
     config: Annotated[
         Path | None, typer.Option("--config", help="TOML of the nights; the defaults if unset.")
     ] = None,
@@ -125,7 +126,9 @@ def learning(
 
     stop_on_sigterm()
     settings = read_toml(config) if config else {}
-    report.print_fields(json_path, measure(only or [], nights, rated, measured, settings, seed, lives))
+    report.print_fields(
+        json_path, measure(only or [], nights, rated, measured, settings, seed, lives, quarter=quarter)
+    )
 
 
 @app.command()

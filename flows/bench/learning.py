@@ -31,6 +31,8 @@ def learning(
     config: Mapping[str, Any],
     seed: int,
     lives_dir: Path | None,
+    *,
+    quarter: bool = True,
 ) -> dict[str, Any]:
     """Play preferences through `nights` nights each, with a night tried out after a quarter of the first day.
 
@@ -40,6 +42,8 @@ def learning(
         Held-out answers of each measurement.
     lives_dir
         Where finished lives are kept: a bench that was stopped goes on with the others.
+    quarter
+        Whether the night after a quarter of the ratings is tried out.
 
     Returns
     -------
@@ -57,23 +61,23 @@ def learning(
             {"night": config},
             nights=nights,
             rated=rated,
-            tried_after=rated // QUARTER,
+            tried_after=rated // QUARTER if quarter else 0,
             measured=measured,
             tasks_per_skill=TASKS_PER_SKILL,
             seed=seed,
         )
         found[name] = _played(whole, lives_dir)
-        found[name]["quarter"] = found[name].pop("tried")
+        found[name]["quarter"] = found[name].pop("tried", None)
     lives = [found[name] for name in names]
     gains = [[gain(one["base"]["rate"], night.get("rate")) for night in one["nights"]] for one in lives]
-    quarters = [gain(one["base"]["rate"], one["quarter"].get("rate")) for one in lives]
+    quarters = [gain(one["base"]["rate"], one["quarter"].get("rate")) for one in lives if one["quarter"]]
     overhead = training.measure(OVERHEAD_ROWS, OVERHEAD_RUNS)
     mean_gain_1 = statistics.mean(one[0] for one in gains)
     return {
         "preferences": found,
         "mean_gain_1": mean_gain_1,
         "mean_gain_3": statistics.mean(one[2] for one in gains) if nights >= 3 else None,
-        "quarter_share": statistics.mean(quarters) / mean_gain_1 if mean_gain_1 > 0 else None,
+        "quarter_share": statistics.mean(quarters) / mean_gain_1 if quarters and mean_gain_1 > 0 else None,
         "verifier_delta": statistics.mean(one["skills"]["delta"] for one in lives),
         "overhead_ratio": overhead["overhead_ratio"],
         "memory_ratio": overhead["memory_ratio"],

@@ -90,14 +90,14 @@ class Life:
         recipes = self.plan.recipes
         if self.plan.tried_after:
             await self._day(1, self.plan.tried_after)
-            ((_, config),) = recipes.items()
+            (config,) = recipes.values()
             self.found["tried"] = await self._try_out(config, hold=False)
         await self._day(1, self.plan.rated - self.plan.tried_after)
         if self.plan.contest:
             for name, config in recipes.items():
                 self.found["nights"].append({"name": name, **await self._try_out(config, hold=True)})
             return self.found
-        ((_, config),) = recipes.items()
+        (config,) = recipes.values()
         for number in range(1, self.plan.nights + 1):
             if number > 1:
                 await self._day(number, self.plan.rated)

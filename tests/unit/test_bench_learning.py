@@ -20,7 +20,7 @@ def played(monkeypatch):
         base, nights, quarter = RATES[plan.preference]
         return {
             "base": {"rate": base},
-            "tried": {"rate": quarter},
+            **({"tried": {"rate": quarter}} if plan.tried_after else {}),
             "nights": [{"rate": rate} for rate in nights[: plan.nights]],
             "skills": {"delta": -1.0},
         }
@@ -44,6 +44,11 @@ def test_gains_are_points_and_above_one_half_the_share_of_the_way_to_one(played)
         ("short", 400, 100, 3),
         ("reader", 400, 100, 3),
     ]
+
+
+def test_without_the_quarter_there_is_no_share_of_it(played):
+    found = learning.learning(["short"], 1, 400, 90, {}, 0, None, quarter=False)
+    assert played[0].tried_after == 0 and found["quarter_share"] is None and found["mean_gain_1"] == 60
 
 
 def test_a_bench_that_was_stopped_plays_only_what_is_missing(played, tmp_path):

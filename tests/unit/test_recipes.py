@@ -33,6 +33,7 @@ def nothing_fresh(*_):
 
 
 def no_tasks(num_tasks):
+    assert num_tasks == 0
     return []
 
 
@@ -287,7 +288,7 @@ def test_the_further_a_length_is_from_what_people_rated_well_the_more_it_loses()
     assert guarded([0.0, -7.9], ["", "a"], [True, False], (400, 500)) == [LOWEST_REWARD] * 2
 
 
-def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out():
+def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out(monkeypatch):
     lengths = {"0": (9, 1, 1), "1": (2, 1, 1), "2": (1, 1, 1), "3": (2, 2, 40)}  # 40 words were never rated well
 
     def sample(prompts, num_samples):
@@ -301,7 +302,9 @@ def test_best_of_n_imitates_corrections_and_the_samples_that_stand_out():
     examples = [example("w " * words, [1.0], prompt=prompt) for prompt, words in rated.items()]
     examples.append(example("Long.", fixed=["Short one."], prompt="4"))
     lengths["4"] = (1, 1, 1)
-    found = rows_of("best-of-n", examples, sample, score, samples_per_prompt=3, min_margin=0.5)
+    monkeypatch.setattr("trainer.recipe.MIN_ROWS", 1)
+    settings = {"samples_per_prompt": 3, "min_margin": 0.5, "verifiable_share": 0.0}
+    found = rows_of("best-of-n", examples, sample, score, **settings)
     # The sample that stands out most comes last of the samples, where room is short; corrections before all others.
     assert [(row["prompt"][0]["content"], len(row["answer"].split())) for row in found.rows] == [
         ("1", 2),
@@ -327,13 +330,16 @@ def test_a_share_of_the_rows_of_best_of_n_are_right_answers_to_tasks():
         return [[0.0, 1.0] for _ in judged]
 
     examples = [example(f"Answer {n}.", fixed=[f"Short {n}."], prompt=f"Why {n}?") for n in range(40)]
-    settings = {"samples_per_prompt": 2, "max_rows": 24}
+    settings = {"samples_per_prompt": 2, "max_rows": 24}  # room for 18 rows besides, 3 of them for samples
     found = rows_of("best-of-n", examples, sample, score, tasks, verify, **settings, verifiable_share=0.25)
-    assert found.sources == ["tasks"] * 6 + ["corrections"] * 10  # none of 8 samples is as good as a correction
+    assert found.sources == ["tasks"] * 6 + ["corrections"] * 15  # no sample is as good as a correction
     assert [row["answer"] for row in found.rows[:6]] == ["right"] * 6
-    assert found.set_aside["rows_over_budget"] == 30
+    assert found.set_aside["rows_over_budget"] == 25
     without = rows_of("best-of-n", examples, sample, score, **settings, verifiable_share=0.0)
-    assert without.sources == ["corrections"] * 16
+    assert without.sources == ["corrections"] * 20
+    untaught = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(40)]
+    with pytest.raises(UnusableDataError, match="Only 0 rows"):
+        rows_of("best-of-n", untaught, sample, score, tasks, verify, **settings, min_margin=9.0)
 
 
 def test_best_of_n_imitates_no_sample_that_improves_less_than_corrections_do():
@@ -350,7 +356,8 @@ def test_best_of_n_imitates_no_sample_that_improves_less_than_corrections_do():
     def found(corrected):
         examples = [example("w " * 3, fixed=["w " * 6], prompt=str(n)) for n in range(corrected)]
         examples.append(example("w", [1.0], prompt="8"))
-        return rows_of("best-of-n", examples, sample, score, samples_per_prompt=3, min_margin=0.5)
+        settings = {"samples_per_prompt": 3, "min_margin": 0.5, "verifiable_share": 0.0}
+        return rows_of("best-of-n", examples, sample, score, **settings)
 
     many = found(8)
     assert many.sources == ["samples"] + ["corrections"] * 8 and len(many.rows[0]["answer"].split()) == 6
@@ -364,7 +371,7 @@ def test_best_of_n_without_spread_needs_corrections():
 
     examples = [example(f"Answer {n}.", [1.0], prompt=f"Why {n}?") for n in range(12)]
     with pytest.raises(UnusableDataError) as held:
-        rows_of("best-of-n", examples, sample, lambda p, a, r: [[1.0] * len(g) for g in a])
+        rows_of("best-of-n", examples, sample, lambda p, a, r: [[1.0] * len(g) for g in a], verifiable_share=0.0)
     assert held.value.code == "no_reward_spread"
 
 

@@ -132,7 +132,11 @@ def test_it_waits_while_the_engine_works_for_others_such_as_a_run_that_samples(t
         await evaluator.offer(recording())
         await asyncio.sleep(0.2)  # longer than it waits for our own clients
         assert engine.asked == []
-        engine.num_others = 0
+        engine.idle_s, engine.num_others = 0.0, 0  # somebody asks just when the others are done
+        monkeypatch.setattr(self_evaluation, "PATIENCE_S", 60.0)
+        await asyncio.sleep(0.1)
+        assert engine.asked == []
+        engine.idle_s = 60.0
         await until(lambda: count(evaluator, "recorded") == 1)
         engine.num_others = 1
         monkeypatch.setattr(self_evaluation, "LONG_PATIENCE_S", 0.05)

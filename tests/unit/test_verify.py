@@ -83,13 +83,14 @@ def test_no_task_that_judges_ever_trains_whatever_the_seeds(verification):
     assert not set(judging) & set(training)
 
 
-def test_a_verifier_with_a_single_task_has_it_judge_or_train(plug_in, monkeypatch):
+def test_a_verifier_with_a_single_task_has_it_judge_or_train(plug_in):
     with closing(Verification(["unruly"], 5.0)) as found:
         both = [
             [task.skill for task in tasks if task.skill == "unruly/single"]
             for tasks in (found.judging_tasks(1, 1), found.training_tasks(7, 1))
         ]
-    assert sorted(both) == [[], ["unruly/single"]]
+        assert sorted(both) == [[], ["unruly/single"]]
+        assert found.pop_faults() == {"verifier_failed": 2, "no_task_of_this_part": 1}
 
 
 @pytest.mark.parametrize("skill", LEVELS)
@@ -148,7 +149,7 @@ def test_what_an_instruction_asks_for_is_in_its_key(skill):
 def test_a_plug_in_that_hangs_raises_or_talks_nonsense_is_counted_and_the_others_go_on(plug_in):
     assert verify.names() == [*NAMES, "unruly"]
     with closing(Verification(["unruly"], 0.5)) as found:
-        tasks = found.judging_tasks(1, 1)
+        tasks = [task for task in found.judging_tasks(1, 1) if task.skill != "unruly/single"]
         assert [task.skill.removeprefix("unruly/") for task in tasks] == [
             "fine", "hangs", "raises", "nonsense", "too_much"
         ]  # fmt: skip
@@ -186,7 +187,7 @@ def test_of_each_task_the_best_answer_that_ended_by_itself_is_imitated_if_it_is_
     found = right_ones(tasks, [ended] * 4 + [[]], verdicts)
     assert [(row["prompt"][0]["content"], row["answer"]) for row in found.rows] == [("0?", "c"), ("1?", "b")]
     assert found.sources == ["tasks"] * 2
-    assert found.set_aside == {"task_not_solved": 3}
+    assert found.set_aside == {"task_not_solved": 2, "prompt_refused": 1}
 
 
 def test_skills_are_measured_by_what_could_be_judged():

@@ -25,6 +25,7 @@ from trainer.recipe import MIN_ROWS, Material, Recipe, Rows
 from trainer.recipes.sft import SFTConfig, imitating_trainer
 
 MAX_COMPARED = 16  # each costs two encodings
+SAMPLED_PART = 6  # one row in so many is kept for samples, where people wrote enough to fill them all
 
 
 class BestOfNConfig(SFTConfig):
@@ -32,8 +33,9 @@ class BestOfNConfig(SFTConfig):
 
     recipe: str = "best-of-n"
     max_rows: int = Field(80, ge=8, description="Most rows that are trained on.")
+    max_row_tokens: int = Field(288, ge=32, description="Prompt and answer are cut to this; no sample should be.")
     verifiable_share: float = Field(
-        0.4, ge=0, lt=1, description="Of the rows, share for right answers to tasks: what it can do is kept."
+        0.4, ge=0, lt=1, description="Of max_rows, share of tasks; right answers to them keep what it can do."
     )
     num_prompts: int = Field(48, ge=1, description="Most prompts that get fresh samples.")
     samples_per_prompt: int = Field(4, ge=2, description="n: the best of these is imitated.")
@@ -48,14 +50,13 @@ class BestOfN(Recipe[BestOfNConfig]):
 
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
         """Return the newest corrections, and the best samples as far as there is room."""
-        num_tasks = round(config.max_rows * config.verifiable_share)
-        room = config.max_rows - num_tasks
+        tasks = material.tasks(round(config.max_rows * config.verifiable_share))
+        room = config.max_rows - len(tasks)
+        demonstrated = pairs.demonstrations(material.data.train, liked=config.liked_answers)
         # Samples cost minutes: no more are made than there is room for, and some always, so that votes count.
-        shown = pairs.demonstrations(material.data.train, liked=config.liked_answers).newest(
-            max(room - MIN_ROWS, 0)
-        )
+        shown = demonstrated.newest(room - room // SAMPLED_PART)
         num_prompts = min(config.num_prompts, room - len(shown.rows))
-        made = fresh.take(material, num_prompts, num_tasks, config.samples_per_prompt, config.seed)
+        made = fresh.take(material, num_prompts, tasks, config.samples_per_prompt, config.seed)
         made.check_spread(len(shown.rows))
         best = pairs.best_of(
             made.prompts,
@@ -66,7 +67,9 @@ class BestOfN(Recipe[BestOfNConfig]):
             words_range=material.words_range,
         )
         best.facts["reward_spread"] = made.spread
-        return best.then(pairs.right_ones(made.tasks, made.task_samples, made.verdicts)).then(shown)
+        taught = best.then(shown)
+        taught.check_number()  # what is rehearsed teaches nothing new
+        return pairs.right_ones(made.tasks, made.task_samples, made.verdicts).then(taught)
 
     def trainer(
         self, config: BestOfNConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material

@@ -35,10 +35,8 @@ class OnlineDPO(Recipe[OnlineDPOConfig]):
 
     def rows(self, material: Material, config: OnlineDPOConfig) -> Rows:
         """Sample, score, and pair."""
-        num_tasks = round(config.num_prompts * config.verifiable_share)
-        made = fresh.take(
-            material, config.num_prompts - num_tasks, num_tasks, config.samples_per_prompt, config.seed
-        )
+        tasks = material.tasks(round(config.num_prompts * config.verifiable_share))
+        made = fresh.take(material, config.num_prompts - len(tasks), tasks, config.samples_per_prompt, config.seed)
         corrected = pairs.corrections(material.data.train).newest(config.max_corrections)
         made.check_spread(len(corrected.rows))
         found = pairs.best_against_worst(
