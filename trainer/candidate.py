@@ -14,6 +14,7 @@ from infra.settings import Settings
 from reward.encoder import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
+from trainer.judge import Questions, Sampler
 from trainer.peak import Point
 from trainer.prepared import Prepared
 from trainer.recipe import Messages
@@ -47,11 +48,10 @@ class Candidate:
         release = self._register(adapter_dir)
         if release is None:
             return self._held_for_erasure()
-        tasks = judge.gate_tasks(verification, self.config)
-        prompts, _ = judge.gate_prompts(self.ready.data, self.config.num_gate_prompts)
-        self.record.phase("gates", 2 * (len(prompts) + len(tasks)))
+        questions = Questions.of(self.ready.data, verification, self.config)
+        self.record.phase("gates", 2 * questions.number)
         results = judge.judge(
-            self.sessions, self.settings, self.config, release, self.ready, self._sampler(), tasks, verification
+            self.sessions, self.settings, release, self.ready, self._sampler(), questions, verification
         )
         if measured is not None:
             results.append(gates.kl_gate(measured.kl, measured.n, self.config.max_kl))
@@ -62,7 +62,7 @@ class Candidate:
             registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
         return self._open_canary(release, canary_share, results)
 
-    def _sampler(self) -> judge.Sampler:
+    def _sampler(self) -> Sampler:
         """Return what samples for the gates, and counts over all that it is asked."""
         num_asked = 0
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from deploy import attest, gates, registry
 from deploy.gates import GateResult
@@ -33,29 +33,50 @@ class Sampler(Protocol):
     def __call__(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]: ...
 
 
-def gate_prompts(data: Snapshot, limit: int) -> tuple[list[Messages], list[str]]:
-    """Return the newest held-out prompts, each once, and the answers that were given to them."""
-    examples = list({json.dumps(example.messages): example for example in data.gate}.values())[-limit:]
-    return [example.messages for example in examples], [example.answer for example in examples]
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What candidate and champion are asked.
 
+    Attributes
+    ----------
+    prompts, references
+        Held-out prompts of people, and the answers that were given to them.
+    tasks
+        Those that judge: the same for all candidates.
+    """
 
-def gate_tasks(verification: Verification, config: RunConfig) -> list[Task]:
-    """Return the tasks that judge candidates: the same for all."""
-    return verification.judging_tasks(config.gate_tasks_per_skill, GATE_TASKS_SEED)
+    prompts: list[Messages]
+    references: list[str]
+    tasks: list[Task]
+
+    @classmethod
+    def of(cls, data: Snapshot, verification: Verification, config: RunConfig) -> Self:
+        """Return the newest held-out prompts, each once, and tasks of each skill, as many as `config` says."""
+        examples = list({json.dumps(example.messages): example for example in data.gate}.values())
+        asked = examples[-config.num_gate_prompts :]
+        return cls(
+            [example.messages for example in asked],
+            [example.answer for example in asked],
+            verification.judging_tasks(config.gate_tasks_per_skill, GATE_TASKS_SEED),
+        )
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.prompts) + len(self.tasks)
 
 
 def judge(
     sessions: Sessions,
     settings: Settings,
-    config: RunConfig,
     release: Release,
     ready: Prepared,
     sample: Sampler,
-    tasks: Sequence[Task],
+    questions: Questions,
     verification: Verification,
 ) -> list[GateResult]:
-    """Hold a candidate against the champion on held-out prompts and tasks, as both are really served."""
-    prompts, references = gate_prompts(ready.data, config.num_gate_prompts)
+    """Hold a candidate against the champion, as both are really served."""
+    prompts, references = questions.prompts, questions.references
     probe = asyncio.run(_attest(sessions, settings, release, ready.champion))
     arms = [sample(name, prompts, 1, seed) for name, seed in ((release.name, 2), (ready.champion, 3))]
     # A prompt that the engine refused (one that leaves no room to answer) judges neither.
@@ -70,7 +91,7 @@ def judge(
     ]
     low, high = ready.data.well_rated_words(tail=0.0)
     able = [
-        skills.measure(verification, tasks, partial(sample, name, num_samples=1, seed=seed))
+        skills.measure(verification, questions.tasks, partial(sample, name, num_samples=1, seed=seed))
         for name, seed in ((ready.champion, 4), (release.name, 5))
     ]
     return [

@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.integration import two_processes
 from trainer import callbacks
-from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.checkpoints import CHECKPOINTS_DIR, is_whole
 from trainer.record import METRICS_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +94,8 @@ def test_two_sharded_processes_train_the_same_adapter_as_one(tiny_model_dir, tmp
     losses = [losses_of(run) for run in (one, two)]
     assert len(losses[1]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert [path.name for path in sorted((two / "kept").iterdir())] == ["step-2", "step-3"]
+    sealed = sorted((two / CHECKPOINTS_DIR).glob("checkpoint-*"))
+    assert len(sealed) == 2 and all(map(is_whole, sealed))
     kept = load_file(two / "kept" / "step-3" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], theirs[name]) for name in theirs)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from accelerate import state
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
 from trainer import loop
 from trainer.pairs import pair_of
@@ -34,6 +36,17 @@ def shard_on_cpu() -> None:
             self.distributed_type = DistributedType.FSDP
 
     state.AcceleratorState.__init__ = begin_sharded
+
+
+def write_late() -> None:
+    """Have this process write its part of a checkpoint later than the main one."""
+    save = Trainer._save_rng_state
+
+    def save_late(self, output_dir):
+        time.sleep(2.0)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = save_late
 
 
 def train(model_dir: Path, run_dir: Path, micro_batch_rows: int, **told) -> loop.Trained:
@@ -68,6 +81,8 @@ def die_at_the_end(step: int, num_steps: int) -> None:
 
 if __name__ == "__main__":
     shard_on_cpu()
+    if os.environ["RANK"] == "1":
+        write_late()
     what = sys.argv[3] if len(sys.argv) > 3 else ""
     # Only the main process is told of the cancellation: the other one must stop at the same step.
     cancel = what == "cancel" and os.environ["RANK"] == "0"

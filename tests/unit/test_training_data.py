@@ -170,7 +170,9 @@ def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
     data = Snapshot(gate=[example(f"Answer {n}.", prompt=f"Why {n}?") for n in range(3)])
     ready = Prepared(data, Reward(), "base", "base", 1)
     with closing(Verification([], 1.0)) as verification:
-        results = judge.judge(None, None, RunConfig(), Release(name="r1"), ready, sample_of, [], verification)
+        questions = judge.Questions.of(data, verification, RunConfig())
+        assert questions.number == 3
+        results = judge.judge(None, None, Release(name="r1"), ready, sample_of, questions, verification)
     gates = {result.gate: result for result in results}
     assert (gates["win_rate"].n, gates["win_rate"].value) == (2, 1.0)
 

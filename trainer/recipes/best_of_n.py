@@ -46,7 +46,7 @@ class BestOfN(Recipe[BestOfNConfig]):
     """Demonstrations by people and by luck."""
 
     Config = BestOfNConfig
-    summary = "imitates corrections and the best of n fresh samples under the learned reward"
+    summary = "imitates corrections, the best of n fresh samples, and right answers of its own to tasks"
 
     def rows(self, material: Material, config: BestOfNConfig) -> Rows:
         """Return the newest corrections, and the best samples as far as there is room."""
