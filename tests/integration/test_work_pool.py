@@ -1,4 +1,4 @@
-"""Nights go to the work pool that the settings name, and are run by its worker alone."""
+"""Nights go to the work pool that the settings name, and its worker takes them up."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def environment(stack):
         worker.register(stack.settings)
 
 
-def test_a_night_is_run_by_the_worker_of_its_pool(environment):
+def test_a_night_is_taken_up_by_the_worker_of_its_pool(environment):
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(NIGHTLY)
         assert deployment.work_pool_name == OTHER
