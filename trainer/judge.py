@@ -83,12 +83,9 @@ def judge(
     answered = [i for i in range(len(prompts)) if all(arm[i] for arm in arms)]
     prompts, references = [prompts[i] for i in answered], [references[i] for i in answered]
     new, old = ([arm[i] for i in answered] for arm in arms)
-    scores = [
-        [group[0] for group in ready.reward.score(prompts, [[s.text for s in g] for g in answers], references)]
-        if prompts
-        else []
-        for answers in (new, old)
-    ]
+    pairs = [[mine[0].text, theirs[0].text] for mine, theirs in zip(new, old, strict=True)]
+    rewards = ready.reward.score(prompts, pairs, references)
+    scores = [[reward[arm] for reward in rewards] for arm in (0, 1)]
     low, high = ready.data.well_rated_words(tail=0.0)
     able = [
         skills.measure(verification, questions.tasks, partial(sample, name, num_samples=1, seed=seed))

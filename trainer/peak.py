@@ -76,6 +76,8 @@ class Scales:
         that nobody has seen.
     ask
         Returns one answer of a served model to each prompt.
+    sampled_plainly
+        Whether log-probabilities of answers are those of the model as it is: then it need not be asked for them.
     """
 
     engine_url: str
@@ -85,6 +87,7 @@ class Scales:
     gold: Gold
     words_range: tuple[int, int]
     ask: Ask
+    sampled_plainly: bool = False
 
     def measure(self, model: str, step: int) -> Point:
         """Measure a model as it is served."""
@@ -121,12 +124,13 @@ class Scales:
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
         async with EngineClient(self.engine_url) as engine:
 
+            async def told(name: str, sample: Sample) -> float:
+                return sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
+
             async def ratio(sample: Sample) -> float:
-                own, base = [
-                    sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
-                    for name in (model, BASE_MODEL_NAME)
-                ]
-                return own - base
+                known = self.sampled_plainly and len(sample.logprobs) == len(sample.token_ids)
+                own = sum(sample.logprobs) if known else await told(model, sample)
+                return own - await told(BASE_MODEL_NAME, sample)
 
             return [await ratio(sample) for sample in samples]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reward.encoder import Encoder
 from reward.online import BayesianHead, pessimistic
@@ -32,6 +35,7 @@ class PinnedReward:
         self.encoder = encoder
         self.head = head
         self.kappa = kappa
+        self._met: dict[bytes, tuple[NDArray[np.float32], np.bool_]] = {}
 
     def score(
         self,
@@ -58,8 +62,7 @@ class PinnedReward:
         """Return what each (head, kappa) gives the answers, as :meth:`score` does; they are encoded once."""
         flat = [(prompt, a) for prompt, group in zip(prompts, answers, strict=True) for a in group]
         flat += list(zip(prompts, references, strict=True))
-        encoded, usable = self.encoder.encode_usable(flat, on_done)
-        features = encoded.astype(np.float64)
+        features, usable = self._features(flat, on_done)
         references_at = len(flat) - len(references)
         rewards: list[list[list[float]]] = [[] for _ in judges]
         at = 0
@@ -75,19 +78,33 @@ class PinnedReward:
             at += len(group)
         return rewards
 
+    def _features(
+        self, answers: Sequence[tuple[list[dict[str, Any]], str]], on_done: Callable[[int], None]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return features, shape ``(n, dim)``, and which are usable; what was met before is not encoded again."""
+        keys = [hashlib.sha256(json.dumps(answer).encode()).digest() for answer in answers]
+        new = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in self._met}
+        encoded, usable = self.encoder.encode_usable(list(new.values()), on_done)
+        self._met.update(zip(new, zip(encoded, usable, strict=True), strict=True))
+        met = [self._met[key] for key in keys]
+        features = np.array([row for row, _ in met], np.float64).reshape(len(met), self.encoder.dim)
+        return features, np.array([ok for _, ok in met], np.bool_)
+
 
 def guarded(
     rewards: Sequence[float], answers: Sequence[str], ended: Sequence[bool], words_range: tuple[int, int]
 ) -> list[float]:
     """Return rewards less what answers lose that were cut off, or have lengths that nobody rated well.
 
-    Otherwise a policy drifts to whatever length the reward extrapolates best. The loss grows with the distance, so
-    that of answers that are all outside the range the nearest is still the best.
+    Otherwise a policy drifts to whatever length the reward extrapolates best. Of lengths that nobody rated well
+    nothing shows that they are better than the reference, however sure the reward is. The loss grows with the
+    distance, so that of answers that are all outside the range the nearest is still the best.
     """
     low, high = words_range
     found = []
     for reward, answer, whole in zip(rewards, answers, ended, strict=True):
         words = max(num_words(answer), 1)
         doublings = max(math.log2(max(low, 1) / words), math.log2(words / max(high, 1)), 0.0)
+        reward = min(reward, 0.0) if doublings else reward
         found.append(max(reward - LENGTH_LOSS * doublings - (0.0 if whole else CUT_LOSS), LOWEST_REWARD))
     return found

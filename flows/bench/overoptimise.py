@@ -1,9 +1,9 @@
 """``everloop bench overoptimise``: a reward followed too far, with the guards off and on.
 
-People like answers of 12 to 30 words; the base model's have about 70. So shorter is better for long, and the
-learned reward extrapolates that it always is. One run follows it alone, for many epochs, and its last checkpoint
-is taken; the other has the guards: pessimism, lengths that people rated well, the bound on the KL, the gold
-scorer's peak. What people really like, without error, is the measure of both.
+People like answers of 12 to 30 words; the base model's have about 70. So shorter is better for long, and both the
+learned reward and what comparisons teach go on beyond that. One run follows the comparisons for many steps, and
+its last checkpoint is taken; the other, on the same rows, has the guards: pessimism, lengths that people rated
+well, the bound on the KL, the gold scorer's peak. What people really like, without error, is the measure of both.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from flows.preferences import PREFERENCES
 
 PREFERENCE = "brief"
 FOLLOWED = {
-    "recipe": "online-dpo",
-    "epochs": 11.0,
-    "max_corrections": 0,
+    "recipe": "dpo",
+    "epochs": 2.0,
+    "learning_rate": 2e-4,
     "max_rows": 48,
+    "checkpoint_steps": 2,
     "checkpoints_judged": 6,
     "judge_prompts": 24,
     "gate_tasks_per_skill": 0,

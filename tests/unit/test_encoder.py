@@ -255,3 +255,18 @@ def test_a_refused_answer_gets_the_lowest_reward_and_a_refused_reference_says_no
     expected = head.predict_many((alone[0] - alone[1])[None])[0]
     assert rewards[0] == [pessimistic(expected.mean, expected.sd, 0.5), LOWEST_REWARD, LOWEST_REWARD]
     assert rewards[1] == [0.0, 0.0] and LOWEST_REWARD == -8.0
+
+
+def test_a_run_encodes_an_answer_once(monkeypatch):
+    encoder = WordLengths()
+    head = BayesianHead.prior(encoder.dim)
+    head.theta = np.ones(encoder.dim)
+    encoded = []
+    monkeypatch.setattr(encoder, "encode", lambda some: encoded.extend(some) or WordLengths().encode(some))
+    reward = PinnedReward(encoder, head, 0.5)
+    first = reward.score([ASK, ASK], [["Light.", "Light."], ["Air."]], ["Why not?", "Why not?"])
+    assert [text for _, text in encoded] == ["Light.", "Air.", "Why not?"]
+    other = [*ASK, {"role": "assistant", "content": "So."}]
+    again = reward.score([ASK, other], [["Light.", "Light."], ["Air."]], ["Why not?", "Why not?"])
+    assert again[0] == first[0] and [text for _, text in encoded[3:]] == ["Air.", "Why not?"]
+    assert reward.score([], [], []) == []

@@ -244,7 +244,7 @@ def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_ver
     )
     found, logged = reward_of(grpo.learned(material, (1, 4), 2), *batch)
     # The second is longer by a quarter than anybody rated well.
-    assert found == [2.0, pytest.approx(5.0 - LENGTH_LOSS * math.log2(5 / 4)), None, None]
+    assert found == [2.0, pytest.approx(-LENGTH_LOSS * math.log2(5 / 4)), None, None]
     assert logged == {"reward_spread": 1.5} and asked[0][2] == ["ref"]
     cut, _ = reward_of(grpo.learned(material, (1, 9), 2), *batch, finish_reason=["length", "stop", "stop", "stop"])
     assert cut[:2] == [2.0 - CUT_LOSS, 5.0]
@@ -285,6 +285,9 @@ def test_the_further_a_length_is_from_what_people_rated_well_the_more_it_loses()
     texts = ["a " * n for n in (1, 2, 4, 8, 16, 32)]
     found = guarded([0.0] * 6, texts, [True] * 6, (4, 8))
     assert found == [-2 * LENGTH_LOSS, -LENGTH_LOSS, 0.0, 0.0, -LENGTH_LOSS, -2 * LENGTH_LOSS]
+    # What a reward says of lengths that nobody rated well is not believed, unless it is bad.
+    found = guarded([5.0, 5.0, -1.0], ["a", "a a a a", "a"], [True] * 3, (2, 8))
+    assert found == [-LENGTH_LOSS, 5.0, -1.0 - LENGTH_LOSS]
     assert guarded([0.0, -7.9], ["", "a"], [True, False], (400, 500)) == [LOWEST_REWARD] * 2
 
 
