@@ -18,6 +18,7 @@ from deploy.gates import GateResult
 from deploy.tables import Adapter, Release
 from infra.db import lock_until_commit
 from infra.errors import IntegrityError, NotFoundError
+from infra.files import write_whole
 from infra.settings import BASE_MODEL_NAME
 
 MANIFEST = "everloop.json"
@@ -162,9 +163,7 @@ def write_card(session: Session, release: str, base_model: str, gates: Sequence[
     """Put a card with lineage and evaluation beside an adapter's files; it is no part of its digest."""
     adapter = session.get_one(Adapter, get_release(session, release).adapter_digest)
     page = model_card.page_of(release, base_model, adapter.manifest, gates, ancestors(session, release))
-    staging = Path(adapter.path) / f".{CARD}"
-    staging.write_text(page)
-    staging.replace(staging.with_name(CARD))
+    write_whole(Path(adapter.path) / CARD, page)
 
 
 def lock_out_erasures(session: Session) -> None:

@@ -8,6 +8,8 @@ import logging
 import shutil
 from pathlib import Path
 
+from infra.files import write_whole
+
 log = logging.getLogger("everloop.training")
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -17,9 +19,7 @@ SEAL_FILE = "everloop-seal.json"
 
 def seal(directory: Path) -> None:
     """Seal a checkpoint, whole or not at all."""
-    staging = directory / f".{SEAL_FILE}"
-    staging.write_text(json.dumps(_digests(directory), indent=2))
-    staging.replace(directory / SEAL_FILE)
+    write_whole(directory / SEAL_FILE, json.dumps(_digests(directory), indent=2))
 
 
 def newest(checkpoints_dir: Path) -> Path | None:

@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session
 from deploy.registry import lock_out_erasures
 from deploy.runs import TrainingRun
 from infra.db import Sessions
+from infra.files import write_whole
 from trainer import prepared
 from trainer.collect import forgotten
-from trainer.snapshot import episode_of, write_lines
+from trainer.snapshot import episode_of
 
 log = logging.getLogger("everloop.night")
 
@@ -95,5 +96,5 @@ def _without(path: Path, episode_ids: set[str]) -> int:
         # The ids first: a crash in between must not make the run look as if it had never held them.
         note.write_text("".join(f"{episode_id}\n" for episode_id in sorted(before | gone)))
         kept = [line for line in lines if episode_of(line) not in (None, *gone)]
-        write_lines(path, "".join(f"{line}\n" for line in kept))
+        write_whole(path, "".join(f"{line}\n" for line in kept))
     return len((before | gone) & episode_ids)

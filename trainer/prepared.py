@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from deploy import head, registry
 from deploy.runs import TrainingRun
 from infra.errors import IntegrityError
+from infra.files import write_whole
 from infra.settings import Settings
 from reward import store
 from reward.encoders import open_active_encoder
@@ -63,9 +64,7 @@ class Prepared:
             "num_rows": len(self.rows.rows),
             "set_aside": dict(self.rows.set_aside),
         }
-        staging = run_dir / f".{INPUTS_FILE}"
-        staging.write_text(json.dumps(inputs, indent=2) + "\n")
-        staging.replace(run_dir / INPUTS_FILE)
+        write_whole(run_dir / INPUTS_FILE, json.dumps(inputs, indent=2) + "\n")
 
 
 def discard(run_dir: Path) -> None:

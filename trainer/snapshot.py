@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.errors import IntegrityError
+from infra.files import write_whole
 from reward.style import num_words
 from trainer import data_card
 
@@ -111,7 +112,7 @@ class Snapshot:
         card = data_card.card_of(self)
         (staging / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
         (staging / CARD_PAGE).write_text(data_card.page_of(card))
-        write_lines(staging / DATASET_FILE, self.to_jsonl())
+        write_whole(staging / DATASET_FILE, self.to_jsonl())
         staging.rename(target)
         return target
 
@@ -159,13 +160,6 @@ def read(dataset_dir: Path) -> Snapshot:
     found.set_aside, found.last_signal_seq = card["set_aside"], card["last_signal_seq"]
     found.num_users = card["users"]
     return found
-
-
-def write_lines(path: Path, text: str) -> None:
-    """Write a dataset's lines so that a crash leaves the old file or the new one."""
-    staging = path.with_suffix(".new")
-    staging.write_text(text)
-    staging.replace(path)
 
 
 def episode_of(line: str) -> str | None:

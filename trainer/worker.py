@@ -10,13 +10,13 @@ import json
 import os
 import sys
 from contextlib import closing
-from pathlib import Path
 
 import psutil
 
 from deploy.runs import TrainingRun
 from infra.db import connect
 from infra.errors import EverloopError
+from infra.files import write_whole
 from infra.settings import load
 from trainer import prepared, processes
 from trainer.policy import ServedPolicy
@@ -58,14 +58,7 @@ def main() -> None:
         except EverloopError as error:
             outcome = {"code": error.code, "message": error.message}
     if processes.is_main():
-        write(training.record.run_dir / OUTCOME_FILE, json.dumps(outcome))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(text)
-    staging.replace(path)
+        write_whole(training.record.run_dir / OUTCOME_FILE, json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from flows.bench import life, training
 from flows.bench.life import Plan
 from flows.preferences import PREFERENCES
 from infra.errors import InvalidRequestError
+from infra.files import write_whole
 from trainer.config import nearest, read_toml
 from trainer.recipe import resolve
 
@@ -93,9 +94,7 @@ def _played(plan: Plan, lives_dir: Path | None) -> dict[str, Any]:
     if not kept.exists():
         found = life.play(plan)
         lives_dir.mkdir(parents=True, exist_ok=True)
-        staging = kept.with_suffix(".part")
-        staging.write_text(json.dumps({"plan": asdict(plan), "found": found}, indent=1))
-        staging.replace(kept)
+        write_whole(kept, json.dumps({"plan": asdict(plan), "found": found}, indent=1))
     return dict(json.loads(kept.read_text())["found"])
 
 

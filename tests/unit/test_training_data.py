@@ -160,7 +160,7 @@ def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
     class Reward:
         def score(self, prompts, answers, references):
             assert references == ["Answer 0.", "Answer 2."]
-            return [[float(len(group[0]))] for group in answers]
+            return [[float(len(text)) for text in group] for group in answers]
 
     def sample_of(model, prompts, num_samples, seed):
         text = "Longer." if model == "r1" else "Short."
