@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from infra.db import Sessions
 from infra.errors import EverloopError
 
 POLL_S = 0.5
+PREFECT_POLL_S = 5.0  # it knows more than the run's row only when the flow crashed, and is slow to say so
 START_TIMEOUT_S = 180.0
 PHASES = {"snapshot": "freezing the data", "sample": "fresh samples", "score": "scoring", "train": "training",
           "peak": "measuring checkpoints", "gates": "gates"}  # fmt: skip
@@ -36,14 +38,19 @@ async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingR
     phase: report.Phase | None = None
     try:
         async with get_client() as client:
+            asked_s = time.monotonic()
             while True:
+                ended = None
+                if time.monotonic() - asked_s >= PREFECT_POLL_S:
+                    asked_s = time.monotonic()
+                    state = (await client.read_flow_run(flow_run.id)).state
+                    ended = state if state is not None and state.is_final() else None
                 run = _newest_run(sessions, began)
                 if run is not None and run.status != "running":
                     return run
-                state = (await client.read_flow_run(flow_run.id)).state
-                if state is not None and state.is_final() and (run is None or run.status == "running"):
+                if ended is not None:
                     raise EverloopError(
-                        f"The night run ended as {state.name}: {state.message}. See the flow run in Prefect.",
+                        f"The night run ended as {ended.name}: {ended.message}. See the flow run in Prefect.",
                         code="night_failed",
                     )
                 waited_s = (datetime.now(UTC) - began).total_seconds()

@@ -38,7 +38,7 @@ log = logging.getLogger("everloop.consumer")
 MAX_TRIES = 3
 RETRY_PAUSE_S = 1.0
 BATCH_EVENTS = 500
-BALANCE_EVERY_S = 0.5
+BALANCE_EVERY_S = 1.0
 LINGER_S = 0.02
 EVERYTHING = "*"
 

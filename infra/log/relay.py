@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ log = logging.getLogger("everloop.relay")
 BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024**2
 IDLE_S = 0.04
+QUIET_AFTER_S, QUIET_IDLE_S = 5.0, 0.1  # an idle stack does little but look: a fifth of a core of all its parts
 MEMORY_CHECK_S = 1.0
 
 Place = tuple[str, int]
@@ -109,15 +111,15 @@ class Relay:
 
     def _pump(self, connection: sa.Connection, stop: threading.Event) -> None:
         self.connect(connection)
-        idle_s = 0.0
+        published_s = checked_s = time.monotonic()
         while not stop.is_set():
             if self.publish_batch(connection):
-                idle_s = 0.0
+                published_s = checked_s = time.monotonic()
                 continue
-            stop.wait(IDLE_S)
-            idle_s += IDLE_S
-            if idle_s >= MEMORY_CHECK_S:
-                idle_s = 0.0
+            now_s = time.monotonic()
+            stop.wait(QUIET_IDLE_S if now_s - published_s >= QUIET_AFTER_S else IDLE_S)
+            if now_s - checked_s >= MEMORY_CHECK_S:
+                checked_s = now_s
                 self.check_memory(connection)
 
     def publish_batch(self, connection: sa.Connection) -> int:
