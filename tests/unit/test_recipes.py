@@ -6,19 +6,16 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field
 
 from infra.errors import InvalidRequestError
-from tests.unit.test_training_data import example
+from tests.unit.test_training_data import example, texts
 from trainer import recipe
-from trainer.config import RunConfig, read_toml
-from trainer.pairs import pair_of
-from trainer.recipe import Material, Recipe, Rows, UnusableDataError, names, open_recipe, resolve
+from trainer.config import read_toml
+from trainer.recipe import Material, UnusableDataError, names, open_recipe, resolve
 from trainer.recipes import grpo
 from trainer.rollout import Sample
 from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
@@ -99,19 +96,6 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path, raw):
     with pytest.raises(InvalidRequestError) as refused:
         read_toml(path)
     assert refused.value.code == "config_unreadable" and "config.toml" in refused.value.message
-
-
-def test_a_recipe_in_a_new_file_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_own.py").write_text(
-        "from trainer.recipe import Recipe\nfrom trainer.config import RunConfig\n"
-        "class MyConfig(RunConfig):\n    recipe: str = 'my-own'\n"
-        "class Mine(Recipe[MyConfig]):\n    Config = MyConfig\n    summary = 'mine'\n"
-        "    def rows(self, material, config): ...\n    def trainer(self, config, arguments, parts): ...\n"
-        "RECIPE = Mine()\n"
-    )
-    monkeypatch.setattr(recipe.recipes, "__path__", [*recipe.recipes.__path__, str(tmp_path)])
-    found, config = resolve({"recipe": "my-own"})
-    assert found.summary == "mine" and isinstance(config, RunConfig) and "my-own" in names()
 
 
 def test_dpo_takes_the_newest_of_what_says_most():
@@ -378,28 +362,29 @@ def test_best_of_n_without_spread_needs_corrections():
     assert held.value.code == "no_reward_spread"
 
 
-def on_the_page(marker, names):
-    """Run a code block of docs/training.md with names that its reader would import; return what there is then."""
+def on_the_page(marker):
+    """Return the code block of docs/training.md that holds a text."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if marker in code]
-    exec(block, names)
-    return names
+    return block
 
 
-def test_the_recipe_that_the_page_shows_works():
-    names = {"Any": Any, "Mapping": Mapping, "Field": Field, "RunConfig": RunConfig, "Recipe": Recipe, "Rows": Rows}
-    names |= {"Material": Material, "pair_of": pair_of}
-    recipe = on_the_page("class Mine", names)["RECIPE"]
-    config = recipe.Config.parse({"recipe": "my-own", "beta": 0.2})
-    data = Snapshot(train=[example("Long.", fixed=["Short."]), example("Fine.", [1.0])])
-    found = recipe.rows(Material(data, None, None, None, None, (0, 9)), config)
-    assert found.sources == ["corrections"] and said(found, "chosen") == ["Short."]
+def test_the_recipe_that_the_page_shows_works_in_a_new_file_with_its_test(tmp_path, monkeypatch):
+    (tmp_path / "my_own.py").write_text(on_the_page("class Mine"))
+    monkeypatch.setattr(recipe.recipes, "__path__", [*recipe.recipes.__path__, str(tmp_path)])
+    mine, config = resolve({"recipe": "my-own", "beta": 0.2})
+    assert "my-own" in names() and config.beta == 0.2
+    shown = {"rows_of": rows_of, "example": example, "texts": texts}
+    exec(on_the_page("def test_mine"), shown)
+    shown["test_mine_learns_from_corrections"]()
     wanted = inspect.signature(open_recipe("dpo").trainer).parameters
-    assert list(inspect.signature(recipe.trainer).parameters) == list(wanted)
+    assert list(inspect.signature(mine.trainer).parameters) == list(wanted)
 
 
 def test_the_verifier_that_the_page_shows_works():
-    verifier = on_the_page("class Sums", {"Any": Any, "random": random, "Verifier": Verifier})["Sums"]()
+    shown = {"Any": Any, "random": random, "Verifier": Verifier}
+    exec(on_the_page("class Sums"), shown)
+    verifier = shown["Sums"]()
     question, key = verifier.task("small", 3)
     assert question.startswith("What is ")
     assert (
