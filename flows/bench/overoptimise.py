@@ -18,8 +18,8 @@ from flows.preferences import PREFERENCES
 PREFERENCE = "brief"
 FOLLOWED = {
     "recipe": "dpo",
-    "epochs": 2.0,
-    "learning_rate": 2e-4,
+    "epochs": 2.5,
+    "learning_rate": 4e-4,
     "max_rows": 48,
     "checkpoint_steps": 2,
     "checkpoints_judged": 6,
