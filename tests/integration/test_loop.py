@@ -33,6 +33,7 @@ from trainer.verifiers.instructions import INSTRUCTIONS
 from trainer.verifiers.reasoning import LEVELS
 
 SMALL = {
+    "max_rows": 40,
     "num_prompts": 4,
     "samples_per_prompt": 2,
     "max_answer_tokens": 48,
