@@ -15,7 +15,7 @@ from reward.encoder import Encoder
 from reward.online import BayesianHead, pessimistic
 from reward.style import num_words
 
-LENGTH_LOSS = 4.0  # a halving or doubling beyond the range outweighs what any style feature can gain
+LENGTH_LOSS = 1.0  # for each halving or doubling beyond the range: enough to show the way back
 CUT_LOSS = 1.0
 LOWEST_REWARD = pessimistic(-math.inf, 0.0, 0.0)  # where rewards are clipped
 
