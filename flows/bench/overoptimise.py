@@ -22,8 +22,8 @@ FOLLOWED = {
     "learning_rate": 4e-4,
     "max_rows": 48,
     "checkpoint_steps": 2,
-    "checkpoints_judged": 6,
-    "judge_prompts": 24,
+    "checkpoints_judged": 5,
+    "judge_prompts": 48,
     "gate_tasks_per_skill": 0,
     "keep_answers": True,
 }
