@@ -3,12 +3,15 @@
 import subprocess
 import sys
 import uuid
+from contextlib import ExitStack
 
 import pytest
 import sqlalchemy as sa
 
+from infra.db import advisory_lock
 from infra.log import outbox, retention
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
+from tests.conftest import wait_until
 
 ANCIENT = "2001-01-01T00:00:00Z"
 TOPIC = "everloop.test-retention"
@@ -16,7 +19,15 @@ EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
 @pytest.fixture
-def ancient(stack):
+def no_housekeeping(stack):
+    """Keep the ledger, which prunes once a minute, from pruning in mid-test."""
+    with ExitStack() as held:
+        wait_until(lambda: held.enter_context(advisory_lock(stack.sessions, "housekeeping")), timeout_s=30)
+        yield
+
+
+@pytest.fixture
+def ancient(stack, no_housekeeping):
     """Three old, published events of a topic with two consumers, of which one lacks the third."""
     ids = [f"ev_{uuid.uuid4().hex}" for _ in range(3)]
     with stack.sessions.begin() as session:
@@ -55,6 +66,7 @@ def test_old_events_go_once_everybody_has_applied_them(stack, ancient):
 
 def test_over_the_size_the_oldest_go_first(stack, ancient):
     with stack.sessions() as session:
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})  # others go on writing
         (size,) = session.execute(sa.select(sa.func.sum(sa.func.octet_length(OutboxRow.value)))).one()
         seqs = session.scalars(sa.select(OutboxRow.seq).order_by(OutboxRow.seq)).all()
         assert retention._size_boundary(session, size) is None
@@ -79,6 +91,6 @@ def test_a_retired_consumer_holds_nothing_back_and_a_running_one_is_not_retired(
     done = subprocess.run([*EVERLOOP, "log", "retire", "test-slow"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert retention.prune(stack.sessions, settings) == 3
-    for name, code in (("reward", "consumer_running"), ("nobody", "consumer_not_found")):
+    for name, code in (("receipts", "consumer_running"), ("nobody", "consumer_not_found")):
         done = subprocess.run([*EVERLOOP, "log", "retire", name], capture_output=True, text=True)
         assert done.returncode == 1 and f"[{code}]" in done.stderr
