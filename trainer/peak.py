@@ -45,7 +45,6 @@ class Point:
     ----------
     kl
         Mean over answers of ``log p(answer) - log p_base(answer)``: an estimate of the KL to the base, in nats.
-        Rounding moves it by some tenths of a nat (0 to .5 were seen of the base model itself).
     proxy, gold
         Mean rewards against the logged answers; gold's is None where too little was held out to fit one.
     golds
@@ -77,8 +76,6 @@ class Scales:
         that nobody has seen.
     ask
         Returns one answer of a served model to each prompt.
-    sampled_plainly
-        Whether log-probabilities of answers are those of the model as it is: then it need not be asked for them.
     """
 
     engine_url: str
@@ -88,7 +85,6 @@ class Scales:
     gold: Gold
     words_range: tuple[int, int]
     ask: Ask
-    sampled_plainly: bool = False
 
     def measure(self, model: str, step: int) -> Point:
         """Measure a model as it is served."""
@@ -125,13 +121,13 @@ class Scales:
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
         async with EngineClient(self.engine_url) as engine:
 
-            async def told(name: str, sample: Sample) -> float:
-                return sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
-
+            # Both in the same way: what the engine sampled a token with is rounded otherwise than what it reads.
             async def ratio(sample: Sample) -> float:
-                known = self.sampled_plainly and len(sample.logprobs) == len(sample.token_ids)
-                own = sum(sample.logprobs) if known else await told(model, sample)
-                return own - await told(BASE_MODEL_NAME, sample)
+                own, base = [
+                    sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
+                    for name in (model, BASE_MODEL_NAME)
+                ]
+                return own - base
 
             return [await ratio(sample) for sample in samples]
 

@@ -24,7 +24,7 @@ from trainer.policy import ServedPolicy
 from trainer.prepared import ANSWERS_FILE, Prepared
 from trainer.recipe import Material, Recipe
 from trainer.record import RunRecord
-from trainer.rollout import Sampling, sample_served
+from trainer.rollout import sample_served
 from trainer.verify import Verification
 
 if TYPE_CHECKING:
@@ -136,7 +136,6 @@ class Training:
             gold=gold.fit(ready.reward.encoder, ready.data.gate),
             words_range=words_range(config, ready.data),
             ask=partial(sample_served, self.settings, config, num_samples=1, seed=PEAK_SEED),
-            sampled_plainly=Sampling.of(config).is_plain,
         )
         points = peak.measure_all(scales, policy, ready.champion, trained.kept)
         chosen = points[-1] if config.register_at == "last" else peak.choose(points[1:], config.max_kl)

@@ -1,7 +1,6 @@
 """Which checkpoint is registered, and the second opinion that says so."""
 
 import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -105,8 +104,6 @@ def test_gold_of_nothing_knows_nothing(held_out):
 class Engine:
     """Finds each token of an answer twice as probable under a trained model as under the base."""
 
-    asked: ClassVar[list[str]] = []
-
     def __init__(self, url):
         pass
 
@@ -117,7 +114,6 @@ class Engine:
         pass
 
     async def token_logprobs(self, model, prompt_ids, token_ids):
-        self.asked.append(model)
         return [-1.0 if model == "base" else -1.0 + math.log(2.0)] * len(token_ids)
 
 
@@ -150,23 +146,3 @@ def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch):
     assert found.golds == pytest.approx([raw[0][0], -LENGTH_LOSS, raw[2][0] - CUT_LOSS])
     assert found.proxy < sum(score for (score,) in raw) / 3  # pessimistic
     assert "texts" not in found.as_dict() and "golds" not in found.as_dict()
-
-
-@pytest.mark.parametrize(("logprobs", "asked"), [((-0.5, -0.5), ["base"]), ((), ["run/r@1", "base"])])
-def test_a_model_is_not_asked_for_what_its_own_samples_say(monkeypatch, logprobs, asked):
-    monkeypatch.setattr(peak, "EngineClient", Engine)
-    monkeypatch.setattr(Engine, "asked", [])
-    head = gold.fit(Encoder(), []).head
-    scales = peak.Scales(
-        engine_url="",
-        prompts=[[{"role": "user", "content": "Why?"}]],
-        references=["a b"],
-        reward=PinnedReward(Encoder(), head, 0.5),
-        gold=gold.fit(Encoder(), []),
-        words_range=(2, 9),
-        ask=lambda model, prompts: [[Sample("So.", "stop", (1,), (5, 6), logprobs)]],
-        sampled_plainly=True,
-    )
-    kl = scales.measure("run/r@1", 6).kl
-    assert Engine.asked == asked
-    assert kl == pytest.approx(1.0 if logprobs else 2 * math.log(2.0))
