@@ -120,7 +120,6 @@ class Scales:
 
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
         async with EngineClient(self.engine_url) as engine:
-
             # Both in the same way: what the engine sampled a token with is rounded otherwise than what it reads.
             async def ratio(sample: Sample) -> float:
                 own, base = [

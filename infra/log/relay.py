@@ -36,7 +36,7 @@ log = logging.getLogger("everloop.relay")
 BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024**2
 IDLE_S = 0.04
-QUIET_AFTER_S, QUIET_IDLE_S = 5.0, 0.1  # an idle stack does little but look: a fifth of a core of all its parts
+QUIET_AFTER_S, QUIET_IDLE_S = 5.0, 0.1  # an idle stack does little but look
 MEMORY_CHECK_S = 1.0
 
 Place = tuple[str, int]

@@ -91,6 +91,8 @@ def test_a_retired_consumer_holds_nothing_back_and_a_running_one_is_not_retired(
     done = subprocess.run([*EVERLOOP, "log", "retire", "test-slow"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert retention.prune(stack.sessions, settings) == 3
-    for name, code in (("receipts", "consumer_running"), ("nobody", "consumer_not_found")):
+    with stack.sessions() as session:  # it registers some seconds after the stack is up
+        wait_until(lambda: session.get(ConsumerRow, "reward", populate_existing=True) is not None)
+    for name, code in (("reward", "consumer_running"), ("nobody", "consumer_not_found")):
         done = subprocess.run([*EVERLOOP, "log", "retire", name], capture_output=True, text=True)
         assert done.returncode == 1 and f"[{code}]" in done.stderr
