@@ -109,7 +109,7 @@ def learning(
     nights: Annotated[int, typer.Option("--nights", min=1, max=30)] = 3,
     rated: Annotated[int, typer.Option("--rated", min=40, max=400, help="Rated answers a day.")] = 400,
     measured: Annotated[int, typer.Option("--measured", min=20, help="Held-out answers.")] = 90,
-    quarter: Annotated[bool, typer.Option(help="Try a night out after a quarter of the first day, too.")] = True,
+    quarter: Annotated[bool, typer.Option(help="Also play a night after a quarter of the ratings.")] = True,
     config: Annotated[
         Path | None, typer.Option("--config", help="TOML of the nights; the defaults if unset.")
     ] = None,

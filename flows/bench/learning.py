@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def learning(
     *,
     quarter: bool = True,
 ) -> dict[str, Any]:
-    """Play preferences through `nights` nights each, with a night tried out after a quarter of the first day.
+    """Play preferences through `nights` nights each, and one night after a quarter of a day's ratings.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def learning(
     lives_dir
         Where finished lives are kept: a bench that was stopped goes on with the others.
     quarter
-        Whether the night after a quarter of the ratings is tried out.
+        Whether the night after a quarter of the ratings, a life of its own, is played.
 
     Returns
     -------
@@ -57,21 +57,11 @@ def learning(
     resolve(config)
     found: dict[str, Any] = {}
     for name in names:
-        whole = Plan(
-            name,
-            {"night": config},
-            nights=nights,
-            rated=rated,
-            tried_after=rated // QUARTER if quarter else 0,
-            measured=measured,
-            tasks_per_skill=TASKS_PER_SKILL,
-            seed=seed,
-        )
-        found[name] = _played(whole, lives_dir)
-        found[name]["quarter"] = found[name].pop("tried", None)
-    lives = [found[name] for name in names]
-    gains = [[gain(one["base"]["rate"], night.get("rate")) for night in one["nights"]] for one in lives]
-    quarters = [gain(one["base"]["rate"], one["quarter"].get("rate")) for one in lives if one["quarter"]]
+        first = Plan(name, {"night": config}, rated=rated // QUARTER, measured=measured, seed=seed)
+        whole = replace(first, nights=nights, rated=rated, tasks_per_skill=TASKS_PER_SKILL)
+        found[name] = {**_played(whole, lives_dir), "quarter": _played(first, lives_dir) if quarter else None}
+    gains = [_gains(one) for one in found.values()]
+    quarters = [_gains(one["quarter"])[0] for one in found.values() if quarter]
     overhead = training.measure(OVERHEAD_ROWS, OVERHEAD_RUNS)
     mean_gain_1 = statistics.mean(one[0] for one in gains)
     return {
@@ -79,7 +69,7 @@ def learning(
         "mean_gain_1": mean_gain_1,
         "mean_gain_3": statistics.mean(one[2] for one in gains) if nights >= 3 else None,
         "quarter_share": statistics.mean(quarters) / mean_gain_1 if quarters and mean_gain_1 > 0 else None,
-        "verifier_delta": statistics.mean(one["skills"]["delta"] for one in lives),
+        "verifier_delta": statistics.mean(one["skills"]["delta"] for one in found.values()),
         "overhead_ratio": overhead["overhead_ratio"],
         "memory_ratio": overhead["memory_ratio"],
     }
@@ -126,6 +116,10 @@ def gain(base: float, rate: float | None) -> float:
     if rate is None:
         return 0.0
     return 100.0 * (rate - base) / (1.0 - base if base > 0.5 else 1.0)
+
+
+def _gains(played: Mapping[str, Any]) -> list[float]:
+    return [gain(played["base"]["rate"], night.get("rate")) for night in played["nights"]]
 
 
 def _config(given: str) -> dict[str, Any]:

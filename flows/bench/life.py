@@ -57,8 +57,6 @@ class Plan:
     recipes
         Configurations of the night, by a name of one's own. In a `contest` each trains once on the first day's
         signals, from the base model; otherwise there is one, which trains every night.
-    tried_after
-        Ratings of the first day after which a night is tried out and put away again; 0 for none.
     """
 
     preference: str
@@ -66,7 +64,6 @@ class Plan:
     contest: bool = False
     nights: int = 1
     rated: int = 400
-    tried_after: int = 0
     measured: int = 180
     tasks_per_skill: int = 0
     seed: int = 0
@@ -88,31 +85,27 @@ class Life:
         self.found = {"base": _figures(base), "nights": []}
         before = await self._skills()
         recipes = self.plan.recipes
-        if self.plan.tried_after:
-            await self._day(1, self.plan.tried_after)
-            (config,) = recipes.values()
-            self.found["tried"] = await self._try_out(config, hold=False)
-        await self._day(1, self.plan.rated - self.plan.tried_after)
+        await self._day(1)
         if self.plan.contest:
             for name, config in recipes.items():
-                self.found["nights"].append({"name": name, **await self._try_out(config, hold=True)})
+                self.found["nights"].append({"name": name, **await self._try_out(config)})
             return self.found
         (config,) = recipes.values()
         for number in range(1, self.plan.nights + 1):
             if number > 1:
-                await self._day(number, self.plan.rated)
+                await self._day(number)
             self.found["nights"].append(await self._night(config, hold=False))
         if self.plan.tasks_per_skill:
             self.found["skills"] = _compared(before, await self._skills())
         return self.found
 
-    async def _day(self, number: int, rated: int) -> None:
-        await self.people.day(rated, f"{self.plan.preference}: day {number}")
+    async def _day(self, number: int) -> None:
+        await self.people.day(self.plan.rated, f"{self.plan.preference}: day {number}")
         await self.people.drain()
 
-    async def _try_out(self, config: Mapping[str, Any], *, hold: bool) -> dict[str, Any]:
+    async def _try_out(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Have a night, then put the base model back and leave its signals to the next one."""
-        found = await self._night(config, hold=hold)
+        found = await self._night(config, hold=True)
         self.people.start_from_base()
         with self.sessions.begin() as session:
             session.execute(sa.update(TrainingRun).values(last_signal_seq=None))
