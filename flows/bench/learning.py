@@ -21,7 +21,7 @@ from trainer.recipe import resolve
 LEARNED = ("short", "reader", "example", "flat", "polite", "three")
 QUARTER = 4
 TASKS_PER_SKILL = 8
-OVERHEAD_ROWS, OVERHEAD_RUNS = 16, 5
+OVERHEAD_ROWS, OVERHEAD_RUNS = 48, 5
 
 
 def learning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import resource
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ SENTENCES = (
 
 
 def measure(num_rows: int, runs: int) -> dict[str, Any]:
-    """Time both in processes of their own, in turns; return medians, peaks of memory, and their ratios."""
+    """Time both in processes of their own, in turns; return medians, and the medians of each turn's ratios."""
     found: dict[str, list[dict[str, float]]] = {"bare": [], "platform": []}
     with report.Phase("training runs", 2 * runs) as phase:
         for _ in range(runs):
@@ -38,18 +39,24 @@ def measure(num_rows: int, runs: int) -> dict[str, Any]:
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
                 phase.advance()
-    seconds = {kind: statistics.median(r["seconds"] for r in results) for kind, results in found.items()}
-    memory = {kind: statistics.median(r["peak_gib"] for r in results) for kind, results in found.items()}
+    seconds, peaks = (
+        {kind: [one[figure] for one in results] for kind, results in found.items()}
+        for figure in ("seconds", "peak_gib")
+    )
     return {
         "rows": num_rows,
         "runs": runs,
-        "bare_s": seconds["bare"],
-        "platform_s": seconds["platform"],
-        "overhead_ratio": seconds["platform"] / seconds["bare"],
-        "bare_gib": memory["bare"],
-        "platform_gib": memory["platform"],
-        "memory_ratio": memory["platform"] / memory["bare"],
+        "bare_s": statistics.median(seconds["bare"]),
+        "platform_s": statistics.median(seconds["platform"]),
+        "overhead_ratio": _median_ratio(seconds),
+        "bare_gib": statistics.median(peaks["bare"]),
+        "platform_gib": statistics.median(peaks["platform"]),
+        "memory_ratio": _median_ratio(peaks),
     }
+
+
+def _median_ratio(figures: dict[str, list[float]]) -> float:
+    return statistics.median(map(operator.truediv, figures["platform"], figures["bare"]))
 
 
 def rows_of(num_rows: int) -> list[Row]:
