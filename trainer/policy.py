@@ -1,7 +1,8 @@
 """A policy that is served while it trains: each version of its adapter under an immutable name.
 
 The names are ``run/RUN@VERSION``. The engine keeps cached prefixes of a name that is loaded again with other
-weights (vllm#42125), so no name is ever used twice, and what a sample came from can always be told.
+weights (vllm#42125), so no name is ever used twice, also not by the process that goes on with a killed run or by
+another of its processes, and what a sample came from can always be told.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from infra.engine import RUN_PREFIX, EngineClient
 from infra.errors import EverloopError
+from infra.files import write_whole
 from trainer import processes
 
 log = logging.getLogger("everloop.training")
 
 POLICY_DIR = "policy"
+VERSION_FILE = "policy-version"  # the last number that was given
 
 
 class ServedPolicy:
@@ -32,7 +35,7 @@ class ServedPolicy:
     Attributes
     ----------
     version
-        The newest; 0 before the first is published.
+        The newest that this object has published; 0 before the first.
     """
 
     def __init__(self, engine_url: str, run_dir: Path, keep: int = 1) -> None:
@@ -40,6 +43,7 @@ class ServedPolicy:
         self.run_id = run_dir.name
         self.directory = run_dir / POLICY_DIR
         self.keep = keep
+        self._version_file = run_dir / VERSION_FILE
         self.version = 0
         self._loaded: list[int] = []
 
@@ -64,7 +68,8 @@ class ServedPolicy:
         save
             Writes the adapter into a directory.
         """
-        version = self.version + 1
+        is_first = not self.version
+        version = self._next_version()
         directory = self.directory / str(version)
         save(directory)
         if not processes.is_main():  # of several that train together one tells the engine
@@ -73,7 +78,7 @@ class ServedPolicy:
 
         async def load() -> None:
             async with EngineClient(self.engine_url) as engine:
-                if version == 1:
+                if is_first:
                     await self._unload_dead(engine)
                 await engine.load_adapter(self.name_of(version), directory)
                 self._loaded.append(version)
@@ -83,6 +88,14 @@ class ServedPolicy:
                 del self._loaded[: -self.keep]
 
         asyncio.run(load())
+
+    def _next_version(self) -> int:
+        """Return a number that no process of this run has given before."""
+        if not processes.is_main():
+            return self.version + 1  # it names nothing: the main process serves
+        last = int(self._version_file.read_text()) if self._version_file.exists() else 0
+        write_whole(self._version_file, str(last + 1))
+        return last + 1
 
     def close(self) -> None:
         """Take every version from the engine; where it does not answer, it has been told nothing."""

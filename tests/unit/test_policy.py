@@ -1,0 +1,82 @@
+"""Versions of a policy: no name is ever used twice, whatever fails or dies."""
+
+from contextlib import closing
+
+import pytest
+
+from infra.errors import UnavailableError
+from trainer import policy
+from trainer.policy import ServedPolicy
+
+
+class Engine:
+    """Remembers what it holds; refuses what it is told to."""
+
+    def __init__(self):
+        self.loaded = {}
+        self.unloaded = []
+        self.is_away = False
+
+    def __call__(self, url):
+        return self
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def models(self):
+        return ["base", *self.loaded]
+
+    async def load_adapter(self, name, path):
+        if self.is_away:
+            raise UnavailableError("away")
+        self.loaded[name] = path
+
+    async def unload_adapter(self, name):
+        self.unloaded.append(name)
+        del self.loaded[name]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    found = Engine()
+    monkeypatch.setattr(policy, "EngineClient", found)
+    return found
+
+
+def save(directory):
+    directory.mkdir(parents=True)
+
+
+def test_each_version_has_a_name_of_its_own_and_takes_the_place_of_the_one_before(engine, tmp_path):
+    (tmp_path / "r").mkdir()
+    with closing(ServedPolicy("", tmp_path / "r", keep=2)) as served:
+        for _ in range(3):
+            served.publish(save)
+        assert list(engine.loaded) == ["run/r@2", "run/r@3"] and served.name == "run/r@3"
+        assert served.lag("run/r@2") == 1
+    assert not engine.loaded and not (tmp_path / "r" / "policy").exists()
+
+
+def test_a_process_that_goes_on_with_a_run_gives_other_names_and_clears_the_dead_ones(engine, tmp_path):
+    dead = ServedPolicy("", tmp_path)  # it is killed: nothing is closed, and its files stay
+    dead.publish(save)
+    dead.publish(save)
+    with closing(ServedPolicy("", tmp_path)) as served:
+        served.publish(save)
+        assert served.version == 3 and list(engine.loaded) == [served.name]
+    assert engine.unloaded == [dead.name_of(1), dead.name_of(2), dead.name_of(3)]
+
+
+def test_a_version_that_the_engine_refused_leaves_its_number_unused(engine, tmp_path):
+    with closing(ServedPolicy("", tmp_path)) as served:
+        served.publish(save)
+        engine.is_away = True
+        with pytest.raises(UnavailableError):
+            served.publish(save)
+        assert served.version == 1  # which is served still
+        engine.is_away = False
+        served.publish(save)
+        assert served.version == 3 and list(engine.loaded) == [served.name]
