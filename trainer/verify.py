@@ -23,7 +23,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
-from infra.errors import InvalidRequestError
+from infra.errors import EverloopError, InvalidRequestError
 from trainer import verifiers
 from trainer.config import nearest
 
@@ -32,6 +32,7 @@ log = logging.getLogger("everloop.verify")
 ENTRY_POINTS = "everloop.verifiers"
 JUDGING_PART = 3  # of so many tasks one judges
 MAX_DRAWS = 32
+OPENING_TIMEOUT_S = 120.0  # what verifiers import takes 10 s on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,11 @@ class Verification:
         self.verifier_names = list(verifier_names)
         self.timeout_s = timeout_s
         self.faults: Counter[str] = Counter()
-        self._pool = ProcessPool(max_workers=1, context=get_context("spawn"))  # begins with the first task
+        # It begins with the first task. A process imports what verifiers need before its first task's time runs, as
+        # does the one that takes the place of a process that was killed.
+        self._pool = ProcessPool(
+            1, initializer=_warm_up, initargs=[self.verifier_names], context=get_context("spawn")
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -182,16 +187,23 @@ class Verification:
             yield score
 
     def _run(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
-        """Yield what `function` returns for each argument, None where it failed."""
-        if not arguments:
-            return
-        # The first call of a process imports what verifiers need, which may take longer than they may.
-        self._pool.schedule(_warm_up, [self.verifier_names]).result()
+        """Yield what `function` returns for each argument, None where it failed.
+
+        Raises
+        ------
+        EverloopError
+            Code ``verifier_hangs``: the process cannot begin, as one of them does not come back from being opened.
+        """
         futures = [self._pool.schedule(function, [one], timeout=self.timeout_s) for one in arguments]
         for future in futures:
             try:
-                yield future.result()
+                yield future.result(self.timeout_s + OPENING_TIMEOUT_S)
             except TimeoutError:
+                if not future.done():
+                    raise EverloopError(
+                        f"A verifier hangs when it is opened. Leave it out of `verifiers`: {self.verifier_names}.",
+                        code="verifier_hangs",
+                    ) from None
                 self.faults["verifier_timed_out"] += 1
                 yield None
             except Exception as error:

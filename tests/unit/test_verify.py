@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from infra.errors import InvalidRequestError
+from infra.errors import EverloopError, InvalidRequestError
 from trainer import skills, verify
 from trainer.pairs import right_against_wrong, right_ones
 from trainer.recipe import resolve
@@ -157,6 +157,22 @@ def test_a_plug_in_that_hangs_raises_or_talks_nonsense_is_counted_and_the_others
         assert found.judge(tasks, [["yes", "no"]] * 5) == [[1.0, 0.0], *[[None, None]] * 4]
         assert found.pop_faults() == {"verifier_timed_out": 2, "verifier_failed": 2, "verifier_not_a_score": 4}
         assert not found.pop_faults()
+
+
+def test_a_process_that_takes_the_place_of_a_killed_one_has_time_to_open_its_verifiers(plug_in, tmp_path):
+    slow = (tmp_path / "unruly.py").read_text().replace("import math, time", "import math, time; time.sleep(1.5)")
+    (tmp_path / "unruly.py").write_text(slow)
+    with closing(Verification(["unruly"], 0.5)) as found:
+        tasks = [Task(f"unruly/{skill}", [], {"right": "yes"}) for skill in ("fine", "hangs", "fine")]
+        assert found.judge(tasks, [["yes"]] * 3) == [[1.0], [None], [1.0]]
+
+
+def test_a_verifier_that_hangs_when_it_is_opened_ends_the_run_with_that_reason(plug_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "OPENING_TIMEOUT_S", 2.0)
+    (tmp_path / "unruly.py").write_text("import time; time.sleep(3600)")
+    with closing(Verification(["unruly"], 0.5)) as found, pytest.raises(EverloopError, match="unruly") as hung:
+        found.judging_tasks(1, 1)
+    assert hung.value.code == "verifier_hangs"
 
 
 def test_a_verifier_that_does_not_exist_is_named_with_the_nearest():
