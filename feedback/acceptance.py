@@ -147,6 +147,7 @@ def _write(session: Session, rows: list[dict[str, Any]], targets: Mapping[str, T
     """
     if not rows:
         return set()
+    session.execute(_LOCK)  # before the numbers are drawn: who reads "up to here" waits for those that are not in
     seqs = session.scalars(_NUMBERS, {"count": len(rows)}).all()
     entries = []
     for row, seq in zip(rows, sorted(seqs), strict=True):
@@ -159,6 +160,7 @@ def _write(session: Session, rows: list[dict[str, Any]], targets: Mapping[str, T
     return set(session.scalars(_WRITE, {**columns, **outbox.columns(entries)}))
 
 
+_LOCK = sa.text("LOCK TABLE feedback IN ROW EXCLUSIVE MODE")  # what its INSERT takes anyway
 _NUMBERS = sa.text("SELECT nextval(pg_get_serial_sequence('feedback', 'seq')) FROM generate_series(1, :count)")
 COLUMN_TYPES = {
     "seq": "bigint",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from feedback.fold import Standing, standing_of
 from feedback.tables import Episode, Feedback, User
@@ -49,6 +49,7 @@ def settled_seq(session: Session) -> int:
     """Return the number of the newest signal; whoever is still writing one gets a higher number.
 
     Without the lock a signal with a lower number could be committed later, and the same range would hold more.
+    Writers lock the table before they draw their numbers (:mod:`feedback.acceptance`).
     """
     session.execute(sa.text("LOCK TABLE feedback IN SHARE MODE"))
     return session.scalar(sa.select(sa.func.max(Feedback.seq))) or 0
@@ -78,6 +79,7 @@ def take(
     rows = session.execute(
         sa.select(Feedback, Episode)
         .join(Episode, Episode.id == Feedback.episode_id)
+        .options(defer(Episode.token_ids), defer(Episode.logprobs))  # most of an episode's bytes
         .where(sa.true() if through_seq is None else Feedback.seq <= through_seq)
         .order_by(Episode.id, Feedback.seq)
     ).all()
@@ -111,7 +113,7 @@ def conversation_of(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def is_held_out(conversation: str) -> bool:
-    """Tell whether a conversation is kept for gates, by its digest alone: what trains once never judges."""
+    """Tell whether a conversation is kept for gates, by its digest alone: no draw of chance moves it."""
     return int(conversation[:8], 16) % GATE_PART == 0
 
 
@@ -122,7 +124,7 @@ def is_held_out_user(key_id: str) -> bool:
 
 def forgotten(session: Session, episode_ids: Collection[str]) -> set[str]:
     """Return which of the episodes are of users who were forgotten since."""
-    query = sa.select(Episode.id).where(Episode.id.in_(episode_ids), Episode.user_id.startswith(TOMBSTONE))
+    query = sa.select(Episode.id).where(among(Episode.id, episode_ids), Episode.user_id.startswith(TOMBSTONE))
     return set(session.scalars(query))
 
 

@@ -211,3 +211,27 @@ def test_the_range_ends_before_whoever_is_still_writing(stack):
         writing.rollback()
         reading.rollback()
         assert collect.settled_seq(reading) >= 0
+
+
+def test_the_range_ends_before_whoever_has_a_number_and_has_not_written_yet(stack, monkeypatch):
+    with stack.sessions() as writing, stack.sessions() as reading:
+        log = Log(writing)
+        ada = user()
+        episode_id = log.answer(ada, prompt())
+        writing.commit()
+        reading.execute(sa.text("SET LOCAL lock_timeout = '300ms'"))
+
+        def look(*_):  # a writer seals its events here, after it has drawn its numbers
+            with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+                collect.settled_seq(reading)
+            raise InterruptedError
+
+        monkeypatch.setattr("feedback.acceptance.FeedbackGiven", look)
+        with pytest.raises(InterruptedError):
+            log.say(ada, episode_id)
+        writing.rollback()
+
+
+def test_who_was_forgotten_is_found_among_more_answers_than_a_statement_has_parameters(stack):
+    with stack.sessions() as session:
+        assert collect.forgotten(session, [f"ep_{n}" for n in range(70_000)]) == set()
