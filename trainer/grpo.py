@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,8 +103,9 @@ class Rollouts:
 
     def _take(self, prompts: list[Messages]) -> list[list[Sample]]:
         """Return what was sampled ahead for these prompts, or sample now."""
-        if self._upcoming and self._upcoming[0] == prompts:
-            self._upcoming.popleft()
+        if prompts in self._upcoming:  # a run that goes on begins in the middle
+            while self._upcoming.popleft() != prompts:
+                pass
         while self._pending:
             ahead, future = self._pending.popleft()
             if ahead == prompts:
@@ -184,7 +186,7 @@ def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) ->
                     prompts,
                     num_samples=num_samples,
                     sampling=sampling,
-                    seed=seed + 7919 * number,
+                    seed=seed + zlib.crc32(f"{model} {number}".encode()),  # a run that goes on samples anew
                 )
 
         return asyncio.run(run())

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from infra.engine import EngineClient
-from infra.errors import InvalidRequestError
+from infra.errors import InvalidRequestError, UnavailableError
 from infra.settings import Settings
 from trainer.config import RunConfig
 from trainer.throttle import Throttle
 
 log = logging.getLogger("everloop.night")
+T = TypeVar("T")
 
 MAX_IN_FLIGHT = 32
+PATIENCE_S = 120.0  # an engine that is started anew is back within a minute
+ASK_AGAIN_S = 2.0
 BESIDE_PEOPLE = 1  # samples in flight while somebody else asks
 
 
@@ -108,7 +112,7 @@ async def sample(
             **sampling.payload(),
         }
         try:
-            return _sample_of(await gate.run(lambda: engine.chat(payload)), model)
+            return _sample_of(await gate.run(lambda: patiently(lambda: engine.chat(payload))), model)
         except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
             log.warning("the engine refused a prompt: %s", error.code)
             return None
@@ -131,6 +135,25 @@ async def sample(
             await watching
         if gate.num_given_up:
             log.info("%d samples made room for people and were asked for again", gate.num_given_up)
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Ask the engine, again and again while it is away, and return what came.
+
+    Raises
+    ------
+    UnavailableError
+        It has been away for two minutes.
+    """
+    since_s = time.monotonic()
+    while True:
+        try:
+            return await ask()
+        except UnavailableError as error:
+            if time.monotonic() - since_s > PATIENCE_S:
+                raise
+            log.info("the engine is away: %s", error.code)
+            await asyncio.sleep(ASK_AGAIN_S)
 
 
 def _sample_of(body: dict[str, Any], model: str) -> Sample:

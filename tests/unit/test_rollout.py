@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from infra.engine import EngineClient
-from infra.errors import EverloopError
+from infra.errors import EverloopError, UnavailableError
+from trainer import grpo, rollout
 from trainer import throttle as throttle_module
 from trainer.grpo import Rollouts
 from trainer.policy import ServedPolicy
@@ -149,6 +150,28 @@ def test_an_engine_that_does_not_tell_its_queue_holds_nothing_back(quick):
     assert len(run(engine, 6, Throttle(4, 1))) == 6 and engine.most == 4
 
 
+class Restarted(Engine):
+    """Is away for the first requests."""
+
+    def __init__(self, refusals):
+        super().__init__()
+        self.refusals = refusals
+
+    async def chat(self, payload):
+        if self.refusals:
+            self.refusals -= 1
+            raise UnavailableError("The engine does not answer.", code="engine_unavailable")
+        return await super().chat(payload)
+
+
+def test_a_run_outlives_an_engine_that_is_started_anew(quick, monkeypatch):
+    monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
+    assert len(run(Restarted(5), 3, None)) == 3
+    monkeypatch.setattr(rollout, "PATIENCE_S", 0.0)
+    with pytest.raises(UnavailableError):
+        run(Restarted(5), 3, None)
+
+
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 vllm:num_requests_running{engine="0",model_name="base"} 3.0
 vllm:num_requests_waiting{engine="0",model_name="base"} 2.0
@@ -222,6 +245,46 @@ def test_looking_ahead_samples_while_the_policy_trains_and_what_is_too_old_is_ma
         assert found.num_dropped == 4
     assert [texts for _, texts, _ in ask.calls] == [["a", "b"], ["c", "d"], ["e", "f"], ["e", "f"]]
     assert ask.calls[1][2] != ask.calls[0][2] == ask.calls[3][2]
+
+
+def test_a_run_that_goes_on_looks_ahead_from_where_it_is():
+    policy, ask = Policy(), Asked()
+    prompts = prompts_of(*"abcdef")
+    with closing(rollouts(policy, ask, prompts, ahead=1)) as found:
+        found.batch(prompts[2:4])
+        found._pending[-1][1].result()
+        found.batch(prompts[4:])
+    assert [texts for _, texts, _ in ask.calls] == [["c", "d"], ["e", "f"]]
+
+
+def test_no_two_batches_and_no_two_versions_are_sampled_with_the_same_seeds(monkeypatch):
+    seeds = []
+
+    async def sampled(engine, model, prompts, *, seed, **_):
+        seeds.append(seed)
+        return [[]]
+
+    monkeypatch.setattr(grpo, "sample", sampled)
+    ask = grpo.sampler("http://engine", Sampling(8), 2, 5)
+    for model, number in (("run/r@1", 1), ("run/r@1", 2), ("run/r@2", 1), ("run/r@1", 1)):
+        ask(model, [ASK], number)
+    assert len(set(seeds)) == 3 and seeds[0] == seeds[3]
+
+
+def test_log_probabilities_from_before_the_temperature_end_a_run_that_weighs_by_them(monkeypatch):
+    class Raw(EngineClient):
+        async def logprobs_are_processed(self, model):
+            return False
+
+    async def sampled(*_, **__):
+        return [[]]
+
+    monkeypatch.setattr(grpo, "sample", sampled)
+    monkeypatch.setattr(grpo, "EngineClient", Raw)
+    assert grpo.sampler("http://engine", Sampling(8), 2, 5)("run/r@1", [ASK], 1) == [[]]
+    with pytest.raises(EverloopError) as refused:
+        grpo.sampler("http://engine", Sampling(8, temperature=0.7), 2, 5)("run/r@1", [ASK], 1)
+    assert refused.value.code == "logprobs_not_processed"
 
 
 def test_prompts_that_were_not_expected_are_sampled_when_asked_for():
