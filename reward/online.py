@@ -215,5 +215,6 @@ def score_of(mean: float, variance: float) -> Score:
 
 
 def pessimistic(mean: float, sd: float, kappa: float, clip: float = 8.0) -> float:
-    """Return the reward used in training: mean minus `kappa` standard deviations, clipped."""
-    return max(-clip, min(clip, mean - kappa * sd))
+    """Return the reward used in training: mean minus `kappa` standard deviations, clipped; NaN stays NaN."""
+    reward = mean - kappa * sd
+    return reward if math.isnan(reward) else max(-clip, min(clip, reward))

@@ -2,6 +2,8 @@
 
 The learned reward that training follows (the proxy) may be fooled where it extrapolates. This one is fitted, in
 each run, to what people said of the answers that are kept for judging: what fools the one need not fool the other.
+It is no stranger to the proxy, though: both see the same features, and the proxy learned from these answers, too,
+among four times as many others.
 """
 
 from __future__ import annotations
@@ -9,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from reward.encoder import Encoder
 from reward.online import BayesianHead
+from trainer.scoring import PinnedReward
 from trainer.snapshot import Example
 
 MIN_JUDGEMENTS = 20
@@ -31,16 +31,15 @@ class Gold:
         return self.num_judgements >= MIN_JUDGEMENTS
 
 
-def fit(encoder: Encoder, held_out: Sequence[Example]) -> Gold:
+def fit(reward: PinnedReward, held_out: Sequence[Example]) -> Gold:
     """Return a head that learned from held-out answers: verdicts one by one, and what people compared."""
     answers = [
         (example.messages, text)
         for example in held_out
         for text in (example.answer, *example.corrections, *example.preferred_over)
     ]
-    encoded, usable = encoder.encode_usable(answers)
-    features = encoded.astype(np.float64)
-    head = BayesianHead.prior(encoder.dim)
+    features, usable = reward.features(answers)
+    head = BayesianHead.prior(reward.encoder.dim)
     num_judgements, at = 0, 0
     for example in held_out:
         here = at

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.encoder import Encoder
+from infra.errors import IntegrityError
+from reward.encoder import Answer, Encoder
 from reward.online import BayesianHead, pessimistic
+from reward.store import answer_digest
 from reward.style import num_words
 
 LENGTH_LOSS = 1.0  # for each halving or doubling beyond the range: enough to show the way back
@@ -29,13 +29,27 @@ class PinnedReward:
         The posterior; never refitted in mid-run.
     kappa
         Standard deviations taken off the mean.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``reward_not_finite``: every reward would be no number.
     """
 
     def __init__(self, encoder: Encoder, head: BayesianHead, kappa: float) -> None:
+        if not (np.isfinite(head.theta).all() and np.isfinite(head.covariance).all()):
+            raise IntegrityError(
+                "The reward model holds what is no number. `everloop reward replay` learns it anew.",
+                code="reward_not_finite",
+            )
         self.encoder = encoder
         self.head = head
         self.kappa = kappa
-        self._met: dict[bytes, tuple[NDArray[np.float32], np.bool_]] = {}
+        self._met: dict[str, tuple[NDArray[Any], Any]] = {}
+
+    def remember(self, features: Mapping[str, NDArray[np.float64]]) -> None:
+        """Take up features that were computed before, by the digests of their answers."""
+        self._met.update((digest, (row, True)) for digest, row in features.items())
 
     def score(
         self,
@@ -62,7 +76,7 @@ class PinnedReward:
         """Return what each (head, kappa) gives the answers, as :meth:`score` does; they are encoded once."""
         flat = [(prompt, a) for prompt, group in zip(prompts, answers, strict=True) for a in group]
         flat += list(zip(prompts, references, strict=True))
-        features, usable = self._features(flat, on_done)
+        features, usable = self.features(flat, on_done)
         references_at = len(flat) - len(references)
         rewards: list[list[list[float]]] = [[] for _ in judges]
         at = 0
@@ -78,11 +92,11 @@ class PinnedReward:
             at += len(group)
         return rewards
 
-    def _features(
-        self, answers: Sequence[tuple[list[dict[str, Any]], str]], on_done: Callable[[int], None]
+    def features(
+        self, answers: Sequence[Answer], on_done: Callable[[int], None] = lambda done: None
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return features, shape ``(n, dim)``, and which are usable; what was met before is not encoded again."""
-        keys = [hashlib.sha256(json.dumps(answer).encode()).digest() for answer in answers]
+        keys = [answer_digest(messages, text) for messages, text in answers]
         new = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in self._met}
         encoded, usable = self.encoder.encode_usable(list(new.values()), on_done)
         self._met.update(zip(new, zip(encoded, usable, strict=True), strict=True))

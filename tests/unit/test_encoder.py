@@ -23,6 +23,7 @@ from reward.encoder import (
 )
 from reward.online import BayesianHead, pessimistic
 from reward.sentence_encoder import SentenceEncoder, last_user_text
+from reward.store import answer_digest
 from reward.style import STYLE_NAMES, is_refusal, style_features
 from trainer.scoring import LOWEST_REWARD, PinnedReward
 
@@ -270,3 +271,21 @@ def test_a_run_encodes_an_answer_once(monkeypatch):
     again = reward.score([ASK, other], [["Light.", "Light."], ["Air."]], ["Why not?", "Why not?"])
     assert again[0] == first[0] and [text for _, text in encoded[3:]] == ["Air.", "Why not?"]
     assert reward.score([], [], []) == []
+
+
+def test_features_that_were_computed_before_are_taken_up(monkeypatch):
+    encoder = WordLengths()
+    reward = PinnedReward(encoder, BayesianHead.prior(encoder.dim), 0.0)
+    known = encoder.encode([(ASK, "Light.")]).astype(float)
+    reward.remember({answer_digest(ASK, "Light."): known[0]})
+    monkeypatch.setattr(encoder, "encode", lambda some: [][len(some)] if some else WordLengths().encode(some))
+    features, usable = reward.features([(ASK, "Light.")])
+    assert usable.all() and np.array_equal(features, known)
+
+
+@pytest.mark.parametrize(("theta", "variance"), [(np.nan, 1.0), (0.0, np.nan), (np.inf, 1.0)])
+def test_a_reward_that_would_be_no_number_is_refused(theta, variance):
+    head = BayesianHead(np.full(3, theta), np.diag([1.0, variance, 1.0]))
+    with pytest.raises(IntegrityError) as refused:
+        PinnedReward(WordLengths(), head, 0.5)
+    assert refused.value.code == "reward_not_finite"

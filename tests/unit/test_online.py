@@ -136,6 +136,7 @@ def test_pessimistic_reward_falls_with_uncertainty_and_is_clipped():
     assert pessimistic(1.0, 2.0, 0.5) == 0.0
     assert pessimistic(1.0, 1.0, 0.5) > pessimistic(1.0, 2.0, 0.5)
     assert pessimistic(1e9, 0.0, 0.5) == 8.0
+    assert math.isnan(pessimistic(math.nan, 1.0, 0.5)) and math.isnan(pessimistic(1.0, math.nan, 0.5))
     assert math.isfinite(sigmoid(-1e4))
 
 
