@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -86,7 +88,22 @@ def length_gate(words: Sequence[int], low_words: float, high_words: float) -> Ga
 
 def kl_gate(kl: float, n: int, max_kl: float) -> GateResult:
     """Require that a candidate stays near the base model (mean KL over answers, nats)."""
-    return GateResult("kl_to_base", kl, max_kl, n, kl, kl, "pass" if kl <= max_kl else "fail")
+    verdict: Verdict = "inconclusive" if not n else "pass" if kl <= max_kl else "fail"
+    return GateResult("kl_to_base", kl, max_kl, n, kl, kl, verdict)
+
+
+def gold_gate(gains: Sequence[float]) -> GateResult:
+    """Require that a reward which training never saw does not find the candidate worse than the champion.
+
+    Parameters
+    ----------
+    gains
+        What that reward gave the candidate's answers more than the champion's, prompt by prompt.
+    """
+    n = len(gains)
+    value = statistics.fmean(gains) if n else 0.0
+    half = Z_95 * statistics.stdev(gains) / math.sqrt(n) if n > 1 else math.inf
+    return GateResult("gold", value, 0.0, n, value - half, value + half, "fail" if value + half < 0.0 else "pass")
 
 
 def skill_gates(
@@ -102,15 +119,23 @@ def skill_gates(
     Returns
     -------
     list of GateResult
-        ``skills`` first; values are differences of means. The level of each skill's interval is divided by their
-        number (Bonferroni), so that a look at many does not hold a good candidate.
+        ``skills`` first, then those of each verifier (``reasoning``), then each alone; values are differences of
+        means. The level of the intervals of verifiers, and of skills, is divided by their number (Bonferroni), so
+        that a look at many does not hold a good candidate.
     """
     skills = sorted(champion.keys() & challenger.keys())
-    z = NormalDist().inv_cdf(1.0 - 0.025 / max(len(skills), 1))
-    everything = [[score for skill in skills for score in arm[skill]] for arm in (champion, challenger)]
+    by_verifier: dict[str, list[str]] = defaultdict(list)
+    for skill in skills:
+        by_verifier[skill.partition("/")[0]].append(skill)
+
+    def gate(name: str, some: Sequence[str], num_looks: int) -> GateResult:
+        old, new = ([score for skill in some for score in arm[skill]] for arm in (champion, challenger))
+        return _not_worse(name, old, new, NormalDist().inv_cdf(1.0 - 0.025 / num_looks))
+
     return [
-        _not_worse("skills", everything[0], everything[1], Z_95),
-        *(_not_worse(f"skill {skill}", champion[skill], challenger[skill], z) for skill in skills),
+        gate("skills", skills, 1),
+        *(gate(f"skills {verifier}", some, len(by_verifier)) for verifier, some in by_verifier.items()),
+        *(gate(f"skill {skill}", [skill], len(skills)) for skill in skills),
     ]
 
 

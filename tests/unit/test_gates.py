@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from deploy.gates import (
     attestation_gate,
     difference_interval,
+    gold_gate,
+    kl_gate,
     length_gate,
     overall,
     skill_gates,
@@ -54,22 +56,43 @@ def test_a_collapsed_length_fails():
     assert length_gate([20, 30, 25], 8, 60).verdict == "pass"
 
 
+@pytest.mark.parametrize(("kl", "n", "verdict"), [(9.0, 4, "pass"), (11.0, 4, "fail"), (0.0, 0, "inconclusive")])
+def test_the_distance_to_the_base_is_bounded_and_must_be_known(kl, n, verdict):
+    assert kl_gate(kl, n, 10.0).verdict == verdict
+
+
+def test_what_a_reward_that_training_never_saw_finds_worse_fails():
+    assert gold_gate([-1.0, -0.8, -1.2, -1.0]).verdict == "fail"
+    assert gold_gate([-1.0, 1.2, -0.8, 0.4]).verdict == gold_gate([-9.0]).verdict == gold_gate([]).verdict == "pass"
+    found = gold_gate([1.0, 3.0])
+    assert (found.value, found.n, found.high - found.low) == (2.0, 2, pytest.approx(2 * 1.96, abs=0.01))
+
+
 def test_a_skill_that_is_lost_fails_though_all_skills_together_gain():
-    before = {"sums": [1.0] * 12, "form": [0.0] * 40}
-    after = {"sums": [0.0] * 12, "form": [1.0] * 40}
-    everything, form, sums = skill_gates(before, after)
-    assert (everything.gate, form.gate, sums.gate) == ("skills", "skill form", "skill sums")
-    assert everything.value > 0 and everything.verdict == form.verdict == "pass"
+    before = {"v/sums": [1.0] * 12, "v/form": [0.0] * 40}
+    after = {"v/sums": [0.0] * 12, "v/form": [1.0] * 40}
+    everything, of_v, form, sums = skill_gates(before, after)
+    assert [everything.gate, of_v.gate, form.gate, sums.gate] == [
+        *("skills", "skills v", "skill v/form", "skill v/sums")
+    ]
+    assert everything.value == of_v.value > 0 and everything.verdict == of_v.verdict == form.verdict == "pass"
     assert sums.value == -1.0 and sums.verdict == "fail" and sums.high < 0
+
+
+def test_what_a_verifier_finds_lost_fails_though_no_skill_shows_it_alone():
+    before = {f"{verifier}/{n}": [1.0, 1.0, 1.0, 0.0] for verifier in "vw" for n in range(8)}
+    after = {skill: [1.0, 0.0, 0.0, 0.0] if skill < "w" else [1.0] * 4 for skill in before}
+    failed = [found.gate for found in skill_gates(before, after) if found.verdict == "fail"]
+    assert failed == ["skills v"]
 
 
 def test_the_more_skills_are_looked_at_the_more_it_takes_to_fail_one():
     before, after = [1.0] * 10 + [0.0] * 2, [1.0] * 5 + [0.0] * 7
-    alone = skill_gates({"a": before}, {"a": after})
-    among = skill_gates(
-        {"a": before} | {f"b{n}": [1.0] for n in range(15)}, {"a": after} | {f"b{n}": [1.0] for n in range(15)}
-    )
-    assert alone[1].verdict == "fail" and among[1].verdict == "pass" and among[1].value == alone[1].value
+    others = {f"v/b{n}": [1.0] for n in range(15)}
+    alone = skill_gates({"v/a": before}, {"v/a": after})[2]
+    among = skill_gates({"v/a": before} | others, {"v/a": after} | others)[2]
+    assert alone.gate == among.gate == "skill v/a" and among.value == alone.value
+    assert alone.verdict == "fail" and among.verdict == "pass"
 
 
 def test_without_tasks_nothing_is_known_and_nothing_held():
