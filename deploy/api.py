@@ -96,7 +96,7 @@ def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20)
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
 def cancel_run(run_id: str, body: CancelRequest, request: Request) -> RunView:
-    """Ask a run to end: it does after its current step, and registers nothing."""
+    """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
     with transaction(request.app.state.sessions) as session:
         runs.request_cancel(session, run_id)
         audit.write(session, actor=ACTOR, action="run_cancelled", subject=run_id, reason=body.reason)

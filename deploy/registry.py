@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from deploy import model_card
 from deploy.gates import GateResult
-from deploy.tables import Adapter, Release
+from deploy.tables import Adapter, Attestation, Canary, Head, Release
 from infra.db import lock_until_commit
 from infra.errors import IntegrityError, NotFoundError
 from infra.files import write_whole
@@ -69,10 +69,14 @@ def register(
     if not target.exists():
         staging = adapters_dir / f".{digest[:12]}-{uuid.uuid4().hex[:8]}"
         staging.mkdir(parents=True)
-        for name in ADAPTER_FILES:
-            shutil.copyfile(source / name, staging / name)
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        staging.rename(target)
+        try:
+            for name in ADAPTER_FILES:
+                shutil.copyfile(source / name, staging / name)
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+            staging.rename(target)
+        except OSError:  # such as a full disk
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
     session.add(
         Adapter(
             digest=digest,
@@ -88,6 +92,30 @@ def register(
     session.add(release)
     session.flush()
     return release
+
+
+def take_back(session: Session, name: str, run_id: str) -> Path | None:
+    """Undo the registration of a release by a run that came to nothing.
+
+    Returns
+    -------
+    Path or None
+        The adapter's directory, to be removed once this is committed. None, and nothing is changed, where the
+        release is not of this run, or somebody has met it.
+    """
+    release = get_release(session, name)
+    adapter = session.get(Adapter, release.adapter_digest)
+    met = sa.or_(
+        sa.exists().where(sa.or_(Head.champion == name, Head.challenger == name)),
+        sa.exists().where(sa.or_(Canary.champion == name, Canary.challenger == name)),
+    )
+    if adapter is None or adapter.run_id != run_id or session.scalar(sa.select(met)):
+        return None
+    session.execute(sa.delete(Attestation).where(Attestation.release == name))
+    session.delete(release)
+    session.flush()
+    session.delete(adapter)
+    return Path(adapter.path)
 
 
 def get_release(session: Session, name: str) -> Release:
@@ -137,6 +165,12 @@ def verified_path(session: Session, digest: str, base_digest: str | None = None)
             code="adapter_changed",
         )
     return path
+
+
+def config_of(session: Session, release: str) -> dict[str, Any] | None:
+    """Return the configuration of the run that made a release; None for the base model and imported adapters."""
+    digest = get_release(session, release).adapter_digest
+    return session.get_one(Adapter, digest).manifest.get("config") if digest else None
 
 
 def clean_ancestor(session: Session, release: str) -> str:

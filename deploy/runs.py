@@ -36,6 +36,8 @@ class TrainingRun(Base):
     cancel_requested: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     retrain_required: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    resumed_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    resumes: Mapped[int] = mapped_column(default=0, server_default="0")
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (
@@ -51,7 +53,7 @@ def newest(session: Session, limit: int) -> list[TrainingRun]:
 
 
 def request_cancel(session: Session, run_id: str) -> None:
-    """Ask a run to end; it does after its current step, and registers nothing.
+    """Ask a run to end; it does after its current step or answer, and nothing of it stays registered.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def request_cancel(session: Session, run_id: str) -> None:
     ConflictError
         Code ``run_ended``.
     """
-    run = session.get(TrainingRun, run_id)
+    run = session.get(TrainingRun, run_id, with_for_update=True)
     if run is None:
         raise NotFoundError(f"There is no run {run_id!r}.", code="run_not_found")
     if run.status != "running":

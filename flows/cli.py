@@ -137,7 +137,9 @@ def train(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="TOML with the recipe and its settings, instead of the night's.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Only another recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe with its defaults, instead of the night's.")
+    ] = None,
     canary_share: Annotated[float | None, typer.Option("--canary-share", min=0.01, max=0.99)] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes, and start nothing.")] = False,
     cancel: Annotated[str | None, typer.Option("--cancel", help="End this run after its current step.")] = None,
@@ -158,8 +160,10 @@ def train(
             request_cancel(session, cancel)
         report.say(f"{cancel} ends after its current step")
         return
+    if recipe is not None and config_file is not None:
+        raise typer.BadParameter("--config names its recipe itself: give one of the two.")
     file = config_file or settings.training_config_file
-    given = {**(read_toml(file) if file else {}), **({"recipe": recipe} if recipe else {})}
+    given = {"recipe": recipe} if recipe else read_toml(file) if file else {}
     resolve(given)  # what is wrong with it is said here, and not by a run that fails
     sessions = connect(settings.need("database_url"), pool_size=2)
     os.environ.update(prefect_environment(settings))

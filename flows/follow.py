@@ -59,6 +59,8 @@ async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingR
                         "No worker took up the night run; see `everloop status` and the log of `flows`.",
                         code="night_not_started",
                     )
+                if phase is None and run is not None and run.resumed_at is not None:
+                    report.say(f"going on with {run.id}, which was killed; what was asked for now is left out")
                 phase = _show(phase, run)
                 await asyncio.sleep(POLL_S)
     finally:
@@ -67,12 +69,11 @@ async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingR
 
 
 def _newest_run(sessions: Sessions, since: datetime) -> TrainingRun | None:
+    """Return the run that was begun since, or one that was killed before and has been gone on with since."""
+    taken_up = sa.func.greatest(TrainingRun.started_at, TrainingRun.resumed_at)  # which leaves out what is null
     with sessions() as session:
         return session.scalars(
-            sa.select(TrainingRun)
-            .where(TrainingRun.started_at >= since)
-            .order_by(TrainingRun.started_at.desc())
-            .limit(1)
+            sa.select(TrainingRun).where(taken_up >= since).order_by(taken_up.desc()).limit(1)
         ).one_or_none()
 
 

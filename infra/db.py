@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, suppress
+from typing import Any, Self, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -12,7 +12,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
-from infra.errors import UnavailableError
+from infra.errors import ConflictError, UnavailableError
 
 Sessions = sessionmaker[Session]
 
@@ -81,9 +81,10 @@ def locked_connection(sessions: Sessions, name: str) -> Iterator[sa.Connection |
             yield connection if held else None
         finally:
             if held and not connection.invalidated:
-                connection.rollback()
-                connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
-                connection.commit()
+                with suppress(OperationalError, InterfaceError):  # a connection that is cut holds no lock
+                    connection.rollback()
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
+                    connection.commit()
 
 
 @contextmanager
@@ -91,6 +92,71 @@ def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
     """Try to hold the lock `name` for the length of the block; yield whether it is held."""
     with locked_connection(sessions, name) as connection:
         yield connection is not None
+
+
+class LockLostError(ConflictError):
+    """A lock went with its connection, and another process took it."""
+
+    code = "lock_lost"
+
+
+class LongLock:
+    """A lock for work that outlives a restart of the database: the lock does not, so it is taken again.
+
+    Use it as a context manager. The lock ends with the process, however the process ends.
+    """
+
+    def __init__(self, sessions: Sessions, name: str) -> None:
+        self._engine: sa.Engine = sessions.kw["bind"]
+        self._key = _lock_key(name)
+        self._name = name
+        self._connection: sa.Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection is not None:
+            with suppress(OperationalError, InterfaceError), self._connection as connection:
+                connection.rollback()
+                connection.execute(sa.select(sa.func.pg_advisory_unlock(self._key)))
+                connection.commit()
+
+    def take(self) -> bool:
+        """Try to take the lock; tell whether it is held now."""
+        connection = self._engine.connect()
+        if not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._key))):
+            connection.close()
+            return False
+        connection.commit()
+        self._connection = connection
+        return True
+
+    def keep(self) -> None:
+        """Make sure that the lock is still held; with the database away, nobody else can take it either.
+
+        Raises
+        ------
+        LockLostError
+            Another process took it after the connection was cut.
+        """
+        if self._is_connected():
+            return
+        with suppress(OperationalError, InterfaceError):
+            if not self.take():
+                raise LockLostError(f"Another process holds the lock {self._name!r} now.")
+
+    def _is_connected(self) -> bool:
+        if self._connection is None:
+            return False
+        try:
+            self._connection.execute(sa.select(1))
+            self._connection.commit()
+        except (OperationalError, InterfaceError):
+            self._connection.close()
+            self._connection = None
+            return False
+        return True
 
 
 def lock_until_commit(session: Session, name: str) -> None:

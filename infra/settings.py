@@ -81,6 +81,7 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="Of the answers that would teach the most, the share that is asked for."
     )
 
+    max_lora_rank: int = Field(16, ge=1, description="Largest rank of an adapter that the engine takes.")
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
     night_pool: str = Field(
         "everloop",

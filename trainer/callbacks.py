@@ -31,6 +31,13 @@ GIB = 1024**3
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Ends a training that must end, and remembers why.
 
+    Parameters
+    ----------
+    on_step
+        Called with (step, number of steps), also when the training begins; raises where it must end.
+    spent_s
+        Seconds that were trained before the checkpoint that it goes on from.
+
     Attributes
     ----------
     stopped_by
@@ -40,43 +47,56 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        metrics_path: Path,
-        on_step: Callable[[int, int], None],
-        is_cancelled: Callable[[], bool],
+        self, config: RunConfig, metrics_path: Path, on_step: Callable[[int, int], None], spent_s: float = 0.0
     ) -> None:
         self.config = config
         self.metrics_path = metrics_path
         self.on_step = on_step
-        self.is_cancelled = is_cancelled
         self.stopped_by: str | None = None
         self.failure: tuple[str, str] | None = None
-        self._started_s = time.monotonic()
+        self._started_s = time.monotonic() - spent_s
         self._flat_steps = 0
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that were trained, also before a checkpoint."""
+        return time.monotonic() - self._started_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell where the training begins: its pace is that of the steps to come."""
+        if processes.is_main():
+            self._tell(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the clock, the tokens, the memory and the operator."""
         if processes.is_main():
-            self.on_step(state.global_step, state.max_steps)
+            self._tell(state)
             self._look(state)
-        if processes.num_processes() > 1:  # all have to stop at the same step
-            told = [(self.failure, self.stopped_by)]
-            torch.distributed.broadcast_object_list(told, src=0)
-            self.failure, self.stopped_by = told[0]
+        self._agree()
         if self.failure or self.stopped_by:
             control.should_training_stop = True
 
+    def _agree(self) -> None:
+        """Know what the main process knows: all have to stop at the same step."""
+        if processes.num_processes() > 1:
+            told = [(self.failure, self.stopped_by)]
+            torch.distributed.broadcast_object_list(told, src=0)
+            self.failure, self.stopped_by = told[0]
+
+    def _tell(self, state: Any) -> None:
+        try:
+            self.on_step(state.global_step, state.max_steps)
+        except EverloopError as error:
+            self.failure = error.code, error.message
+
     def _look(self, state: Any) -> None:
-        if self.is_cancelled():
-            self.failure = "run_cancelled", "The run was cancelled."
-        elif (limit := self.config.max_memory_gib) and (used := psutil.Process().memory_info().rss / GIB) > limit:
+        if (limit := self.config.max_memory_gib) and (used := psutil.Process().memory_info().rss / GIB) > limit:
             self.failure = (
                 "out_of_memory",
                 f"The run uses {used:.1f} GiB; max_memory_gib is {limit:g}. Fewer micro_batch_rows or "
                 "max_row_tokens need less.",
             )
-        elif time.monotonic() - self._started_s > self.config.max_train_minutes * 60.0:
+        elif self.spent_s > self.config.max_train_minutes * 60.0:
             self.stopped_by = "time"
         elif (most := self.config.max_train_tokens) and state.num_input_tokens_seen >= most:
             self.stopped_by = "tokens"
@@ -104,10 +124,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.failure and processes.num_processes() == 1:
             control.should_training_stop = True
         with self.metrics_path.open("a") as file:
-            file.write(json.dumps({"phase": "train", "step": state.global_step, **logs}) + "\n")
+            line = {"phase": "train", "step": state.global_step, "spent_s": round(self.spent_s, 1), **logs}
+            file.write(json.dumps(line) + "\n")
 
     def raise_if_failed(self, error: type[EverloopError]) -> None:
-        """Raise what makes the training worthless, if anything does."""
+        """Raise what makes the training worthless, if anything does; in all processes, or in none."""
+        self._agree()
         if self.failure is not None:
             code, message = self.failure
             raise error(message, code=code)

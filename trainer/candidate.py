@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deploy import audit, gates, head, registry
 from deploy.gates import GateResult
 from deploy.tables import Release
-from infra.db import Sessions
-from infra.errors import ConflictError
+from infra.db import LockLostError, Sessions
+from infra.engine import EngineClient
+from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward.encoder import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
 from trainer.judge import Questions, Sampler
-from trainer.peak import Point
 from trainer.prepared import Prepared
 from trainer.recipe import Messages
 from trainer.record import RunRecord
 from trainer.rollout import Sample, sample_served
+from trainer.training import Registrable
 from trainer.verify import Verification
 
 ACTOR = "nightly"
@@ -37,30 +41,39 @@ class Candidate:
         self.record = record
         self.ready = ready
 
-    def stand(
-        self,
-        adapter_dir: Path,
-        measured: Point | None,
-        verification: Verification,
-        canary_share: float,
-    ) -> dict[str, Any]:
-        """Register, judge, and open a canary where it passes; return how the run ended."""
-        release = self._register(adapter_dir)
+    def stand(self, found: Registrable, verification: Verification, canary_share: float) -> dict[str, Any]:
+        """Register, judge, and open a canary where it passes; return how the run ended.
+
+        Where anything fails on the way, nothing stays registered.
+        """
+        release = self._register(found.adapter_dir)
         if release is None:
             return self._held_for_erasure()
+        try:
+            results = self._judge(release, found, verification)
+            return self._open_canary(release, canary_share, results)
+        except LockLostError:  # the run, and its release, are another process's now
+            raise
+        except Exception:
+            self._take_back(release.name)
+            raise
+
+    def _judge(self, release: Release, found: Registrable, verification: Verification) -> list[GateResult]:
         questions = Questions.of(self.ready.data, verification, self.config)
         self.record.phase("gates", 2 * questions.number)
         results = judge.judge(
             self.sessions, self.settings, release, self.ready, self._sampler(), questions, verification
         )
-        if measured is not None:
-            results.append(gates.kl_gate(measured.kl, measured.n, self.config.max_kl))
+        kl, num_measured = (found.measured.kl, found.measured.n) if found.measured else (0.0, 0)
+        results.append(gates.kl_gate(kl, num_measured, self.config.max_kl))
+        if found.golds_gained:
+            results.append(gates.gold_gate(found.golds_gained))
         self.record.set_aside.update(verification.pop_faults())
         for result in results:
             self.record.metric(phase="gates", **result.as_dict())
         with self.sessions() as session:
             registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
-        return self._open_canary(release, canary_share, results)
+        return results
 
     def _sampler(self) -> Sampler:
         """Return what samples for the gates, and counts over all that it is asked."""
@@ -103,6 +116,7 @@ class Candidate:
             "set_aside": dict(self.record.set_aside),
         }
         with self.sessions.begin() as session:
+            self.record.raise_if_cancelled(session)
             registry.lock_out_erasures(session)
             if collect.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
                 return None
@@ -121,25 +135,46 @@ class Candidate:
         self.record.update(release=release.name)
         return release
 
+    def _take_back(self, name: str) -> None:
+        """Undo the registration of a release that was not judged to the end; nobody has met it."""
+        run_id = self.record.run_id
+        with self.sessions.begin() as session:
+            adapter_dir = registry.take_back(session, name, run_id)
+            if adapter_dir is None:
+                return
+            reason = f"{run_id} ended before its gates did"
+            audit.write(session, actor=ACTOR, action="taken_back", subject=name, reason=reason)
+        self.record.update(release=None)
+        shutil.rmtree(adapter_dir, ignore_errors=True)
+
+        async def unload() -> None:
+            async with EngineClient(self.settings.need("engine_url")) as engine:
+                with suppress(EverloopError):  # it may be away, or never have loaded it
+                    await engine.unload_adapter(name)
+
+        asyncio.run(unload())
+
     def _open_canary(self, release: Release, share: float, results: list[GateResult]) -> dict[str, Any]:
         judged = [result.as_dict() for result in results]
         if reason := judge.failing(results):
             return self.record.finish("held", release=release.name, gates=judged, reason=reason)
         with self.sessions.begin() as session:
+            self.record.raise_if_cancelled(session)
             registry.lock_out_erasures(session)
-            if registry.clean_ancestor(session, release.name) != release.name:
-                return self._held_for_erasure()
-            if head.read(session).champion != self.ready.champion:
-                raise ConflictError("The champion changed during the run.", code="head_moved")
-            canary = head.open_canary(
-                session,
-                challenger=release.name,
-                share=share,
-                alpha=self.settings.canary_alpha,
-                gates=judged,
-                actor=ACTOR,
-                reason=f"{self.record.run_id} passed its gates",
-            )
-            canary_id = canary.id
-        self.record.update(canary_id=canary_id)
-        return self.record.finish("canary", release=release.name, gates=judged, canary_id=canary_id)
+            if registry.clean_ancestor(session, release.name) == release.name:
+                if head.read(session).champion != self.ready.champion:
+                    raise ConflictError("The champion changed during the run.", code="head_moved")
+                canary = head.open_canary(
+                    session,
+                    challenger=release.name,
+                    share=share,
+                    alpha=self.settings.canary_alpha,
+                    gates=judged,
+                    actor=ACTOR,
+                    reason=f"{self.record.run_id} passed its gates",
+                )
+                # In one transaction: no canary without a run that says so, and is watched for it.
+                return self.record.finish(
+                    "canary", session, release=release.name, gates=judged, canary_id=canary.id
+                )
+        return self._held_for_erasure()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infra.errors import InvalidRequestError
 
@@ -22,7 +22,7 @@ class RunConfig(BaseModel):
     A recipe adds its own in a subclass; the file may set any of them, and nothing else.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     recipe: str = Field(DEFAULT_RECIPE, description="Which recipe; `everloop train --list` names them.")
     lora_rank: int = Field(16, ge=1)
@@ -71,6 +71,12 @@ class RunConfig(BaseModel):
         [], description="Where metrics go besides metrics.jsonl; the package has to be installed."
     )
     checkpoint_steps: int = Field(4, ge=1, description="Steps between checkpoints; a killed run goes on from one.")
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.batch_rows % min(self.micro_batch_rows, self.batch_rows):
+            raise ValueError(f"batch_rows must be a multiple of micro_batch_rows ({self.micro_batch_rows})")
+        return self
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Self:
@@ -121,6 +127,8 @@ def _explain(config: type[RunConfig], error: ValidationError) -> str:
         name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             sentences.append(f"There is no setting {name!r}. {nearest(name, list(config.model_fields))}")
+        elif not name:  # how settings go together
+            sentences.append(problem["msg"].removeprefix("Value error, ") + ".")
         else:
             sentences.append(f"{name}: {problem['msg']}, not {problem['input']!r}.")
     return " ".join(sentences)

@@ -24,6 +24,7 @@ from trainer.snapshot import episode_of
 log = logging.getLogger("everloop.night")
 
 ERASED_FILE = "erased_episodes.txt"
+SWEPT_FILE = "swept"
 
 
 def erase(session: Session, datasets_dir: Path, runs_dir: Path, episode_ids: Collection[str]) -> dict[str, Any]:
@@ -53,16 +54,23 @@ def erase(session: Session, datasets_dir: Path, runs_dir: Path, episode_ids: Col
 def sweep(sessions: Sessions, datasets_dir: Path) -> None:
     """Take forgotten users out of datasets that were written after the erasure had looked at them.
 
-    Call it under the lock of the training run: what a killed run had only begun to write goes altogether. With the
-    database away it is left to the next night: the run that it ends must not fail for it.
+    Call it under the lock of the training run: what a killed run had only begun to write goes altogether. Those
+    that an earlier sweep saw are not read again. With the database away it is left to the next night: the run that
+    it ends must not fail for it.
     """
+    swept = datasets_dir / SWEPT_FILE
+    since_s = swept.stat().st_mtime if swept.exists() else 0.0
     try:
         with sessions.begin() as session:
             lock_out_erasures(session)
             for path in _datasets(datasets_dir):
+                if path.stat().st_mtime < since_s:
+                    continue
                 ids = [episode_id for line in _lines(path) if (episode_id := episode_of(line)) is not None]
                 if gone := forgotten(session, ids):
                     _without(path, gone)
+            datasets_dir.mkdir(parents=True, exist_ok=True)
+            swept.touch()  # before the lock goes: what an erasure looked at earlier was written earlier
         for unfinished in datasets_dir.glob(".*"):
             shutil.rmtree(unfinished, ignore_errors=True)
     except (OperationalError, InterfaceError):

@@ -17,12 +17,12 @@ def explained(error: BaseException) -> EverloopError | None:
     text = str(error)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or DISK_FULL in text:
         return EverloopError(
-            "The disk is full. Nothing was registered; free some space where the home is, and start the run again.",
+            "The disk is full. Free some space where the home is, and start the run again.",
             code="disk_full",
         )
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return EverloopError(
-            "There is not enough memory: fewer micro_batch_rows or max_row_tokens need less. Nothing was kept.",
+            "There is not enough memory: fewer micro_batch_rows or max_row_tokens need less.",
             code="out_of_memory",
         )
     return None

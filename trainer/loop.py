@@ -19,16 +19,16 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infra.errors import EverloopError
+from infra.files import write_whole
 from trainer import checkpoints, processes
 from trainer.callbacks import Adapter, Keep, Publish, Restore, Seal, Watch
 from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.config import RunConfig
+from trainer.prepared import ADAPTER_DIR
 from trainer.recipe import Material, Recipe, Row
 from trainer.record import METRICS_FILE
 
 log = logging.getLogger("everloop.training")
-
-ADAPTER_DIR = "adapter"
 
 
 class TrainingError(EverloopError):
@@ -77,7 +77,6 @@ def train(
     start_from: Path | None,
     run_dir: Path,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
-    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train an adapter on `rows`, going on from a checkpoint of the same run where there is one.
 
@@ -90,25 +89,22 @@ def train(
     run_dir
         Gets ``adapter``, ``checkpoints`` and lines in ``metrics.jsonl``.
     on_step
-        Called with (step, number of steps).
-    is_cancelled
-        Asked after every step.
+        Called with (step, number of steps); raises an EverloopError where the training must end.
 
     Raises
     ------
     TrainingError
-        Codes ``run_cancelled``, ``out_of_memory``, ``loss_not_finite``.
+        Codes ``out_of_memory``, ``loss_not_finite``, ``batch_not_divisible`` and those that `on_step` raises.
     """
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    watch = Watch(config, run_dir / METRICS_FILE, on_step, is_cancelled)
-    callbacks: list[Any] = [watch, Seal()]
     checkpoint = checkpoints.newest(run_dir / CHECKPOINTS_DIR)
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    spent_s = _forget_steps_after(run_dir / METRICS_FILE, resumed_from) if checkpoint else 0.0
+    watch = Watch(config, run_dir / METRICS_FILE, on_step, spent_s)
+    callbacks: list[Any] = [watch, Seal()]
     if checkpoint is not None:
         log.info("going on from step %d", resumed_from)
-        if processes.is_main():
-            _forget_steps_after(run_dir / METRICS_FILE, resumed_from)
         callbacks.append(Restore(checkpoint))
     trainer = recipe.trainer(
         config,
@@ -127,16 +123,18 @@ def train(
     if material.policy is not None and not recipe.publishes:
         trainer.add_callback(Publish(adapter, material.policy))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and _is_last(checkpoint):  # transformers would take one step more
+            Restore(checkpoint).on_train_begin(None, None, None, trainer.model)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         if hasattr(trainer, "close"):
             trainer.close()
     watch.raise_if_failed(TrainingError)
     adapter_dir = run_dir / ADAPTER_DIR
     adapter.save(adapter_dir)
-    return Trained(
-        adapter_dir, trainer.state.global_step, watch.stopped_by, resumed_from, kept_in(run_dir / KEPT_DIR)
-    )
+    num_steps = max(trainer.state.global_step, resumed_from)
+    return Trained(adapter_dir, num_steps, watch.stopped_by, resumed_from, kept_in(run_dir / KEPT_DIR))
 
 
 def kept_in(directory: Path) -> list[tuple[int, Path]]:
@@ -145,16 +143,28 @@ def kept_in(directory: Path) -> list[tuple[int, Path]]:
 
 
 def arguments(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Return what every trainer's configuration is given."""
+    """Return what every trainer's configuration is given.
+
+    Raises
+    ------
+    TrainingError
+        Code ``batch_not_divisible``.
+    """
+    per_process, left = divmod(config.batch_rows, processes.num_processes())
+    micro_batch_rows = min(config.micro_batch_rows, per_process)
+    if left or per_process % micro_batch_rows:
+        raise TrainingError(
+            f"batch_rows = {config.batch_rows} cannot be dealt evenly to {processes.num_processes()} processes in "
+            f"micro-batches of {config.micro_batch_rows}.",
+            code="batch_not_divisible",
+        )
     return {
         "output_dir": str(run_dir / CHECKPOINTS_DIR),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "constant",
         "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.micro_batch_rows,
-        "gradient_accumulation_steps": max(
-            1, config.batch_rows // (config.micro_batch_rows * processes.num_processes())
-        ),
+        "per_device_train_batch_size": micro_batch_rows,
+        "gradient_accumulation_steps": per_process // micro_batch_rows,
         "bf16": False,  # the weights are bf16 already; autocast only adds copies on the CPU
         "gradient_checkpointing": False,
         "use_cpu": not torch.cuda.is_available(),
@@ -199,8 +209,21 @@ def _expert_parameters(model: torch.nn.Module) -> list[str] | None:
     return sorted(found) or None
 
 
-def _forget_steps_after(metrics: Path, step: int) -> None:
-    """Drop what a killed process had logged after its last checkpoint: those steps are taken again."""
-    lines = [line for line in metrics.read_text().split("\n") if line] if metrics.exists() else []
-    kept = [line for line in lines if json.loads(line).get("step", -math.inf) <= step]
-    metrics.write_text("".join(f"{line}\n" for line in kept))
+def _is_last(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _forget_steps_after(metrics: Path, step: int) -> float:
+    """Drop what a killed process had logged after its last checkpoint: those steps are taken again.
+
+    Returns
+    -------
+    float
+        Seconds that were trained until then.
+    """
+    lines = [json.loads(line) for line in metrics.read_text().split("\n") if line] if metrics.exists() else []
+    kept = [line for line in lines if line.get("step", -math.inf) <= step]
+    if processes.is_main():
+        write_whole(metrics, "".join(f"{json.dumps(line)}\n" for line in kept))
+    return max((line.get("spent_s", 0.0) for line in kept), default=0.0)

@@ -7,7 +7,6 @@ killed in its training goes on from its last checkpoint when the next one starts
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +15,15 @@ import sqlalchemy as sa
 
 from deploy import head, registry
 from deploy.runs import TrainingRun
-from infra.db import Sessions, advisory_lock
+from infra.db import LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
 from reward.encoders import open_active_encoder
 from trainer import collect, erasure, prepared
 from trainer.candidate import Candidate
-from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.failures import explained
-from trainer.fit import fitting
+from trainer.fit import check_shape, check_sides, fitting
 from trainer.material import material_of
 from trainer.prepared import Prepared
 from trainer.recipe import UnusableDataError, resolve
@@ -79,48 +77,82 @@ class Night:
         TrainingError
             Where the training came to nothing.
         """
-        with advisory_lock(self.sessions, "training") as held:
-            if not held:
-                raise ConflictError("Another training run is in progress.", code="run_in_progress")
-            interrupted = self._interrupted()
-            if interrupted is None:
-                self.record.create(self.config)
-            try:
-                return self._steps(interrupted)
-            except BaseException as error:
-                # The reason is shown to users; what an exception quotes (paths, addresses, data) is for the log.
-                log.exception("%s failed", self.record.run_id)
-                known = explained(error)
-                is_cancelled = known is not None and known.code == "run_cancelled"
-                reason = known.message if known else type(error).__name__
-                self.record.end("cancelled" if is_cancelled else "failed", {"reason": reason})
-                if known is not None and known is not error:
-                    raise known from error
-                raise
-            finally:
-                self.verification.close()
-                shutil.rmtree(self.record.run_dir / KEPT_DIR, ignore_errors=True)
-                prepared.discard(self.record.run_dir)
-                shutil.rmtree(self.record.run_dir / CHECKPOINTS_DIR, ignore_errors=True)
-                erasure.sweep(self.sessions, self.settings.datasets_dir)
+        try:
+            with LongLock(self.sessions, "training") as lock:
+                if not lock.take():
+                    raise ConflictError("Another training run is in progress.", code="run_in_progress")
+                self.record.make_sure = lock.keep
+                return self._run_alone()
+        finally:
+            self.verification.close()
+
+    def _run_alone(self) -> dict[str, Any]:
+        interrupted = self._interrupted()
+        if interrupted is None:
+            self.record.create(self.config)
+        try:
+            result = self._steps(interrupted)
+        except Exception as error:
+            # What ends the process (such as a SIGTERM) is no Exception: the next run goes on with this one.
+            known = explained(error)
+            if known is None or known.code != "lock_lost":  # it is another process's now
+                self._fail(known, error)
+            if known is not None and known is not error:
+                raise known from error
+            raise
+        self._tidy_up()
+        return result
+
+    def _fail(self, known: EverloopError | None, error: Exception) -> None:
+        """Record how the run failed; the reason is shown to users, and what an exception quotes is for the log."""
+        log.error("%s failed", self.record.run_id, exc_info=error)
+        status = "cancelled" if known is not None and known.code == "run_cancelled" else "failed"
+        with self.sessions.begin() as session:
+            self.record.end(session, status, {"reason": known.message if known else type(error).__name__})
+        self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        prepared.discard(self.record.run_dir)
+        erasure.sweep(self.sessions, self.settings.datasets_dir)
 
     def _interrupted(self) -> Prepared | None:
         """Return what a killed run was training on, and take its record over; other dead runs have failed."""
+        with self.sessions() as session:
+            running = sa.select(TrainingRun).where(TrainingRun.status == "running")
+            dead = session.scalars(running.order_by(TrainingRun.started_at.desc())).all()
+        found: Prepared | None = None
+        for run in dead:
+            record = RunRecord(self.sessions, self.settings.runs_dir)
+            record.take_over(run.id)
+            try:
+                if found is not None:
+                    raise ConflictError("Another run goes on.", code="run_in_progress")
+                found = self._resumed(run, record)
+            except EverloopError as error:
+                status = "cancelled" if error.code == "run_cancelled" else "failed"
+                with self.sessions.begin() as session:
+                    record.end(session, status, {"reason": f"The process died. {error.message}"})
+                prepared.discard(record.run_dir)
+        return found
+
+    def _resumed(self, run: TrainingRun, record: RunRecord) -> Prepared:
+        """Take a run over; return what it was training on.
+
+        Raises
+        ------
+        EverloopError
+            It cannot or must not go on.
+        """
+        record.raise_if_cancelled()
+        recipe, config = resolve(run.config)
         with self.sessions.begin() as session:
-            dead = session.scalars(sa.select(TrainingRun).where(TrainingRun.status == "running")).all()
-            for run in dead:
-                try:
-                    found = prepared.load(session, self.settings, run)
-                except EverloopError as error:
-                    run.status, run.ended_at = "failed", sa.func.now()
-                    run.result = {"reason": f"the process died. {error.message}"}
-                    prepared.discard(self.settings.runs_dir / run.id)
-                    continue
-                self.recipe, self.config = resolve(run.config)
-                self.verification = Verification(self.config.verifiers, self.config.verifier_timeout_s)
-                self.record.take_over(run.id)
-                return found
-        return None
+            ready = prepared.load(session, self.settings, run)
+        record.update(resumed_at=sa.func.now(), resumes=run.resumes + 1)
+        self.recipe, self.config = recipe, config
+        self.verification.close()
+        self.verification = Verification(config.verifiers, config.verifier_timeout_s)
+        self.record.take_over(run.id)
+        return ready
 
     def _steps(self, interrupted: Prepared | None) -> dict[str, Any]:
         ready = interrupted or self._prepare()
@@ -131,9 +163,9 @@ class Night:
         training = Training(
             self.sessions, self.settings, self.recipe, self.config, self.record, ready, self.verification
         )
-        adapter_dir, measured = training.run()
+        found = training.run()
         candidate = Candidate(self.sessions, self.settings, self.config, self.record, ready)
-        return candidate.stand(adapter_dir, measured, self.verification, self.canary_share)
+        return candidate.stand(found, self.verification, self.canary_share)
 
     def _prepare(self) -> Prepared | dict[str, Any]:
         """Return what is trained on; or how the run ended, where there is nothing."""
@@ -152,6 +184,7 @@ class Night:
             redactor = Redactor.from_settings(self.settings)
             data = collect.take(session, redactor, after_seq=seen or 0, through_seq=through)
             start_from = registry.clean_ancestor(session, current.champion)
+            check_shape(self.config, self.settings, registry.config_of(session, start_from))
         self.record.update(last_signal_seq=data.last_signal_seq)
         must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
         if data.num_new_signals < self.settings.min_new_signals and not must_retrain:
@@ -164,17 +197,19 @@ class Night:
             encoder = open_active_encoder(session, self.settings)
             snapshot_id, posterior = store.pin_snapshot(session, encoder.name, encoder.dim)
             self.record.note_inputs(session, data, snapshot_id)
-        own = self.config.pessimism_kappa
-        reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa if own is None else own)
+            own = self.config.pessimism_kappa
+            reward = PinnedReward(encoder, posterior, self.settings.pessimism_kappa if own is None else own)
+            prepared.remember(session, reward, data)
         ready = Prepared(data, reward, current.champion, start_from, snapshot_id)
         material = material_of(self.settings, self.config, self.record, ready, self.verification)
         try:
+            check_sides(data)
             made = self.recipe.rows(material, self.config)
             ready.rows = fitting(made, self.settings.base_model_dir, self.config.max_row_tokens)
             ready.rows.check_number()
         except UnusableDataError as error:
-            self.record.set_aside.update(data.set_aside)
-            self.record.set_aside.update(ready.rows.set_aside)
+            for counts in (data.set_aside, error.set_aside, self.verification.pop_faults()):
+                self.record.set_aside.update(counts)
             return self.record.finish("held", reason=error.message)
         rows = ready.rows
         rows.set_aside += self.verification.pop_faults()

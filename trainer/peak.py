@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,9 @@ from reward.style import num_words
 from trainer.gold import Gold
 from trainer.policy import ServedPolicy
 from trainer.recipe import Messages, Rows, one_per_prompt
-from trainer.rollout import Sample
+from trainer.rollout import Sample, patiently
 from trainer.scoring import PinnedReward, guarded
-from trainer.snapshot import Snapshot
+from trainer.snapshot import Example, Snapshot
 
 PLOT_FILE = "overoptimisation.svg"
 
@@ -48,7 +48,7 @@ class Point:
     proxy, gold
         Mean rewards against the logged answers; gold's is None where too little was held out to fit one.
     golds
-        Those of each answer.
+        That of each answer, by the number of its prompt.
     """
 
     step: int
@@ -57,7 +57,7 @@ class Point:
     gold: float | None
     mean_words: float
     n: int
-    golds: tuple[float, ...] = field(default=(), repr=False)
+    golds: Mapping[int, float] = field(default_factory=dict, repr=False)
     texts: tuple[str, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,21 +88,18 @@ class Scales:
 
     def measure(self, model: str, step: int) -> Point:
         """Measure a model as it is served."""
-        answered = [
-            (prompt, reference, group[0])
-            for prompt, reference, group in zip(
-                self.prompts, self.references, self.ask(model, self.prompts), strict=True
-            )
-            if group and group[0].token_ids
-        ]
-        prompts = [prompt for prompt, _, _ in answered]
-        samples = [sample for _, _, sample in answered]
+        asked = self.ask(model, self.prompts)
+        answered = [number for number, group in enumerate(asked) if group and group[0].token_ids]
+        samples = [asked[number][0] for number in answered]
         texts = [sample.text for sample in samples]
         judges = [(self.reward.head, self.reward.kappa), (self.gold.head, 0.0)]
         proxies, golds = (
             [group[0] for group in scores]
             for scores in self.reward.score_under(
-                judges, prompts, [[text] for text in texts], [reference for _, reference, _ in answered]
+                judges,
+                [self.prompts[number] for number in answered],
+                [[text] for text in texts],
+                [self.references[number] for number in answered],
             )
         )
         ended = [sample.finish_reason == "stop" for sample in samples]
@@ -114,7 +111,7 @@ class Scales:
             gold=_mean(golds) if self.gold.is_informed else None,
             mean_words=_mean([num_words(text) for text in texts]),
             n=len(samples),
-            golds=tuple(golds) if self.gold.is_informed else (),
+            golds=dict(zip(answered, golds, strict=True)) if self.gold.is_informed else {},
             texts=tuple(texts),
         )
 
@@ -123,7 +120,7 @@ class Scales:
             # Both in the same way: what the engine sampled a token with is rounded otherwise than what it reads.
             async def ratio(sample: Sample) -> float:
                 own, base = [
-                    sum(await engine.token_logprobs(name, sample.prompt_ids, sample.token_ids))
+                    sum(await patiently(partial(engine.token_logprobs, name, sample.prompt_ids, sample.token_ids)))
                     for name in (model, BASE_MODEL_NAME)
                 ]
                 return own - base
@@ -132,36 +129,43 @@ class Scales:
 
 
 def measure_all(
-    scales: Scales, policy: ServedPolicy, champion: str, kept: Sequence[tuple[int, Path]]
+    scales: Scales,
+    policy: ServedPolicy,
+    champion: str,
+    kept: Sequence[tuple[int, Path]],
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Point]:
     """Measure the champion (as step 0) and each kept checkpoint, oldest first."""
     points = [scales.measure(champion, 0)]
     for step, directory in kept:
+        on_done(len(points))
         policy.publish(partial(shutil.copytree, directory))
         points.append(scales.measure(policy.name, step))
     return points
 
 
 def choose(points: Sequence[Point], max_kl: float) -> Point:
-    """Return the checkpoint to register.
+    """Return the checkpoint to register: gold's peak, as far as it can be told.
 
     Of those within `max_kl` (or the nearest to it, which a gate then holds) it is the last that none beats by more
-    than one standard error in gold reward on the same prompts: noise alone does not send a run back.
+    than one standard error in gold on the same prompts: noise alone does not send a run back.
     """
     allowed = [point for point in points if point.kl <= max_kl] or [min(points, key=lambda point: point.kl)]
-    chosen = allowed[-1]
-    for point in reversed(allowed):
-        if _beats(point, chosen):
-            chosen = point
-    return chosen
+    unbeaten = [point for point in allowed if not any(_beats(other, point) for other in allowed)]
+    return (unbeaten or allowed)[-1]
 
 
 def _beats(one: Point, other: Point) -> bool:
-    differences = [a - b for a, b in zip(one.golds, other.golds, strict=False)]
+    differences = gains(one, other)
     if len(differences) < 2:
         return False
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences) > error
+    return statistics.mean(differences) > statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def gains(chosen: Point, champion: Point) -> list[float]:
+    """Return what each prompt's answer gained in gold, of the prompts that both answered."""
+    both = sorted(chosen.golds.keys() & champion.golds.keys())
+    return [chosen.golds[number] - champion.golds[number] for number in both]
 
 
 def plot(points: Sequence[Point], chosen: Point, path: Path) -> None:
@@ -183,12 +187,11 @@ def plot(points: Sequence[Point], chosen: Point, path: Path) -> None:
     figure.savefig(path)
 
 
-def unseen(data: Snapshot, rows: Rows, number: int, seed: int) -> tuple[list[Messages], list[str]]:
-    """Return prompts of people that no row trains on, and the answers that were logged."""
+def unseen(data: Snapshot, rows: Rows, number: int, seed: int) -> list[Example]:
+    """Return answers of people, a prompt each, that no row trains on."""
     trained = [row["prompt"] for row in rows.rows]
     left = [example for example in data.train if example.messages not in trained]
-    chosen = one_per_prompt(left, number, seed)
-    return [example.messages for example in chosen], [example.answer for example in chosen]
+    return one_per_prompt(left, number, seed)
 
 
 def write_answers(points: Sequence[Point], path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -18,8 +20,9 @@ from reward import store
 from reward.encoders import open_active_encoder
 from reward.tables import RewardSnapshot
 from trainer import checkpoints, snapshot
-from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.collect import forgotten
+from trainer.policy import POLICY_DIR
 from trainer.recipe import Rows
 from trainer.scoring import PinnedReward
 from trainer.snapshot import Snapshot
@@ -27,6 +30,9 @@ from trainer.snapshot import Snapshot
 INPUTS_FILE = "inputs.json"
 ROWS_FILE = "rows.jsonl"
 ANSWERS_FILE = "answers.jsonl"
+ADAPTER_DIR = "adapter"  # what the training ended with
+OUTCOME_FILE = "trained.json"  # written when it has ended: what it came to, or why it came to nothing
+MAX_RESUMES = 3  # what has killed a run more often would kill it again
 
 
 @dataclass(slots=True)
@@ -67,14 +73,26 @@ class Prepared:
         write_whole(run_dir / INPUTS_FILE, json.dumps(inputs, indent=2) + "\n")
 
 
+def remember(session: Session, reward: PinnedReward, data: Snapshot) -> None:
+    """Have a reward take up the features of answers that the reward model met when they were rated."""
+    digests = {
+        store.answer_digest(example.messages, text)
+        for example in (*data.train, *data.gate)
+        for text in (example.answer, *example.corrections, *example.preferred_over)
+    }
+    reward.remember(store.cached_features(session, reward.encoder.name, digests))
+
+
 def discard(run_dir: Path) -> None:
-    """Remove the rows: they quote people, and only a run that may go on needs them."""
+    """Remove what only a run needs that goes on: its rows quote people, and its weights learned from them."""
     (run_dir / ROWS_FILE).unlink(missing_ok=True)
+    for name in (CHECKPOINTS_DIR, KEPT_DIR, POLICY_DIR, ADAPTER_DIR):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def forget(run_dir: Path) -> None:
-    """Remove all that quotes people, or answers them."""
-    discard(run_dir)
+    """Remove all that quotes people, or answers them; without its rows no run goes on."""
+    (run_dir / ROWS_FILE).unlink(missing_ok=True)
     (run_dir / ANSWERS_FILE).unlink(missing_ok=True)
 
 
@@ -92,13 +110,15 @@ def load(session: Session, settings: Settings, run: TrainingRun, *, needs_checkp
         Code ``run_not_resumable``, with the reason.
     """
     run_dir = settings.runs_dir / run.id
-    if needs_checkpoint and checkpoints.newest(run_dir / CHECKPOINTS_DIR) is None:
+    if needs_checkpoint and run.resumes >= MAX_RESUMES:
+        raise _not_resumable(f"it died {run.resumes + 1} times")
+    if needs_checkpoint and checkpoints.newest(run_dir / CHECKPOINTS_DIR) is None and outcome(run_dir) is None:
         raise _not_resumable("it has no whole checkpoint")
     try:
         inputs = json.loads((run_dir / INPUTS_FILE).read_text())
         lines = [json.loads(line) for line in (run_dir / ROWS_FILE).read_text().split("\n") if line]
         data = snapshot.read(settings.datasets_dir / inputs["dataset_digest"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the last: rows of another version of Everloop
         raise _not_resumable("its rows are gone or cut short") from error
     if len(lines) != inputs["num_rows"]:
         raise _not_resumable("its rows are cut short")
@@ -112,8 +132,16 @@ def load(session: Session, settings: Settings, run: TrainingRun, *, needs_checkp
     if pinned is None or pinned.encoder != encoder.name:
         raise _not_resumable("the reward model has other features now")
     reward = PinnedReward(encoder, store.read_snapshot(pinned).head, inputs["pessimism_kappa"])
+    remember(session, reward, data)
     rows = Rows([line["row"] for line in lines], [line["source"] for line in lines], Counter(inputs["set_aside"]))
     return Prepared(data, reward, champion, start_from, pinned.id, rows)
+
+
+def outcome(run_dir: Path) -> dict[str, Any] | None:
+    """Return what the training of a run came to, or None where it has not ended well."""
+    path = run_dir / OUTCOME_FILE
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if "adapter_dir" in found and Path(found["adapter_dir"]).is_dir() else None
 
 
 def _not_resumable(reason: str) -> IntegrityError:

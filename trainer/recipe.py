@@ -37,9 +37,19 @@ MIN_SPREAD = 0.01
 
 
 class UnusableDataError(EverloopError):
-    """There is nothing to train on: a reason to hold the run, and none to call it failed."""
+    """There is nothing to train on: a reason to hold the run, and none to call it failed.
+
+    Parameters
+    ----------
+    set_aside
+        What was left out until then, by reason: it tells why.
+    """
 
     status = 409
+
+    def __init__(self, message: str, *, code: str, set_aside: Mapping[str, int] | None = None) -> None:
+        super().__init__(message, code=code)
+        self.set_aside = set_aside or {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +143,9 @@ class Rows:
         """
         if len(self.rows) < MIN_ROWS:
             raise UnusableDataError(
-                f"Only {len(self.rows)} rows to train on; {MIN_ROWS} are needed.", code="too_few_rows"
+                f"Only {len(self.rows)} rows to train on; {MIN_ROWS} are needed.",
+                code="too_few_rows",
+                set_aside=self.set_aside,
             )
 
     def newest(self, limit: int) -> Rows:

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session
 from deploy import registry
 from deploy.runs import TrainingRun
 from infra.db import Sessions
+from infra.errors import EverloopError
 from infra.events import RunEnded, RunProgressed, TrainingUsed
 from infra.log import outbox
 from trainer.config import DEFAULT_RECIPE, RunConfig
@@ -32,8 +34,20 @@ CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 
 
+class RunCancelledError(EverloopError):
+    """Somebody asked for the end of the run."""
+
+    status = 409
+    code = "run_cancelled"
+
+
 class RunRecord:
     """A run as a page, a terminal and a restart see it.
+
+    Parameters
+    ----------
+    make_sure
+        Called whenever the run goes on; raises where it may not, as another process has it.
 
     Attributes
     ----------
@@ -41,8 +55,9 @@ class RunRecord:
         What the run did not use, counted by reason.
     """
 
-    def __init__(self, sessions: Sessions, runs_dir: Path) -> None:
+    def __init__(self, sessions: Sessions, runs_dir: Path, make_sure: Callable[[], None] = lambda: None) -> None:
         self.sessions = sessions
+        self.make_sure = make_sure
         self.run_id = _new_id()
         self.run_dir = runs_dir / self.run_id
         self.set_aside: Counter[str] = Counter()
@@ -50,7 +65,8 @@ class RunRecord:
         self._phase_total = 0
         self._told_s = -math.inf
         self._phase_started_s = time.monotonic()
-        self._seconds: dict[str, float] = {}
+        self._first: tuple[int, float] | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def create(self, config: RunConfig) -> None:
         """Make the run's directory and row; the resolved configuration stands in both."""
@@ -68,30 +84,60 @@ class RunRecord:
             )
 
     def take_over(self, run_id: str) -> None:
-        """Go on with the record of a run whose process died."""
+        """Go on with the record of a run that another process began."""
         self.run_dir = self.run_dir.with_name(run_id)
         self.run_id = run_id
 
-    def is_cancelled(self) -> bool:
-        """Tell whether somebody asked for the end of the run; with the database away, nobody has."""
+    def is_cancelled(self, session: Session | None = None) -> bool:
+        """Tell whether somebody asked for the end of the run; with the database away, nobody has.
+
+        Parameters
+        ----------
+        session
+            A transaction in which the run ends: who asks meanwhile waits, and is told that it has ended.
+        """
+        query = sa.select(TrainingRun.cancel_requested).where(TrainingRun.id == self.run_id)
+        if session is not None:
+            return bool(session.scalar(query.with_for_update()))
         try:
-            with self.sessions() as session:
-                query = sa.select(TrainingRun.cancel_requested).where(TrainingRun.id == self.run_id)
-                return bool(session.scalar(query))
+            with self.sessions() as own:
+                return bool(own.scalar(query))
         except (OperationalError, InterfaceError):
             return False
 
+    def raise_if_cancelled(self, session: Session | None = None) -> None:
+        """End the run where somebody asked for it.
+
+        Raises
+        ------
+        RunCancelledError
+        """
+        if self.is_cancelled(session):
+            raise RunCancelledError("The run was cancelled.")
+
     def phase(self, name: str, total: int) -> None:
-        """Begin a phase of `total` steps."""
+        """Begin a phase of `total` steps; raises as :meth:`progress` does."""
+        self.make_sure()
+        self.raise_if_cancelled()
         self._close_phase()
         self.current_phase = name
         self._phase_total = total
+        self._first = None
         self.update(phase=name, phase_done=0, phase_total=total, seconds_left=None)
         self._tell(0)
 
     def progress(self, done: int, total: int | None = None) -> None:
-        """Note that `done` steps of the phase are behind us; a night outlives a database that blinks."""
+        """Note that `done` steps of the phase are behind us; a night outlives a database that blinks.
+
+        Raises
+        ------
+        RunCancelledError
+            Somebody asked for the end of the run.
+        """
+        self.make_sure()
+        self.raise_if_cancelled()
         self._phase_total = total or self._phase_total
+        self._first = self._first or (done, time.monotonic())
         try:
             self.update(phase_done=done, phase_total=self._phase_total, seconds_left=self._seconds_left(done))
             if time.monotonic() - self._told_s >= TELL_EVERY_S:
@@ -100,11 +146,14 @@ class RunRecord:
             log.warning("progress could not be noted")
 
     def _seconds_left(self, done: int) -> float | None:
-        """Return how long the rest of the phase takes at this pace."""
-        if not done:
+        """Return how long the rest of the phase takes at the pace since it was first told how far it is.
+
+        A run that goes on from a checkpoint has not taken the steps before it now.
+        """
+        first_done, since_s = self._first or (0, self._phase_started_s)
+        if done <= first_done:
             return None
-        elapsed_s = time.monotonic() - self._phase_started_s
-        return round(elapsed_s / done * max(self._phase_total - done, 0), 1)
+        return round((time.monotonic() - since_s) / (done - first_done) * max(self._phase_total - done, 0), 1)
 
     def _tell(self, done: int) -> None:
         """Publish how far the phase is."""
@@ -122,8 +171,9 @@ class RunRecord:
     def _close_phase(self) -> None:
         now = time.monotonic()
         if self.current_phase:
-            self._seconds[self.current_phase] = round(now - self._phase_started_s, 1)
-            self.metric(phase=self.current_phase, seconds=self._seconds[self.current_phase])
+            seconds = round(now - self._phase_started_s, 1)
+            self._seconds[self.current_phase] += seconds  # some come twice
+            self.metric(phase=self.current_phase, seconds=seconds)
         self._phase_started_s = now
 
     def metric(self, **values: Any) -> None:
@@ -136,30 +186,31 @@ class RunRecord:
         with self.sessions.begin() as session:
             session.execute(sa.update(TrainingRun).where(TrainingRun.id == self.run_id).values(**values))
 
-    def finish(self, status: str, **result: Any) -> dict[str, Any]:
-        """End the run; return what the flow reports."""
+    def finish(self, status: str, session: Session | None = None, **result: Any) -> dict[str, Any]:
+        """End the run, in the transaction of `session` where there is one; return what the flow reports."""
         self._close_phase()
-        result |= {"seconds": self._seconds, "set_aside": dict(self.set_aside)}
-        self.end(status, result, phase="done")
+        result |= {"seconds": dict(self._seconds), "set_aside": dict(self.set_aside)}
+        with nullcontext(session) if session else self.sessions.begin() as own:
+            self.end(own, status, result, phase="done")
         return {"run_id": self.run_id, "status": status, **result}
 
-    def end(self, status: str, result: dict[str, Any], **values: Any) -> None:
-        """Write how the run ended, and its event, in one transaction."""
-        with self.sessions.begin() as session:
-            session.execute(
-                sa.update(TrainingRun)
-                .where(TrainingRun.id == self.run_id)
-                .values(status=status, result=result, ended_at=sa.func.now(), **values)
-            )
-            name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
-            event = RunEnded(
-                run_id=self.run_id,
-                status=status,
-                release=name,
-                adapter_digest=registry.get_release(session, name).adapter_digest if name else None,
-                reason=str(result.get("reason", "")),
-            )
-            outbox.append(session, event, key="deployment")
+    def end(self, session: Session, status: str, result: dict[str, Any], **values: Any) -> None:
+        """Write how the run ended, and its event."""
+        values |= {"canary_id": result["canary_id"]} if "canary_id" in result else {}
+        session.execute(
+            sa.update(TrainingRun)
+            .where(TrainingRun.id == self.run_id)
+            .values(status=status, result=result, ended_at=sa.func.now(), **values)
+        )
+        name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
+        event = RunEnded(
+            run_id=self.run_id,
+            status=status,
+            release=name,
+            adapter_digest=registry.get_release(session, name).adapter_digest if name else None,
+            reason=str(result.get("reason", "")),
+        )
+        outbox.append(session, event, key="deployment")
 
     def note_inputs(self, session: Session, data: Snapshot, snapshot_id: int) -> None:
         """Write what the run is made from, down to each signal, for lineage and receipts."""

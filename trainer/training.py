@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import registry
 from infra.db import Sessions
+from infra.files import write_whole
 from infra.settings import Settings
 from reward.encoder import base_model_digest
-from trainer import gold, peak
+from trainer import gold, peak, prepared, processes
 from trainer.config import RunConfig
 from trainer.material import material_of, words_range
 from trainer.peak import Point
 from trainer.policy import ServedPolicy
-from trainer.prepared import ANSWERS_FILE, Prepared
-from trainer.recipe import Material, Recipe
+from trainer.prepared import ANSWERS_FILE, OUTCOME_FILE, Prepared
+from trainer.recipe import Material, Recipe, one_per_prompt
 from trainer.record import RunRecord
 from trainer.rollout import sample_served
 from trainer.verify import Verification
@@ -30,9 +32,25 @@ from trainer.verify import Verification
 if TYPE_CHECKING:
     from trainer.loop import Trained
 
-OUTCOME_FILE = "trained.json"
 PARENT_PID = "EVERLOOP_PARENT_PID"
 PEAK_SEED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Registrable:
+    """The adapter that came of a training.
+
+    Attributes
+    ----------
+    measured
+        As it is served; None where there was nothing to measure it on.
+    golds_gained
+        What answers to the same prompts gained in gold over the champion's.
+    """
+
+    adapter_dir: Path
+    measured: Point | None = None
+    golds_gained: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,7 @@ class Training:
     ready: Prepared
     verification: Verification
 
-    def run(self) -> tuple[Path, Point | None]:
+    def run(self) -> Registrable:
         """Train; return the adapter to register, and how it was measured.
 
         Raises
@@ -60,7 +78,7 @@ class Training:
         self.record.phase("train", steps)
         policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
         with closing(policy):
-            trained = self.launch() if self.config.accelerate_config else self.train(policy)
+            trained = self._ended() or (self.launch() if self.config.accelerate_config else self.train(policy))
             self.record.metric(
                 phase="trained",
                 steps=trained.num_steps,
@@ -69,11 +87,18 @@ class Training:
             )
             return self._chosen(policy, trained)
 
+    def _ended(self) -> Trained | None:
+        """Return what came of the training of a run that was killed after it."""
+        from trainer.loop import Trained
+
+        found = prepared.outcome(self.record.run_dir)
+        return Trained.from_dict(found) if found else None
+
     def train(self, policy: ServedPolicy) -> Trained:
         """Train in this process, or as one of several that `accelerate` started."""
         from trainer import loop
 
-        return loop.train(
+        trained = loop.train(
             self.recipe,
             self.config,
             self.ready.rows.rows,
@@ -82,8 +107,10 @@ class Training:
             start_from=self._start_from(),
             run_dir=self.record.run_dir,
             on_step=self.record.progress,
-            is_cancelled=self.record.is_cancelled,
         )
+        if processes.is_main():
+            write_whole(self.record.run_dir / OUTCOME_FILE, json.dumps(trained.as_dict()))
+        return trained
 
     def material(self, policy: ServedPolicy) -> Material:
         """Return what recipes are given that sample and score as they train."""
@@ -121,27 +148,32 @@ class Training:
             base_digest = base_model_digest(self.settings.base_model_dir)
             return registry.verified_path(session, digest, base_digest) if digest else None
 
-    def _chosen(self, policy: ServedPolicy, trained: Trained) -> tuple[Path, Point | None]:
+    def _chosen(self, policy: ServedPolicy, trained: Trained) -> Registrable:
         """Measure the kept checkpoints, and return the one to register."""
         config, ready = self.config, self.ready
-        prompts, references = peak.unseen(ready.data, ready.rows, config.judge_prompts, config.seed)
-        if not trained.kept or not prompts:
-            return trained.adapter_dir, None
-        self.record.phase("peak", len(trained.kept) + 1)
+        kept = trained.kept or [(trained.num_steps, trained.adapter_dir)]
+        examples = peak.unseen(ready.data, ready.rows, config.judge_prompts, config.seed)
+        opinion = gold.fit(ready.reward, ready.data.gate)
+        if not examples:  # all train: gold knows the others, but the distance to the base can be told
+            examples = one_per_prompt(ready.data.gate, config.judge_prompts, config.seed)
+            opinion = gold.fit(ready.reward, [])
+        if not examples:
+            return Registrable(trained.adapter_dir)
+        self.record.phase("peak", len(kept) + 1)
         scales = peak.Scales(
             engine_url=policy.engine_url,
-            prompts=prompts,
-            references=references,
+            prompts=[example.messages for example in examples],
+            references=[example.answer for example in examples],
             reward=ready.reward,
-            gold=gold.fit(ready.reward.encoder, ready.data.gate),
+            gold=opinion,
             words_range=words_range(config, ready.data),
             ask=partial(sample_served, self.settings, config, num_samples=1, seed=PEAK_SEED),
         )
-        points = peak.measure_all(scales, policy, ready.champion, trained.kept)
+        points = peak.measure_all(scales, policy, ready.champion, kept, self.record.progress)
         chosen = points[-1] if config.register_at == "last" else peak.choose(points[1:], config.max_kl)
         for point in points:
             self.record.metric(phase="peak", taken=point is chosen, **point.as_dict())
         peak.plot(points, chosen, self.record.run_dir / peak.PLOT_FILE)
         if config.keep_answers:
             peak.write_answers(points, self.record.run_dir / ANSWERS_FILE)
-        return dict(trained.kept)[chosen.step], chosen
+        return Registrable(dict(kept)[chosen.step], chosen, peak.gains(chosen, points[0]))

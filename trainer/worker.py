@@ -19,19 +19,19 @@ from infra.errors import EverloopError
 from infra.files import write_whole
 from infra.settings import load
 from trainer import prepared, processes
+from trainer.failures import explained
 from trainer.policy import ServedPolicy
+from trainer.prepared import OUTCOME_FILE
 from trainer.recipe import resolve
 from trainer.record import RunRecord
-from trainer.training import OUTCOME_FILE, PARENT_PID, Training
+from trainer.training import PARENT_PID, Training
 from trainer.verify import Verification
 
 
-class WorkerRecord(RunRecord):
-    """The record of a run as its workers see it: it is over when the night is gone, too."""
-
-    def is_cancelled(self) -> bool:
-        """Tell whether somebody asked for the end of the run, or nobody waits for it any more."""
-        return not psutil.pid_exists(int(os.environ[PARENT_PID])) or super().is_cancelled()
+def make_sure() -> None:
+    """Raise where the night is gone that waits for this worker."""
+    if not psutil.pid_exists(int(os.environ[PARENT_PID])):
+        raise EverloopError("The night that started this worker has died.", code="night_gone")
 
 
 def open_run(run_id: str) -> tuple[Training, ServedPolicy]:
@@ -42,8 +42,9 @@ def open_run(run_id: str) -> tuple[Training, ServedPolicy]:
         run = session.get_one(TrainingRun, run_id)
         recipe, config = resolve(run.config)
         ready = prepared.load(session, settings, run, needs_checkpoint=False)
-    record = WorkerRecord(sessions, settings.runs_dir)
+    record = RunRecord(sessions, settings.runs_dir, make_sure)
     record.take_over(run_id)
+    record.current_phase = run.phase
     verification = Verification(config.verifiers, config.verifier_timeout_s)
     policy = ServedPolicy(settings.need("engine_url"), record.run_dir)
     return Training(sessions, settings, recipe, config, record, ready, verification), policy
@@ -51,14 +52,18 @@ def open_run(run_id: str) -> tuple[Training, ServedPolicy]:
 
 def main() -> None:
     """Train the run that the one argument names."""
-    training, policy = open_run(sys.argv[1])
-    with closing(training.verification), closing(policy):
-        try:
-            outcome = training.train(policy).as_dict()
-        except EverloopError as error:
-            outcome = {"code": error.code, "message": error.message}
-    if processes.is_main():
-        write_whole(training.record.run_dir / OUTCOME_FILE, json.dumps(outcome))
+    run_dir = load().runs_dir / sys.argv[1]
+    try:
+        training, policy = open_run(sys.argv[1])
+        with closing(training.verification), closing(policy):
+            training.train(policy)
+    except Exception as error:
+        known = explained(error)
+        if known is None:
+            raise
+        if processes.is_main():
+            why = {"code": known.code, "message": known.message}
+            write_whole(run_dir / OUTCOME_FILE, json.dumps(why))
 
 
 if __name__ == "__main__":

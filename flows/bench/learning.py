@@ -97,7 +97,7 @@ def recipes(preference: str, candidates: Sequence[str], rated: int, measured: in
         Names of recipes, or paths of TOML files.
     """
     _check([preference])
-    configs = {Path(given).stem: _config(given) for given in candidates}
+    configs = {given: _config(given) for given in candidates}
     plan = Plan(preference, configs, contest=True, rated=rated, measured=measured, seed=seed)
     found = life.play(plan)
     base = found["base"]["rate"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import resource
 import statistics
 import subprocess
@@ -56,7 +55,8 @@ def measure(num_rows: int, runs: int) -> dict[str, Any]:
 
 
 def _median_ratio(figures: dict[str, list[float]]) -> float:
-    return statistics.median(map(operator.truediv, figures["platform"], figures["bare"]))
+    ratios = [ours / bare for ours, bare in zip(figures["platform"], figures["bare"], strict=True)]
+    return statistics.median(ratios)
 
 
 def rows_of(num_rows: int) -> list[Row]:

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 MAX_LORAS = 6
 MAX_SEQUENCES = 32
-MAX_LORA_RANK = 16
 # torch frees and takes back large buffers at every step; giving them to the system in between costs page faults,
 # which are dear on virtual machines (a DPO step: 28 % less time, system time 24 s down to 3 s).
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 * 1024**3)}
@@ -153,7 +152,7 @@ def _engine(settings: Settings) -> Part:
         "--port", str(settings.engine_port),
         "--enable-lora",
         "--max-loras", str(MAX_LORAS),
-        "--max-lora-rank", str(MAX_LORA_RANK),
+        "--max-lora-rank", str(settings.max_lora_rank),
         "--max-model-len", str(settings.max_model_tokens),
         "--max-num-seqs", str(MAX_SEQUENCES),
         "--enforce-eager",

@@ -186,6 +186,7 @@ def test_an_operator_sees_a_run_and_cancels_it(page, stack, tmp_path):
     record = RunRecord(stack.sessions, tmp_path)
     record.create(RunConfig())
     record.phase("train", 40)
+    record.progress(5)
     record.progress(10)
     page.goto(f"{stack.settings.public_url}/runs")
     row = page.locator(f'tr[data-run="{record.run_id}"]')
@@ -201,5 +202,6 @@ def test_an_operator_sees_a_run_and_cancels_it(page, stack, tmp_path):
     assert record.is_cancelled()
     if path := os.environ.get("EVERLOOP_SHOTS"):
         page.screenshot(path=Path(path) / "runs.png")
-    record.end("cancelled", {"reason": "The run was cancelled."})
+    with stack.sessions.begin() as session:
+        record.end(session, "cancelled", {"reason": "The run was cancelled."})
     expect(row).to_contain_text("The run was cancelled.", timeout=10_000)

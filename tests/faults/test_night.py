@@ -14,11 +14,13 @@ import yaml
 
 from deploy import head
 from deploy.runs import TrainingRun
+from deploy.tables import Adapter
 from feedback import episodes
 from feedback.acceptance import accept
 from feedback.episodes import Recording, new_episode_id
 from feedback.signals import read_signal
-from infra.errors import IntegrityError, InvalidRequestError
+from infra.db import LockLostError, LongLock
+from infra.errors import ConflictError, IntegrityError, InvalidRequestError
 from tests.conftest import wait_until
 from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
@@ -176,27 +178,117 @@ def test_a_dead_night_that_cannot_go_on_has_failed_and_says_why(stack):
     assert found.status == "failed" and "no whole checkpoint" in found.result["reason"]
 
 
-def test_a_cancelled_night_ends_and_registers_nothing(stack):
+def in_phase(night, name, do):
+    """Have something happen when a night has begun a phase."""
+    phase = night.record.phase
+
+    def begin(begun, total):
+        phase(begun, total)
+        if begun == name:
+            do()
+
+    night.record.phase = begin
+
+
+@pytest.mark.parametrize("when", ["train", "gates"])
+def test_a_cancelled_night_ends_and_leaves_nothing_registered(stack, when):
     teach(stack, 20)
     close_canary(stack)
     night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
-    phase = night.record.phase
-
-    def cancel_in_training(name, total):
-        phase(name, total)
-        if name == "train":
-            command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
-            subprocess.run(command, check=True)
-
-    night.record.phase = cancel_in_training
+    command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
+    before = adapters(stack)
+    in_phase(night, when, lambda: subprocess.run(command, check=True))
     with pytest.raises(Exception, match="cancelled"):
         night.run()
     with stack.sessions() as session:
         found = session.get_one(TrainingRun, night.record.run_id)
-    assert (found.status, found.release) == ("cancelled", None)
+        assert not session.scalars(sa.select(Adapter).where(Adapter.run_id == found.id)).all()
+    assert (found.status, found.release) == ("cancelled", None) and adapters(stack) == before
+    assert {path.name for path in night.record.run_dir.iterdir() if path.is_dir()} == set()
     command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "[run_ended]" in again.stderr
+
+
+def adapters(stack):
+    """Return the directories of registered adapters, half-written ones too."""
+    return {path.name for path in stack.settings.adapters_dir.iterdir()}
+
+
+class Stopped(BaseException):
+    """As Prefect raises it in a flow whose process gets a SIGTERM."""
+
+
+def test_a_night_that_was_stopped_in_its_gates_goes_on_there_without_training_again(stack):
+    teach(stack)
+    close_canary(stack)
+    stopped = Night(stack.sessions, stack.settings, GIVEN, 0.5)
+
+    def stop():
+        raise Stopped
+
+    in_phase(stopped, "gates", stop)
+    with pytest.raises(Stopped):
+        stopped.run()
+    [run] = running(stack)
+    metrics = stopped.record.run_dir / "metrics.jsonl"
+    num_steps = len(steps(metrics))
+    again = Night(stack.sessions, stack.settings, {"recipe": "sft"}, 0.5)
+    in_phase(again, "train", lambda: pytest.fail("it trains again") if len(steps(metrics)) > num_steps else None)
+    try:
+        result = again.run()
+    finally:
+        close_canary(stack)
+    assert result["run_id"] == run.id and result["status"] in ("held", "canary"), result
+    assert len(steps(metrics)) == num_steps
+    with stack.sessions() as session:
+        found = session.get_one(TrainingRun, run.id)
+        assert found.resumes == 1 and found.resumed_at > found.started_at
+        assert session.scalars(sa.select(Adapter).where(Adapter.run_id == run.id)).one()
+
+
+def test_while_a_night_runs_another_is_refused_and_touches_nothing(stack):
+    with LongLock(stack.sessions, "training") as lock:
+        assert lock.take()
+        night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
+        with pytest.raises(ConflictError) as refused:
+            night.run()
+    assert refused.value.code == "run_in_progress" and not night.record.run_dir.exists()
+
+
+def test_a_lock_that_went_with_its_connection_is_taken_again_unless_another_has_it(stack):
+    def cut():
+        with stack.sessions.begin() as session:
+            pid = lock._connection.connection.dbapi_connection.info.backend_pid
+            session.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+
+    with LongLock(stack.sessions, "a-test") as lock:
+        assert lock.take()
+        cut()
+        lock.keep()
+        with LongLock(stack.sessions, "a-test") as other:
+            assert not other.take()
+            cut()
+            wait_until(other.take, timeout_s=10)
+            with pytest.raises(LockLostError):
+                lock.keep()
+        lock.keep()
+
+
+def test_a_dead_night_that_nobody_can_read_any_more_does_not_stop_the_next(stack):
+    teach(stack, 20)
+    close_canary(stack)
+    dead = Night(stack.sessions, stack.settings, GIVEN, 0.5)
+    dead.record.create(dead.config)
+    dead.record.update(config={**GIVEN, "a_key_of_another_version": 1})
+    left = dead.record.run_dir / CHECKPOINTS_DIR / "checkpoint-2"
+    left.mkdir(parents=True)
+    result = Night(stack.sessions, stack.settings, {**GIVEN, "epochs": 0.1}, 0.5).run()
+    close_canary(stack)
+    assert result["run_id"] != dead.record.run_id and not left.exists()
+    with stack.sessions() as session:
+        found = session.get_one(TrainingRun, dead.record.run_id)
+    assert found.status == "failed" and "a_key_of_another_version" in found.result["reason"]
 
 
 def test_a_night_whose_configuration_is_wrong_says_so_in_its_row(stack, monkeypatch, tmp_path):

@@ -16,7 +16,8 @@ from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from infra.engine import EngineClient, mean_abs_difference
 from infra.errors import EverloopError
-from infra.stack.parts import MAX_LORA_RANK, MAX_LORAS
+from infra.settings import Settings
+from infra.stack.parts import MAX_LORAS
 from trainer import loop
 from trainer.policy import ServedPolicy
 from trainer.recipe import Material, resolve
@@ -51,9 +52,9 @@ def test_the_configuration_is_trls(arguments):
     assert (found.top_k, found.vllm_server_base_url, found.learning_rate) == (40, "http://engine", 3e-4)
 
 
-def test_our_engine_holds_as_many_versions_as_the_bound_allows(arguments, policy_model):
+def test_our_engine_holds_as_many_versions_as_the_bound_allows(arguments, policy_model, tmp_path):
     server = {
-        "lora_config": {"max_lora_rank": MAX_LORA_RANK, "max_loras": MAX_LORAS},
+        "lora_config": {"max_lora_rank": Settings(home=tmp_path).max_lora_rank, "max_loras": MAX_LORAS},
         "parallel_config": {"data_parallel_size": 1},
     }
     assert async_grpo_trainer.select_adapter_sync(server, policy_model, arguments[0])

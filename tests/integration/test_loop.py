@@ -1,11 +1,13 @@
 """The loop on real parts: votes, a small night through Prefect, a canary, promotion, rollback."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -25,10 +27,12 @@ from infra.errors import ConflictError, IntegrityError
 from tests.conftest import wait_until
 from trainer import collect
 from trainer.candidate import Candidate
+from trainer.config import RunConfig
 from trainer.night import Night
 from trainer.prepared import Prepared
 from trainer.redactor import Redactor
 from trainer.snapshot import DATASET_FILE, Snapshot
+from trainer.training import Training
 from trainer.verifiers.instructions import INSTRUCTIONS
 from trainer.verifiers.reasoning import LEVELS
 
@@ -265,13 +269,41 @@ def test_every_act_is_in_the_audit_log_which_the_database_keeps(stack, release):
             session.rollback()
 
 
-def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night):
+def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night, monkeypatch):
     with stack.sessions() as session:
         adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
         assert registry.verified_path(session, adapter.digest, adapter.base_digest) == Path(adapter.path)
         with pytest.raises(IntegrityError) as refused:
             registry.verified_path(session, adapter.digest, "0" * 64)
     assert refused.value.code == "adapter_of_another_base"
+    monkeypatch.setattr("trainer.training.base_model_digest", lambda _: "0" * 64)
+    ready = SimpleNamespace(start_from=night.release)
+    training = Training(stack.sessions, stack.settings, None, RunConfig(), None, ready, None)
+    with pytest.raises(IntegrityError, match="another base model"):
+        training._start_from()
+
+
+def test_a_full_disk_leaves_no_half_adapter_in_the_registry(stack, night, tmp_path, monkeypatch):
+    for name in registry.ADAPTER_FILES:
+        (tmp_path / name).write_bytes(name.encode())
+    before = sorted(stack.settings.adapters_dir.iterdir())
+
+    def fill(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deploy.registry.shutil.copyfile", fill)
+    with stack.sessions() as session, pytest.raises(OSError, match="No space left"):
+        registry.register(session, tmp_path, stack.settings.adapters_dir, run_id=None, manifest={"base_digest": ""})
+    assert sorted(stack.settings.adapters_dir.iterdir()) == before
+
+
+def test_a_release_that_somebody_has_met_or_another_run_made_is_not_taken_back(stack, night):
+    with stack.sessions() as session:
+        assert registry.take_back(session, night.release, "run_other") is None
+        head.move_champion(session, night.release, action="promoted_by_hand", actor="test", reason="to be met")
+        assert registry.take_back(session, night.release, night.id) is None
+        session.rollback()
 
 
 def test_releases_are_never_renamed_or_reused(stack, night):

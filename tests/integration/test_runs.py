@@ -10,7 +10,7 @@ from deploy.tables import AuditEntry
 from infra.events import RunProgressed
 from infra.tables import OutboxRow
 from trainer.config import RunConfig
-from trainer.record import RunRecord
+from trainer.record import RunCancelledError, RunRecord
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def record(stack, tmp_path):
     found.create(RunConfig())
     found.phase("train", 40)
     yield found
-    found.end("failed", {"reason": "only a test"})
+    with stack.sessions.begin() as session:
+        found.end(session, "failed", {"reason": "only a test"})
 
 
 def events(stack, run_id):
@@ -36,16 +37,34 @@ def events(stack, run_id):
 
 def test_progress_is_in_the_list_with_the_time_left_and_as_events(stack, record, monkeypatch):
     monkeypatch.setattr("trainer.record.TELL_EVERY_S", 0.0)
-    record._phase_started_s -= 10.0
+    record.progress(0)
+    record._first = (0, record._first[1] - 10.0)
     record.progress(10)
     (run,) = [run for run in stack.http.get("/v1/runs").json() if run["id"] == record.run_id]
     assert (run["status"], run["phase"], run["phase_done"], run["phase_total"]) == ("running", "train", 10, 40)
     assert run["seconds_left"] == pytest.approx(30.0, abs=3.0) and not run["cancel_requested"]
-    begun, further = events(stack, record.run_id)
+    begun, _, further = events(stack, record.run_id)
     assert (begun["phase"], begun["done"], begun["seconds_left"]) == ("train", 0, None)
     assert (further["done"], further["total"], further["seconds_left"]) == (10, 40, pytest.approx(30.0, abs=3.0))
     record.phase("gates", 2)
-    assert len(events(stack, record.run_id)) == 3
+    assert len(events(stack, record.run_id)) == 4
+
+
+def test_a_run_that_goes_on_in_the_middle_tells_the_time_left_by_its_own_pace(stack, record):
+    record.progress(30)
+    record._first = (30, record._first[1] - 10.0)
+    record.progress(35)
+    (run,) = [run for run in stack.http.get("/v1/runs").json() if run["id"] == record.run_id]
+    assert run["seconds_left"] == pytest.approx(10.0, abs=2.0)
+
+
+def test_a_phase_that_comes_twice_is_counted_whole(record):
+    record.phase("score", 2)
+    record._phase_started_s -= 20.0
+    record.phase("sample", 2)
+    record.phase("score", 2)
+    record._phase_started_s -= 30.0
+    assert record.finish("held")["seconds"]["score"] == pytest.approx(50.0, abs=1.0)
 
 
 def test_a_run_is_cancelled_over_http_with_a_reason_that_is_audited(stack, record):
@@ -55,6 +74,9 @@ def test_a_run_is_cancelled_over_http_with_a_reason_that_is_audited(stack, recor
     assert not record.is_cancelled()
     answer = stack.http.post(path, json={"reason": "wrong recipe"})
     assert answer.status_code == 202 and answer.json()["cancel_requested"] and record.is_cancelled()
+    for goes_on in (lambda: record.progress(11), lambda: record.phase("peak", 4)):
+        with pytest.raises(RunCancelledError):
+            goes_on()
     with stack.sessions() as session:
         entry = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == record.run_id)).one()
         assert (entry.action, entry.reason) == ("run_cancelled", "wrong recipe")

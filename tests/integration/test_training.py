@@ -22,7 +22,7 @@ from trainer.fit import fitting
 from trainer.loop import TrainingError
 from trainer.pairs import pair_of
 from trainer.recipe import Material, Rows, resolve
-from trainer.record import METRICS_FILE
+from trainer.record import METRICS_FILE, RunCancelledError
 from trainer.rollout import Sample
 from trainer.snapshot import Snapshot
 
@@ -129,15 +129,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(base_model_dir, tmp_pat
         assert torch.equal(weight, weights(whole)[name]), name
 
 
+def test_a_run_that_died_after_its_last_step_takes_no_other(base_model_dir, tmp_path):
+    settings = {"epochs": 0.75}  # in mid-epoch transformers would go on with it
+    whole = weights(train(base_model_dir, tmp_path, settings=settings))
+    again = train(base_model_dir, tmp_path, settings=settings)
+    assert (again.resumed_from_step, again.num_steps) == (5, 5) and sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights(again).items())
+
+
+def cancel_at(last):
+    def on_step(step, _):
+        if step >= last:
+            raise RunCancelledError("The run was cancelled.")
+
+    return on_step
+
+
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before_it(base_model_dir, tmp_path, undisturbed):
-    stopped = []
     with pytest.raises(TrainingError):
-        train(
-            base_model_dir,
-            tmp_path,
-            is_cancelled=lambda: len(stopped) > 5,
-            on_step=lambda step, _: stopped.append(step),
-        )
+        train(base_model_dir, tmp_path, on_step=cancel_at(6))
     found = sorted((tmp_path / CHECKPOINTS_DIR).glob("checkpoint-*"))
     assert [path.name for path in found] == ["checkpoint-4", "checkpoint-6"]
     adapter = found[-1] / "adapter_model.safetensors"
@@ -156,7 +166,7 @@ def test_a_checkpoint_that_was_not_sealed_is_none(tmp_path):
 
 def test_a_cancelled_run_leaves_no_adapter(base_model_dir, tmp_path):
     with pytest.raises(TrainingError) as ended:
-        train(base_model_dir, tmp_path, is_cancelled=lambda: True)
+        train(base_model_dir, tmp_path, on_step=cancel_at(1))
     assert ended.value.code == "run_cancelled" and not (tmp_path / "adapter").exists()
     assert len(losses(tmp_path)) <= 1
 

@@ -19,6 +19,7 @@ from transformers import Trainer
 from trainer import loop
 from trainer.pairs import pair_of
 from trainer.recipe import Material, resolve
+from trainer.record import RunCancelledError
 from trainer.snapshot import Snapshot
 
 SETTINGS = {"recipe": "dpo", "batch_rows": 4, "lora_rank": 4, "max_row_tokens": 64, "checkpoint_steps": 2}
@@ -79,12 +80,16 @@ def die_at_the_end(step: int, num_steps: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def cancel(step: int, num_steps: int) -> None:
+    """Ask for the end."""
+    raise RunCancelledError("The run was cancelled.")
+
+
 if __name__ == "__main__":
     shard_on_cpu()
     if os.environ["RANK"] == "1":
         write_late()
     what = sys.argv[3] if len(sys.argv) > 3 else ""
-    # Only the main process is told of the cancellation: the other one must stop at the same step.
-    cancel = what == "cancel" and os.environ["RANK"] == "0"
-    told = {"on_step": die_at_the_end} if what == "die" else {}
-    train(Path(sys.argv[1]), Path(sys.argv[2]), 2, is_cancelled=lambda: cancel, **told)
+    # Only the main process is told of steps: the other one must stop at the same.
+    told = {"die": {"on_step": die_at_the_end}, "cancel": {"on_step": cancel}}.get(what, {})
+    train(Path(sys.argv[1]), Path(sys.argv[2]), 2, **told)

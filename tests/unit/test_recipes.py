@@ -69,6 +69,11 @@ def test_the_default_is_a_recipe():
         ({"recipe": "kto", "num_prompts": 4}, "config_invalid", "no setting 'num_prompts'"),
         ({"epochs": 0}, "config_invalid", "epochs: Input should be greater than 0, not 0."),
         ({"epochs": "many", "seed": []}, "config_invalid", "seed:"),
+        ({"max_kl": float("inf")}, "config_invalid", "max_kl: Input should be a finite number"),
+        ({"batch_rows": 6}, "config_invalid", "batch_rows must be a multiple of micro_batch_rows (4)."),
+        ({"recipe": "grpo", "samples_per_prompt": 6}, "config_invalid", "multiple of samples_per_prompt (6)."),
+        ({"recipe": "grpo", "accelerate_config": "x"}, "config_invalid", "in one process"),
+        ({"recipe": "self-distill", "max_train_tokens": 9}, "config_invalid", "max_train_tokens:"),
     ],
 )
 def test_what_is_wrong_with_a_configuration_is_named(given, code, said):
@@ -115,10 +120,20 @@ def test_kto_takes_single_answers_and_needs_both_kinds():
     labels = {text: row["label"] for text, row in zip(said(found), found.rows, strict=True)}
     assert labels == {"Good.": True, "Bad.": False, "Wrong.": False, "Right.": True}
     assert found.set_aside["neither_liked_nor_disliked"] == 1
-    for verdict, side in ((1.0, "liked"), (0.0, "disliked")):
-        with pytest.raises(UnusableDataError, match=f"are {side}") as refused:
-            rows_of("kto", [example(f"{n}.", [verdict]) for n in range(9)])
+    for verdict in (1.0, 0.0):
+        with pytest.raises(UnusableDataError) as refused:
+            rows_of("kto", [example("So.", [1.0, 0.0]), *(example(f"{n}.", [verdict]) for n in range(9))])
         assert refused.value.code == "one_sided_data"
+        assert refused.value.set_aside == {"neither_liked_nor_disliked": 1}
+
+
+def test_kto_keeps_both_kinds_where_the_newest_are_all_of_one():
+    examples = [example(f"Good {n}.", [1.0]) for n in range(20)] + [example(f"Bad {n}.", [0.0]) for n in range(20)]
+    found = rows_of("kto", examples, max_rows=8)
+    assert said(found) == [*(f"Good {n}." for n in range(16, 20)), *(f"Bad {n}." for n in range(16, 20))]
+    few = rows_of("kto", [examples[0], *examples[20:]], max_rows=8)
+    assert said(few) == ["Good 0.", *(f"Bad {n}." for n in range(13, 20))]
+    assert few.set_aside["rows_over_budget"] == 13
 
 
 def test_sft_takes_demonstrations():
@@ -229,7 +244,7 @@ def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_ver
     found, logged = reward_of(grpo.learned(material, (1, 4), 2), *batch)
     # The second is longer by a quarter than anybody rated well.
     assert found == [2.0, pytest.approx(-LENGTH_LOSS * math.log2(5 / 4)), None, None]
-    assert logged == {"reward_spread": 1.5} and asked[0][2] == ["ref"]
+    assert logged == {"reward_spread": 1.5, "reward_not_finite": 0.0} and asked[0][2] == ["ref"]
     cut, _ = reward_of(grpo.learned(material, (1, 9), 2), *batch, finish_reason=["length", "stop", "stop", "stop"])
     assert cut[:2] == [2.0 - CUT_LOSS, 5.0]
     verdicts, _ = reward_of(grpo.verified(material), *batch)
@@ -238,8 +253,8 @@ def test_answers_to_prompts_have_the_learned_reward_and_answers_to_tasks_the_ver
 
 def test_a_reward_that_is_no_number_is_none_to_learn_from():
     material = Material(Snapshot(), nothing_fresh, lambda *_: [[math.nan, 1.0]], no_tasks, lambda *_: [], (0, 100))
-    found, _ = reward_of(grpo.learned(material, (0, 9), 2), ["Why?"] * 2, ["a", "b"], ["r"] * 2, [""] * 2)
-    assert found == [None, 1.0]
+    found, logged = reward_of(grpo.learned(material, (0, 9), 2), ["Why?"] * 2, ["a", "b"], ["r"] * 2, [""] * 2)
+    assert found == [None, 1.0] and logged["reward_not_finite"] == 1.0
 
 
 def test_a_share_of_the_prompts_of_online_dpo_are_tasks():

@@ -6,16 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from trainer import worker
 from trainer.callbacks import MAX_STEPS_WITHOUT_SPREAD, Watch
 from trainer.config import RunConfig
 from trainer.failures import explained
 from trainer.loop import TrainingError
+from trainer.prepared import OUTCOME_FILE, outcome
 from trainer.recipe import MIN_SPREAD
+from trainer.record import RunCancelledError
 
 
 @pytest.fixture
 def watch(tmp_path):
-    return Watch(RunConfig(), tmp_path / "metrics.jsonl", lambda *_: None, lambda: False)
+    return Watch(RunConfig(), tmp_path / "metrics.jsonl", lambda *_: None)
 
 
 def log(watch, *logs):
@@ -38,7 +41,40 @@ def test_rewards_that_hardly_differ_for_some_steps_end_a_run_with_that_reason(wa
 def test_steps_without_that_figure_say_nothing_of_it(watch):
     assert not log(watch, *[{"loss": 0.5}] * 9)
     lines = [json.loads(line) for line in watch.metrics_path.read_text().splitlines()]
-    assert lines[-1] == {"phase": "train", "step": 8, "loss": 0.5}
+    assert lines[-1] == {"phase": "train", "step": 8, "loss": 0.5, "spent_s": lines[-1]["spent_s"]}
+
+
+def state(step):
+    return SimpleNamespace(global_step=step, max_steps=9, num_input_tokens_seen=0)
+
+
+def test_whoever_is_told_of_steps_can_end_the_training(tmp_path):
+    told = []
+
+    def on_step(step, steps):
+        told.append((step, steps))
+        if step == 2:
+            raise RunCancelledError("The run was cancelled.")
+
+    watch = Watch(RunConfig(), tmp_path / "metrics.jsonl", on_step)
+    control = SimpleNamespace(should_training_stop=False)
+    watch.on_train_begin(None, state(0), control)
+    watch.on_step_end(None, state(1), control)
+    watch.raise_if_failed(TrainingError)
+    assert not control.should_training_stop
+    watch.on_step_end(None, state(2), control)
+    assert control.should_training_stop and told == [(0, 9), (1, 9), (2, 9)]
+    with pytest.raises(TrainingError) as ended:
+        watch.raise_if_failed(TrainingError)
+    assert ended.value.code == "run_cancelled"
+
+
+def test_what_was_trained_before_a_checkpoint_counts_in_the_time_budget(tmp_path):
+    config = RunConfig(max_train_minutes=1.0)
+    for spent_s, stopped_by in ((30.0, None), (60.5, "time")):
+        watch = Watch(config, tmp_path / "metrics.jsonl", lambda *_: None, spent_s)
+        watch.on_step_end(None, state(5), SimpleNamespace(should_training_stop=False))
+        assert watch.stopped_by == stopped_by
 
 
 @pytest.mark.parametrize(
@@ -61,3 +97,19 @@ def test_a_failure_says_what_to_do(error, code):
 
 def test_an_unknown_failure_is_not_explained():
     assert explained(ValueError("secret path")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MemoryError(), "out_of_memory"), (OSError(errno.ENOSPC, "No space left"), "disk_full")]
+)
+def test_why_a_worker_of_accelerate_failed_is_left_for_the_night(tmp_path, monkeypatch, error, code):
+    def fail(run_id):
+        raise error
+
+    (tmp_path / "run_x").mkdir()
+    monkeypatch.setattr(worker, "open_run", fail)
+    monkeypatch.setattr(worker, "load", lambda: SimpleNamespace(runs_dir=tmp_path))
+    monkeypatch.setattr("sys.argv", ["worker", "run_x"])
+    worker.main()
+    assert json.loads((tmp_path / "run_x" / OUTCOME_FILE).read_text())["code"] == code
+    assert outcome(tmp_path / "run_x") is None  # nothing that a run could go on with

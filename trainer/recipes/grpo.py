@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.errors import EverloopError
 from trainer.config import RunConfig
@@ -35,6 +35,14 @@ class GRPOConfig(RunConfig):
     rollouts_ahead: int = Field(0, ge=0, le=4, description="Batches sampled while the policy trains.")
     max_lag: int = Field(4, ge=0, description="Answers of a version further behind are dropped.")
     importance_clip: float = Field(2.0, gt=0, description="Importance weights are truncated here.")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.batch_rows % self.samples_per_prompt:
+            raise ValueError(f"batch_rows must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
+        if self.recipe == "grpo" and self.accelerate_config is not None:
+            raise ValueError("grpo samples and trains in one process: leave accelerate_config out")
+        return self
 
 
 class GRPO(Recipe[GRPOConfig]):
@@ -123,6 +131,7 @@ def learned(
                 rewards[n] = value if math.isfinite(value) else None
         if scores:
             log_metric("reward_spread", spread_of(scores))
+            log_metric("reward_not_finite", float(sum(not math.isfinite(one) for group in scores for one in group)))
         return rewards
 
     return reward

@@ -46,14 +46,14 @@ class KTO(Recipe[KTOConfig]):
                 found.set_aside["neither_liked_nor_disliked"] += 1
             for text in example.corrections:
                 found.add("corrections", {**answer_of(example.messages, text, "completion"), "label": True})
-        labels = {row["label"] for row in found.rows}
-        if len(labels) == 1:
-            side = "liked" if labels == {True} else "disliked"
+        kept = _newest_of_both(found, config.max_rows)
+        if len({row["label"] for row in kept.rows}) == 1:
             raise UnusableDataError(
-                f"All {len(found.rows)} answers are {side}: nothing says what the opposite is.",
+                "All answers are wanted, or none: nothing says what the opposite is.",
                 code="one_sided_data",
+                set_aside=kept.set_aside,
             )
-        return found.newest(config.max_rows)
+        return kept
 
     def trainer(
         self, config: KTOConfig, arguments: Mapping[str, Any], parts: Mapping[str, Any], material: Material
@@ -74,6 +74,14 @@ class KTO(Recipe[KTOConfig]):
         return KTOTrainer(
             args=Arguments(**arguments, **weights, beta=config.beta, max_length=config.max_row_tokens), **parts
         )
+
+
+def _newest_of_both(rows: Rows, limit: int) -> Rows:
+    """Return the newest rows of either label, half of them each where there are as many."""
+    numbers = [[n for n, row in enumerate(rows.rows) if row["label"] is label] for label in (True, False)]
+    fewer, more = sorted(numbers, key=len)
+    fewer = fewer[-(limit // 2) :]
+    return rows.only(sorted(fewer + more[-(limit - len(fewer)) :]), "rows_over_budget")
 
 
 RECIPE = KTO()

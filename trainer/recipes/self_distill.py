@@ -29,6 +29,7 @@ class SelfDistillConfig(RunConfig):
 
     recipe: str = "self-distill"
     samples_per_prompt: int = Field(2, ge=1, description="Answers of the policy to each prompt.")
+    max_train_tokens: None = Field(None, description="No budget here: TRL does not count what it samples itself.")
     liked_answers: bool = Field(False, description="Have liked answers teach too, not corrections alone.")
 
 
