@@ -275,12 +275,19 @@ def test_a_lock_that_went_with_its_connection_is_taken_again_unless_another_has_
         lock.keep()
 
 
-def test_a_dead_night_that_nobody_can_read_any_more_does_not_stop_the_next(stack):
+@pytest.mark.parametrize(
+    ("left_with", "said"),
+    [
+        ({"config": {**GIVEN, "a_key_of_another_version": 1}}, "a_key_of_another_version"),
+        ({"resumes": 3}, "4 times"),
+    ],
+)
+def test_a_dead_night_that_must_not_go_on_does_not_stop_the_next(stack, left_with, said):
     teach(stack, 20)
     close_canary(stack)
     dead = Night(stack.sessions, stack.settings, GIVEN, 0.5)
     dead.record.create(dead.config)
-    dead.record.update(config={**GIVEN, "a_key_of_another_version": 1})
+    dead.record.update(**left_with)
     left = dead.record.run_dir / CHECKPOINTS_DIR / "checkpoint-2"
     left.mkdir(parents=True)
     result = Night(stack.sessions, stack.settings, {**GIVEN, "epochs": 0.1}, 0.5).run()
@@ -288,7 +295,7 @@ def test_a_dead_night_that_nobody_can_read_any_more_does_not_stop_the_next(stack
     assert result["run_id"] != dead.record.run_id and not left.exists()
     with stack.sessions() as session:
         found = session.get_one(TrainingRun, dead.record.run_id)
-    assert found.status == "failed" and "a_key_of_another_version" in found.result["reason"]
+    assert found.status == "failed" and said in found.result["reason"]
 
 
 def test_a_night_whose_configuration_is_wrong_says_so_in_its_row(stack, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Runs as operators see them: listed, followed by events, cancelled with a reason."""
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 import sqlalchemy as sa
@@ -80,6 +81,15 @@ def test_a_run_is_cancelled_over_http_with_a_reason_that_is_audited(stack, recor
     with stack.sessions() as session:
         entry = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == record.run_id)).one()
         assert (entry.action, entry.reason) == ("run_cancelled", "wrong recipe")
+
+
+def test_who_asks_for_a_night_follows_the_killed_one_that_is_gone_on_with_instead(stack, record):
+    from flows.follow import _newest_run  # Prefect reads its settings at import
+
+    asked = datetime.now(UTC)
+    assert _newest_run(stack.sessions, asked) is None
+    record.update(resumed_at=sa.func.now())
+    assert _newest_run(stack.sessions, asked).id == record.run_id
 
 
 def test_what_cannot_be_cancelled_says_why(stack):
