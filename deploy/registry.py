@@ -103,6 +103,8 @@ def take_back(session: Session, name: str, run_id: str) -> Path | None:
         The adapter's directory, to be removed once this is committed. None, and nothing is changed, where the
         release is not of this run, or somebody has met it.
     """
+    lock_out_erasures(session)
+    session.execute(sa.select(Head.id).with_for_update())  # nobody promotes it meanwhile
     release = get_release(session, name)
     adapter = session.get(Adapter, release.adapter_digest)
     met = sa.or_(

@@ -49,7 +49,9 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
         raise
     result = night.run()
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
-    if result["status"] == "canary":
+    with sessions() as session:
+        is_open = head.read(session).canary_id is not None
+    if is_open:  # this night's, or one that was left unwatched; a second watch ends at once
         run_deployment(WATCH, timeout=0, as_subflow=False)
     return result
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Self, cast
 
 import sqlalchemy as sa
@@ -15,6 +16,8 @@ from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from infra.errors import ConflictError, UnavailableError
 
 Sessions = sessionmaker[Session]
+DATABASE_AWAY = (OperationalError, InterfaceError)
+ENDING_S = 10.0  # a server that lost a client may take so long to end its session
 
 
 class Base(DeclarativeBase):
@@ -81,7 +84,7 @@ def locked_connection(sessions: Sessions, name: str) -> Iterator[sa.Connection |
             yield connection if held else None
         finally:
             if held and not connection.invalidated:
-                with suppress(OperationalError, InterfaceError):  # a connection that is cut holds no lock
+                with suppress(*DATABASE_AWAY):  # a connection that is cut holds no lock
                     connection.rollback()
                     connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
                     connection.commit()
@@ -117,20 +120,20 @@ class LongLock:
 
     def __exit__(self, *_: object) -> None:
         if self._connection is not None:
-            with suppress(OperationalError, InterfaceError), self._connection as connection:
+            with suppress(*DATABASE_AWAY), self._connection as connection:
                 connection.rollback()
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(self._key)))
                 connection.commit()
 
     def take(self) -> bool:
         """Try to take the lock; tell whether it is held now."""
-        connection = self._engine.connect()
-        if not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._key))):
-            connection.close()
-            return False
-        connection.commit()
-        self._connection = connection
-        return True
+        with ExitStack() as stack:
+            connection = stack.enter_context(self._engine.connect())
+            if connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._key))):
+                connection.commit()
+                self._connection = connection
+                stack.pop_all()  # it stays open: the lock is its session's
+        return self._connection is not None
 
     def keep(self) -> None:
         """Make sure that the lock is still held; with the database away, nobody else can take it either.
@@ -142,9 +145,12 @@ class LongLock:
         """
         if self._is_connected():
             return
-        with suppress(OperationalError, InterfaceError):
-            if not self.take():
-                raise LockLostError(f"Another process holds the lock {self._name!r} now.")
+        until_s = time.monotonic() + ENDING_S
+        with suppress(*DATABASE_AWAY):
+            while not self.take():  # the session that was cut may hold it for a moment
+                if time.monotonic() > until_s:
+                    raise LockLostError(f"Another process holds the lock {self._name!r} now.")
+                time.sleep(0.2)
 
     def _is_connected(self) -> bool:
         if self._connection is None:
@@ -152,7 +158,7 @@ class LongLock:
         try:
             self._connection.execute(sa.select(1))
             self._connection.commit()
-        except (OperationalError, InterfaceError):
+        except DATABASE_AWAY:
             self._connection.close()
             self._connection = None
             return False

@@ -11,7 +11,7 @@ from typing import Any
 from deploy import audit, gates, head, registry
 from deploy.gates import GateResult
 from deploy.tables import Release
-from infra.db import LockLostError, Sessions
+from infra.db import DATABASE_AWAY, LockLostError, Sessions
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
@@ -51,11 +51,11 @@ class Candidate:
             return self._held_for_erasure()
         try:
             results = self._judge(release, found, verification)
-            return self._open_canary(release, canary_share, results)
-        except LockLostError:  # the run, and its release, are another process's now
+            return self._end(release, canary_share, results)
+        except (*DATABASE_AWAY, LockLostError):  # the run goes on, here or elsewhere, and with it its release
             raise
         except Exception:
-            self._take_back(release.name)
+            take_back(self.record, self.settings, release.name)
             raise
 
     def _judge(self, release: Release, found: Registrable, verification: Verification) -> list[GateResult]:
@@ -64,9 +64,8 @@ class Candidate:
         results = judge.judge(
             self.sessions, self.settings, release, self.ready, self._sampler(), questions, verification
         )
-        kl, num_measured = (found.measured.kl, found.measured.n) if found.measured else (0.0, 0)
-        results.append(gates.kl_gate(kl, num_measured, self.config.max_kl))
-        if found.golds_gained:
+        results.append(gates.kl_gate(found.kl, found.num_measured, self.config.max_kl))
+        if len(found.golds_gained) > 1:
             results.append(gates.gold_gate(found.golds_gained))
         self.record.set_aside.update(verification.pop_faults())
         for result in results:
@@ -116,8 +115,8 @@ class Candidate:
             "set_aside": dict(self.record.set_aside),
         }
         with self.sessions.begin() as session:
+            registry.lock_out_erasures(session)  # first: an erasure holds it when it marks the run
             self.record.raise_if_cancelled(session)
-            registry.lock_out_erasures(session)
             if collect.forgotten(session, [e.episode_id for e in [*data.train, *data.gate]]):
                 return None
             if registry.clean_ancestor(session, ready.start_from) != ready.start_from:
@@ -132,35 +131,17 @@ class Candidate:
                 subject=release.name,
                 reason=f"trained by {self.record.run_id}",
             )
-        self.record.update(release=release.name)
+            self.record.update(session, release=release.name)
         return release
 
-    def _take_back(self, name: str) -> None:
-        """Undo the registration of a release that was not judged to the end; nobody has met it."""
-        run_id = self.record.run_id
+    def _end(self, release: Release, share: float, results: list[GateResult]) -> dict[str, Any]:
+        """End the run as held, or with a canary, in one transaction: none is open that no run tells of."""
+        outcome: dict[str, Any] = {"release": release.name, "gates": [result.as_dict() for result in results]}
         with self.sessions.begin() as session:
-            adapter_dir = registry.take_back(session, name, run_id)
-            if adapter_dir is None:
-                return
-            reason = f"{run_id} ended before its gates did"
-            audit.write(session, actor=ACTOR, action="taken_back", subject=name, reason=reason)
-        self.record.update(release=None)
-        shutil.rmtree(adapter_dir, ignore_errors=True)
-
-        async def unload() -> None:
-            async with EngineClient(self.settings.need("engine_url")) as engine:
-                with suppress(EverloopError):  # it may be away, or never have loaded it
-                    await engine.unload_adapter(name)
-
-        asyncio.run(unload())
-
-    def _open_canary(self, release: Release, share: float, results: list[GateResult]) -> dict[str, Any]:
-        judged = [result.as_dict() for result in results]
-        if reason := judge.failing(results):
-            return self.record.finish("held", release=release.name, gates=judged, reason=reason)
-        with self.sessions.begin() as session:
-            self.record.raise_if_cancelled(session)
             registry.lock_out_erasures(session)
+            self.record.raise_if_cancelled(session)
+            if reason := judge.failing(results):
+                return self.record.finish("held", session, reason=reason, **outcome)
             if registry.clean_ancestor(session, release.name) == release.name:
                 if head.read(session).champion != self.ready.champion:
                     raise ConflictError("The champion changed during the run.", code="head_moved")
@@ -169,12 +150,28 @@ class Candidate:
                     challenger=release.name,
                     share=share,
                     alpha=self.settings.canary_alpha,
-                    gates=judged,
+                    gates=outcome["gates"],
                     actor=ACTOR,
                     reason=f"{self.record.run_id} passed its gates",
                 )
-                # In one transaction: no canary without a run that says so, and is watched for it.
-                return self.record.finish(
-                    "canary", session, release=release.name, gates=judged, canary_id=canary.id
-                )
+                return self.record.finish("canary", session, canary_id=canary.id, **outcome)
         return self._held_for_erasure()
+
+
+def take_back(record: RunRecord, settings: Settings, name: str) -> None:
+    """Undo the registration of a run's release that was not judged to the end; nobody has met it."""
+    with record.sessions.begin() as session:
+        adapter_dir = registry.take_back(session, name, record.run_id)
+        if adapter_dir is None:
+            return
+        record.update(session, release=None)
+        reason = f"{record.run_id} ended before its gates did"
+        audit.write(session, actor=ACTOR, action="taken_back", subject=name, reason=reason)
+    shutil.rmtree(adapter_dir, ignore_errors=True)
+
+    async def unload() -> None:
+        async with EngineClient(settings.need("engine_url")) as engine:
+            with suppress(EverloopError):  # it may be away, or never have loaded it
+                await engine.unload_adapter(name)
+
+    asyncio.run(unload())

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from deploy.registry import lock_out_erasures
 from deploy.runs import TrainingRun
-from infra.db import Sessions
+from infra.db import DATABASE_AWAY, Sessions
 from infra.files import write_whole
 from trainer import prepared
 from trainer.collect import forgotten
@@ -55,8 +54,8 @@ def sweep(sessions: Sessions, datasets_dir: Path) -> None:
     """Take forgotten users out of datasets that were written after the erasure had looked at them.
 
     Call it under the lock of the training run: what a killed run had only begun to write goes altogether. Those
-    that an earlier sweep saw are not read again. With the database away it is left to the next night: the run that
-    it ends must not fail for it.
+    that an earlier sweep saw are not read again. With the database away, or a full disk, it is left to the next
+    night: the run that it ends must not fail for it.
     """
     swept = datasets_dir / SWEPT_FILE
     since_s = swept.stat().st_mtime if swept.exists() else 0.0
@@ -73,8 +72,8 @@ def sweep(sessions: Sessions, datasets_dir: Path) -> None:
             swept.touch()  # before the lock goes: what an erasure looked at earlier was written earlier
         for unfinished in datasets_dir.glob(".*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-    except (OperationalError, InterfaceError):
-        log.warning("the datasets could not be swept")
+    except (*DATABASE_AWAY, OSError):
+        log.warning("the datasets could not be swept", exc_info=True)
 
 
 def _datasets(datasets_dir: Path) -> list[Path]:

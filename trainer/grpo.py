@@ -172,6 +172,9 @@ def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) ->
     """
 
     def ask(model: str, prompts: Sequence[Messages], number: int) -> list[list[Sample]]:
+        # By version: a run that goes on after it was killed samples anew.
+        own_seed = seed + zlib.crc32(f"{model.rpartition('@')[2]} {number}".encode())
+
         async def run() -> list[list[Sample]]:
             async with EngineClient(engine_url) as engine:
                 if number == 1 and not sampling.is_plain and not await engine.logprobs_are_processed(model):
@@ -186,7 +189,7 @@ def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) ->
                     prompts,
                     num_samples=num_samples,
                     sampling=sampling,
-                    seed=seed + zlib.crc32(f"{model} {number}".encode()),  # a run that goes on samples anew
+                    seed=own_seed,
                 )
 
         return asyncio.run(run())

@@ -15,13 +15,13 @@ import sqlalchemy as sa
 
 from deploy import head, registry
 from deploy.runs import TrainingRun
-from infra.db import LongLock, Sessions
+from infra.db import DATABASE_AWAY, LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
 from reward import store
 from reward.encoders import open_active_encoder
 from trainer import collect, erasure, prepared
-from trainer.candidate import Candidate
+from trainer.candidate import Candidate, take_back
 from trainer.failures import explained
 from trainer.fit import check_shape, check_sides, fitting
 from trainer.material import material_of
@@ -92,6 +92,8 @@ class Night:
             self.record.create(self.config)
         try:
             result = self._steps(interrupted)
+        except DATABASE_AWAY:
+            raise  # nothing could be recorded; the next run goes on with this one
         except Exception as error:
             # What ends the process (such as a SIGTERM) is no Exception: the next run goes on with this one.
             known = explained(error)
@@ -112,7 +114,9 @@ class Night:
         self._tidy_up()
 
     def _tidy_up(self) -> None:
-        prepared.discard(self.record.run_dir)
+        # Of all runs: one may have been killed when it had ended and its files were still there.
+        for run_dir in self.settings.runs_dir.iterdir():
+            prepared.discard(run_dir)
         erasure.sweep(self.sessions, self.settings.datasets_dir)
 
     def _interrupted(self) -> Prepared | None:
@@ -130,6 +134,8 @@ class Night:
                 found = self._resumed(run, record)
             except EverloopError as error:
                 status = "cancelled" if error.code == "run_cancelled" else "failed"
+                if run.release is not None:
+                    take_back(record, self.settings, run.release)
                 with self.sessions.begin() as session:
                     record.end(session, status, {"reason": f"The process died. {error.message}"})
                 prepared.discard(record.run_dir)

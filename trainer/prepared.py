@@ -77,7 +77,7 @@ def remember(session: Session, reward: PinnedReward, data: Snapshot) -> None:
     """Have a reward take up the features of answers that the reward model met when they were rated."""
     digests = {
         store.answer_digest(example.messages, text)
-        for example in (*data.train, *data.gate)
+        for example in data.gate  # all of which gold asks for; of the others few are ever scored
         for text in (example.answer, *example.corrections, *example.preferred_over)
     }
     reward.remember(store.cached_features(session, reward.encoder.name, digests))

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from deploy import registry
 from deploy.runs import TrainingRun
-from infra.db import Sessions
+from infra.db import DATABASE_AWAY, Sessions
 from infra.errors import EverloopError
 from infra.events import RunEnded, RunProgressed, TrainingUsed
 from infra.log import outbox
@@ -102,7 +101,7 @@ class RunRecord:
         try:
             with self.sessions() as own:
                 return bool(own.scalar(query))
-        except (OperationalError, InterfaceError):
+        except DATABASE_AWAY:
             return False
 
     def raise_if_cancelled(self, session: Session | None = None) -> None:
@@ -142,7 +141,7 @@ class RunRecord:
             self.update(phase_done=done, phase_total=self._phase_total, seconds_left=self._seconds_left(done))
             if time.monotonic() - self._told_s >= TELL_EVERY_S:
                 self._tell(done)
-        except (OperationalError, InterfaceError):
+        except DATABASE_AWAY:
             log.warning("progress could not be noted")
 
     def _seconds_left(self, done: int) -> float | None:
@@ -181,10 +180,10 @@ class RunRecord:
         with (self.run_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def update(self, **values: Any) -> None:
-        """Change the run's row."""
-        with self.sessions.begin() as session:
-            session.execute(sa.update(TrainingRun).where(TrainingRun.id == self.run_id).values(**values))
+    def update(self, session: Session | None = None, **values: Any) -> None:
+        """Change the run's row, in the transaction of `session` where there is one."""
+        with nullcontext(session) if session else self.sessions.begin() as own:
+            own.execute(sa.update(TrainingRun).where(TrainingRun.id == self.run_id).values(**values))
 
     def finish(self, status: str, session: Session | None = None, **result: Any) -> dict[str, Any]:
         """End the run, in the transaction of `session` where there is one; return what the flow reports."""
@@ -197,11 +196,7 @@ class RunRecord:
     def end(self, session: Session, status: str, result: dict[str, Any], **values: Any) -> None:
         """Write how the run ended, and its event."""
         values |= {"canary_id": result["canary_id"]} if "canary_id" in result else {}
-        session.execute(
-            sa.update(TrainingRun)
-            .where(TrainingRun.id == self.run_id)
-            .values(status=status, result=result, ended_at=sa.func.now(), **values)
-        )
+        self.update(session, status=status, result=result, ended_at=sa.func.now(), **values)
         name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
         event = RunEnded(
             run_id=self.run_id,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from deploy import registry
 from infra.db import Sessions
@@ -21,7 +22,6 @@ from reward.encoder import base_model_digest
 from trainer import gold, peak, prepared, processes
 from trainer.config import RunConfig
 from trainer.material import material_of, words_range
-from trainer.peak import Point
 from trainer.policy import ServedPolicy
 from trainer.prepared import ANSWERS_FILE, OUTCOME_FILE, Prepared
 from trainer.recipe import Material, Recipe, one_per_prompt
@@ -32,6 +32,7 @@ from trainer.verify import Verification
 if TYPE_CHECKING:
     from trainer.loop import Trained
 
+CHOICE_FILE = "chosen.json"
 PARENT_PID = "EVERLOOP_PARENT_PID"
 PEAK_SEED = 6
 
@@ -42,15 +43,27 @@ class Registrable:
 
     Attributes
     ----------
-    measured
-        As it is served; None where there was nothing to measure it on.
+    kl, num_measured
+        Its distance to the base as it is served, and over how many answers that was measured.
     golds_gained
         What answers to the same prompts gained in gold over the champion's.
     """
 
     adapter_dir: Path
-    measured: Point | None = None
+    kl: float = 0.0
+    num_measured: int = 0
     golds_gained: Sequence[float] = ()
+
+    def save(self, path: Path) -> None:
+        """Write it, for a process that goes on with the run."""
+        write_whole(path, json.dumps(asdict(self) | {"adapter_dir": str(self.adapter_dir)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """Return what was written, or None where nothing was or the adapter is gone."""
+        found = json.loads(path.read_text()) if path.exists() else {}
+        adapter_dir = Path(found.pop("adapter_dir", ""))
+        return cls(adapter_dir, **found) if found and adapter_dir.is_dir() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,9 @@ class Training:
         TrainingError
             Where the training came to nothing.
         """
+        choice_file = self.record.run_dir / CHOICE_FILE
+        if chosen := Registrable.load(choice_file):  # it was killed later: another choice would be another release
+            return chosen
         rows = self.ready.rows.rows
         steps = max(1, round(len(rows) * self.config.epochs / self.config.batch_rows))
         self.record.phase("train", steps)
@@ -85,7 +101,9 @@ class Training:
                 stopped_by=trained.stopped_by,
                 resumed_from_step=trained.resumed_from_step,
             )
-            return self._chosen(policy, trained)
+            chosen = self._chosen(policy, trained)
+        chosen.save(choice_file)
+        return chosen
 
     def _ended(self) -> Trained | None:
         """Return what came of the training of a run that was killed after it."""
@@ -122,21 +140,24 @@ class Training:
 
         outcome_file = self.record.run_dir / OUTCOME_FILE
         outcome_file.unlink(missing_ok=True)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "accelerate.commands.launch"),
-                *("--config_file", str(Path(self.config.accelerate_config or "").expanduser())),
-                *("--module", "trainer.worker", self.record.run_id),
-            ],
-            env={**os.environ, PARENT_PID: str(os.getpid())},
-            check=False,
-        )
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(Path(self.config.accelerate_config or "").expanduser())),
+            *("--module", "trainer.worker", self.record.run_id),
+        ]
+        environment = {**os.environ, PARENT_PID: str(os.getpid())}
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            status = launcher.wait()
+        finally:  # where this process is told to end, no worker must train beside the one that goes on
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
         outcome = json.loads(outcome_file.read_text()) if outcome_file.exists() else {}
         if "code" in outcome:
             raise TrainingError(outcome["message"], code=outcome["code"])
         if not outcome:
             raise TrainingError(
-                f"accelerate ended with status {done.returncode}; its reasons are in the log of `flows`.",
+                f"accelerate ended with status {status}; its reasons are in the log of `flows`.",
                 code="worker_failed",
             )
         return Trained.from_dict(outcome)
@@ -153,10 +174,9 @@ class Training:
         config, ready = self.config, self.ready
         kept = trained.kept or [(trained.num_steps, trained.adapter_dir)]
         examples = peak.unseen(ready.data, ready.rows, config.judge_prompts, config.seed)
-        opinion = gold.fit(ready.reward, ready.data.gate)
-        if not examples:  # all train: gold knows the others, but the distance to the base can be told
-            examples = one_per_prompt(ready.data.gate, config.judge_prompts, config.seed)
-            opinion = gold.fit(ready.reward, [])
+        held_out = ready.data.gate
+        if not examples:  # all train: gold would know the others, but the distance to the base can be told
+            examples, held_out = one_per_prompt(held_out, config.judge_prompts, config.seed), []
         if not examples:
             return Registrable(trained.adapter_dir)
         self.record.phase("peak", len(kept) + 1)
@@ -165,9 +185,16 @@ class Training:
             prompts=[example.messages for example in examples],
             references=[example.answer for example in examples],
             reward=ready.reward,
-            gold=opinion,
+            gold=gold.fit(ready.reward, held_out),
             words_range=words_range(config, ready.data),
-            ask=partial(sample_served, self.settings, config, num_samples=1, seed=PEAK_SEED),
+            ask=partial(
+                sample_served,
+                self.settings,
+                config,
+                num_samples=1,
+                seed=PEAK_SEED,
+                on_done=lambda _: self.record.raise_if_cancelled(),
+            ),
         )
         points = peak.measure_all(scales, policy, ready.champion, kept, self.record.progress)
         chosen = points[-1] if config.register_at == "last" else peak.choose(points[1:], config.max_kl)
@@ -176,4 +203,4 @@ class Training:
         peak.plot(points, chosen, self.record.run_dir / peak.PLOT_FILE)
         if config.keep_answers:
             peak.write_answers(points, self.record.run_dir / ANSWERS_FILE)
-        return Registrable(dict(kept)[chosen.step], chosen, peak.gains(chosen, points[0]))
+        return Registrable(dict(kept)[chosen.step], chosen.kl, chosen.n, peak.gains(chosen, points[0]))

@@ -221,7 +221,7 @@ def test_the_range_ends_before_whoever_has_a_number_and_has_not_written_yet(stac
         writing.commit()
         reading.execute(sa.text("SET LOCAL lock_timeout = '300ms'"))
 
-        def look(*_):  # a writer seals its events here, after it has drawn its numbers
+        def look(**_):  # a writer seals its events here, after it has drawn its numbers
             with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
                 collect.settled_seq(reading)
             raise InterruptedError

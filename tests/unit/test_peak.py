@@ -16,7 +16,7 @@ from trainer.recipe import Rows
 from trainer.rollout import Sample
 from trainer.scoring import CUT_LOSS, LENGTH_LOSS, PinnedReward
 from trainer.snapshot import Snapshot
-from trainer.training import Training
+from trainer.training import Registrable, Training
 
 
 def point(step, kl, golds, proxy=0.0):
@@ -126,9 +126,7 @@ def chosen_of(tmp_path, monkeypatch, data, trained=(), kept=True, **settings):
 def test_the_adapter_of_the_gold_peak_is_the_one_to_register(tmp_path, monkeypatch):
     data = Snapshot(train=[example("So.", prompt=f"Why {n}?") for n in range(6)])
     found, record = chosen_of(tmp_path, monkeypatch, data)
-    assert (
-        found.adapter_dir == tmp_path / "step-2" and found.measured.step == 2 and found.golds_gained == [1.0, 2.0]
-    )
+    assert found == Registrable(tmp_path / "step-2", 1.0, 2, [1.0, 2.0])
     assert [line["taken"] for line in record.metrics] == [False, True, False] and record.phases == [("peak", 3)]
     assert (tmp_path / peak.PLOT_FILE).exists()
     last, _ = chosen_of(tmp_path, monkeypatch, data, register_at="last")
@@ -138,7 +136,7 @@ def test_the_adapter_of_the_gold_peak_is_the_one_to_register(tmp_path, monkeypat
 def test_without_kept_checkpoints_what_the_training_ended_with_is_measured(tmp_path, monkeypatch):
     data = Snapshot(train=[example("So.", prompt=f"Why {n}?") for n in range(6)])
     found, _ = chosen_of(tmp_path, monkeypatch, data, kept=False)
-    assert found.adapter_dir == tmp_path / "adapter" and found.measured.step == 4
+    assert found.adapter_dir == tmp_path / "adapter" and found.num_measured == 2
 
 
 def test_where_all_prompts_train_those_of_the_gates_tell_the_distance(tmp_path, monkeypatch):
@@ -147,10 +145,20 @@ def test_where_all_prompts_train_those_of_the_gates_tell_the_distance(tmp_path, 
     scales = peak.Scales
     monkeypatch.setattr(peak, "Scales", lambda **given: asked.append(given) or scales(**given))
     found, _ = chosen_of(tmp_path, monkeypatch, data, trained=data.train)
-    assert [prompt[0]["content"] for prompt in asked[0]["prompts"]] == ["Who?"] and found.measured is not None
+    assert [prompt[0]["content"] for prompt in asked[0]["prompts"]] == ["Who?"] and found.num_measured == 2
     assert not asked[0]["gold"].is_informed  # it was fitted to them
     nothing, _ = chosen_of(tmp_path, monkeypatch, Snapshot(train=data.train), trained=data.train)
-    assert nothing.measured is None and nothing.adapter_dir == tmp_path / "adapter"
+    assert nothing.num_measured == 0 and nothing.adapter_dir == tmp_path / "adapter"
+
+
+def test_a_choice_is_made_once(tmp_path):
+    choice = Registrable(tmp_path / "kept", 3.5, 16, [0.5, -0.25])
+    path = tmp_path / "chosen.json"
+    assert Registrable.load(path) is None
+    choice.save(path)
+    assert Registrable.load(path) is None  # the adapter is gone
+    choice.adapter_dir.mkdir()
+    assert Registrable.load(path) == choice
 
 
 class Encoder:
