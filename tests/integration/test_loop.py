@@ -366,7 +366,7 @@ def test_a_candidate_that_was_marked_while_it_was_judged_meets_nobody(stack, nig
         release = registry.get_release(session, night.release)
     ready = Prepared(Snapshot(), None, "base", "base", 1)
     candidate = Candidate(stack.sessions, stack.settings, judged.config, judged.record, ready)
-    result = candidate._open_canary(release, 0.5, [])
+    result = candidate._end(release, 0.5, [])
     assert result["status"] == "held" and "forgotten" in result["reason"]
     with stack.sessions() as session:
         assert head.read(session).canary_id is None
