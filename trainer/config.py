@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infra.errors import InvalidRequestError
 
 DEFAULT_RECIPE = "best-of-n"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunConfig(BaseModel):
@@ -65,12 +66,25 @@ class RunConfig(BaseModel):
     max_memory_gib: float | None = Field(None, gt=0, description="A run that needs more fails, before the machine.")
     accelerate_config: str | None = Field(
         None,
-        description="A configuration file of `accelerate`: processes, devices, sharding. One process if unset.",
+        description="A configuration file of `accelerate`: processes, devices, sharding. One process if unset. "
+        "A path that is not absolute begins where Everloop is checked out.",
     )
     report_to: list[Literal["mlflow", "trackio"]] = Field(
         [], description="Where metrics go besides metrics.jsonl; the package has to be installed."
     )
     checkpoint_steps: int = Field(4, ge=1, description="Steps between checkpoints; a killed run goes on from one.")
+
+    @field_validator("accelerate_config")
+    @classmethod
+    def _check_file(cls, path: str | None) -> str | None:
+        if path is not None and not _in_checkout(path).is_file():
+            raise ValueError(f"there is no file {path!r}")
+        return path
+
+    @property
+    def accelerate_file(self) -> Path | None:
+        """The configuration file of `accelerate`."""
+        return _in_checkout(self.accelerate_config) if self.accelerate_config else None
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
@@ -121,14 +135,19 @@ def nearest(name: str, known: list[str]) -> str:
     return f"Did you mean {found[0]!r}?" if found else f"There are: {', '.join(sorted(known))}."
 
 
+def _in_checkout(path: str) -> Path:
+    return ROOT / Path(path).expanduser()
+
+
 def _explain(config: type[RunConfig], error: ValidationError) -> str:
     sentences = []
     for problem in error.errors():
         name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             sentences.append(f"There is no setting {name!r}. {nearest(name, list(config.model_fields))}")
-        elif not name:  # how settings go together
-            sentences.append(problem["msg"].removeprefix("Value error, ") + ".")
+        elif problem["type"] == "value_error":  # a sentence of ours, about one setting or how several go together
+            said = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{name}: {said}." if name else f"{said}.")
         else:
             sentences.append(f"{name}: {problem['msg']}, not {problem['input']!r}.")
     return " ".join(sentences)

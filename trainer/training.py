@@ -142,7 +142,7 @@ class Training:
         outcome_file.unlink(missing_ok=True)
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(Path(self.config.accelerate_config or "").expanduser())),
+            *("--config_file", str(self.config.accelerate_file)),
             *("--module", "trainer.worker", self.record.run_id),
         ]
         environment = {**os.environ, PARENT_PID: str(os.getpid())}

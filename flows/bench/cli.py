@@ -155,7 +155,7 @@ def overoptimise(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json_path: JsonPath = None,
 ) -> None:
-    """Follow a learned reward too far, without the guards and with them; what people like is the measure."""
+    """Follow comparisons too far, without the guards and with them; what people like is the measure."""
     from flows.bench.overoptimise import measure
     from infra.stack.cli import stop_on_sigterm
 

@@ -1,9 +1,10 @@
-"""``everloop bench overoptimise``: a reward followed too far, with the guards off and on.
+"""``everloop bench overoptimise``: comparisons followed too far, with the guards off and on.
 
 People like answers of 12 to 30 words; the base model's have about 70. So shorter is better for long, and both the
-learned reward and what comparisons teach go on beyond that. One run follows the comparisons for many steps, and
-its last checkpoint is taken; the other, on the same rows, has the guards: pessimism, lengths that people rated
-well, the bound on the KL, the gold scorer's peak. What people really like, without error, is the measure of both.
+learned reward (the proxy) and what comparisons teach go on beyond that. One run follows the comparisons for many
+steps, and its last checkpoint is taken; the other, on the same rows, has the guards that choose among checkpoints:
+gold's peak, in which lengths that nobody rated well count for nothing, within the bound on the KL. What people
+really like, without error, is the measure of both, and of where the proxy went on without them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from flows.bench import life
 from flows.bench.life import Plan
 from flows.preferences import PREFERENCES
+from infra.errors import EverloopError
 
 PREFERENCE = "brief"
 FOLLOWED = {
@@ -49,6 +51,8 @@ def measure(rated: int, measured: int, seed: int) -> dict[str, Any]:
         seed=seed,
     )
     found = life.play(plan)
+    if failed := [night["reason"] for night in found["nights"] if night["status"] == "failed"]:
+        raise EverloopError(f"A night came to nothing: {failed[0]}", code="bench_failed")
     plain, guarded = (_curve(night) for night in found["nights"])
     return {
         "base": found["base"]["rate"],

@@ -22,6 +22,7 @@ from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
 from trainer.snapshot import Snapshot
 from trainer.verify import Task, Verifier
 
+ONE_GPU = "infra/accelerate/one-gpu.yaml"
 NAMES = ["async-grpo", "best-of-n", "dpo", "grpo", "kto", "online-dpo", "self-distill", "sft"]
 
 
@@ -62,7 +63,6 @@ def test_the_default_is_a_recipe():
     ("given", "code", "said"),
     [
         ({"recipe": "online_dpo"}, "recipe_unknown", "Did you mean 'online-dpo'?"),
-        ({"report_to": ["mlflow"]}, "reporter_missing", "pip install mlflow"),
         ({"report_to": ["wandb"]}, "config_invalid", "'mlflow' or 'trackio'"),
         ({"recipe": "zzz"}, "recipe_unknown", "There are: async-grpo, best-of-n,"),
         ({"learningrate": 1e-4}, "config_invalid", "no setting 'learningrate'. Did you mean 'learning_rate'?"),
@@ -72,7 +72,12 @@ def test_the_default_is_a_recipe():
         ({"max_kl": float("inf")}, "config_invalid", "max_kl: Input should be a finite number"),
         ({"batch_rows": 6}, "config_invalid", "batch_rows must be a multiple of micro_batch_rows (4)."),
         ({"recipe": "grpo", "samples_per_prompt": 6}, "config_invalid", "multiple of samples_per_prompt (6)."),
-        ({"recipe": "grpo", "accelerate_config": "x"}, "config_invalid", "in one process"),
+        ({"recipe": "grpo", "accelerate_config": ONE_GPU}, "config_invalid", "in one process"),
+        (
+            {"accelerate_config": "~/none.yaml"},
+            "config_invalid",
+            "there is no file '~/none.yaml'.",
+        ),
         ({"recipe": "self-distill", "max_train_tokens": 9}, "config_invalid", "max_train_tokens:"),
     ],
 )
@@ -80,6 +85,20 @@ def test_what_is_wrong_with_a_configuration_is_named(given, code, said):
     with pytest.raises(InvalidRequestError) as refused:
         resolve(given)
     assert refused.value.code == code and said in refused.value.message
+
+
+def test_a_reporter_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidRequestError, match="pip install trackio") as refused:
+        resolve({"report_to": ["trackio"]})
+    assert refused.value.code == "reporter_missing"
+
+
+def test_a_configuration_of_accelerate_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("")
+    for path in (ONE_GPU, str(tmp_path / "own.yaml")):
+        assert resolve({"accelerate_config": path})[1].accelerate_file.is_file()
 
 
 def test_a_resolved_configuration_comes_back_from_its_file(tmp_path):
