@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -37,7 +38,8 @@ def adds_per_feedback(stack):
 
 
 def test_killing_the_reward_worker_loses_nothing_and_counts_nothing_twice(stack):
-    episodes = [stack.ask(f"Name fruit number {i}.").id for i in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        episodes = list(pool.map(lambda i: stack.ask(f"Name fruit number {i}.").id, range(60)))
     given = []
 
     def rate():
