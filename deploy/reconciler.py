@@ -12,11 +12,10 @@ import logging
 import threading
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from deploy import head, registry
 from deploy.tables import Release
-from infra.db import Sessions, connect
+from infra.db import DATABASE_AWAY, Sessions, connect
 from infra.engine import EngineClient
 from infra.errors import EverloopError
 from infra.process import run_until_stopped
@@ -43,7 +42,7 @@ class Reconciler:
         while not stop.is_set():
             try:
                 asyncio.run(self.reconcile())
-            except (EverloopError, OperationalError, InterfaceError) as error:
+            except (EverloopError, *DATABASE_AWAY) as error:
                 log.warning("%s: %s", type(error).__name__, error)
             stop.wait(INTERVAL_S)
 

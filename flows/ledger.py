@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Sequence
 
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 import deploy.erasure
@@ -15,7 +14,7 @@ import feedback.erasure
 import trainer.erasure
 from feedback import partitions, projection
 from feedback.tables import Erasure
-from infra.db import Sessions, advisory_lock, connect
+from infra.db import DATABASE_AWAY, Sessions, advisory_lock, connect
 from infra.events import UserForgotten
 from infra.log import retention
 from infra.log.consumer import Consumer, Delivery
@@ -86,7 +85,7 @@ class Ledger:
                         with self.sessions.begin() as session:
                             partitions.ensure(session)
                         retention.prune(self.sessions, self.settings)
-            except (OperationalError, InterfaceError) as error:
+            except DATABASE_AWAY as error:
                 log.warning("housekeeping: %s; trying again", type(error).__name__)
             stop.wait(HOUSEKEEPING_EVERY_S)
 

@@ -61,7 +61,7 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
     try:
         with sessions.begin() as session:
             yield session
-    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+    except (*DATABASE_AWAY, PoolTimeoutError) as error:
         raise UnavailableError(
             "The database does not answer; nothing was written. Try again in a few seconds.",
             code="database_unavailable",

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from feedback.projection import CONSUMER as RECEIPTS
 from flows.bench.proof import Account, account
 from flows.bench.raters import Raters, write_pairs
 from flows.bench.stack import log_stack
 from infra import report
-from infra.db import Sessions
+from infra.db import DATABASE_AWAY, Sessions
 from infra.errors import EverloopError
 from infra.log.outbox import lacked_by_some
 from infra.settings import Settings
@@ -200,7 +199,7 @@ class Storm:
         try:
             with self.sessions() as session:
                 return session.scalar(applied.limit(1)) is not None
-        except (OperationalError, InterfaceError):
+        except DATABASE_AWAY:
             return False
 
 

@@ -19,11 +19,10 @@ import sqlalchemy as sa
 from kafka import KafkaConsumer
 from pydantic import ValidationError
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from infra import kafka
-from infra.db import Sessions
+from infra.db import DATABASE_AWAY, Sessions
 from infra.errors import InvalidRequestError
 from infra.events import Event
 from infra.kafka import TopicPartition
@@ -123,7 +122,7 @@ class Consumer:
                     self._consume(stop)
             except (EpochChangedError, PositionMovedError) as error:
                 log.warning("%s: %s; starting from what is committed", self.name, type(error).__name__)
-            except (kafka.KafkaError, OperationalError, InterfaceError) as error:
+            except (kafka.KafkaError, *DATABASE_AWAY) as error:
                 log.warning("%s: %s; trying again", self.name, type(error).__name__)
                 stop.wait(1.0)
 
@@ -229,7 +228,7 @@ class Consumer:
     def _apply(self, polled: Polled, stop: threading.Event) -> None:
         try:
             self.apply(polled)
-        except (OperationalError, InterfaceError, PositionMovedError):
+        except (*DATABASE_AWAY, PositionMovedError):
             self.on_rollback()
             raise
         except Exception as error:
@@ -246,7 +245,7 @@ class Consumer:
             try:
                 self.apply({partition: [record]})
                 return
-            except (OperationalError, InterfaceError, PositionMovedError):
+            except (*DATABASE_AWAY, PositionMovedError):
                 self.on_rollback()
                 raise
             except Exception as error:

@@ -9,10 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from infra.db import Sessions
+from infra.db import DATABASE_AWAY, Sessions
 from infra.tables import ConsumerPosition, DeadLetter, LogPartition, OutboxRow
 
 
@@ -95,7 +94,7 @@ class LogCollector(Collector):
         try:
             with self.sessions() as session:
                 status = read(session)
-        except (OperationalError, InterfaceError):
+        except DATABASE_AWAY:
             yield GaugeMetricFamily("everloop_log_up", "Whether the database answered.", value=0)
             return
         yield GaugeMetricFamily("everloop_log_up", "Whether the database answered.", value=1)

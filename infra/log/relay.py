@@ -20,11 +20,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from kafka import KafkaProducer
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from infra import kafka
-from infra.db import Sessions, connect, locked_connection
+from infra.db import DATABASE_AWAY, Sessions, connect, locked_connection
 from infra.events import dead_letter_topic
 from infra.log.outbox import republish_unconsumed
 from infra.process import run_until_stopped
@@ -92,7 +91,7 @@ class Relay:
             except kafka.KafkaError as error:
                 log.warning("broker away (%s); events wait in the outbox", type(error).__name__)
                 stop.wait(1.0)
-            except (OperationalError, InterfaceError) as error:
+            except DATABASE_AWAY as error:
                 log.warning("database away (%s)", type(error).__name__)
                 stop.wait(1.0)
             finally:
