@@ -20,11 +20,11 @@ from infra.errors import EverloopError
 PREFERENCE = "brief"
 FOLLOWED = {
     "recipe": "dpo",
-    "epochs": 2.5,
-    "learning_rate": 4e-4,
+    "epochs": 4.0,
+    "learning_rate": 2e-4,
     "max_rows": 48,
-    "checkpoint_steps": 2,
-    "checkpoints_judged": 5,
+    "checkpoint_steps": 3,
+    "checkpoints_judged": 8,
     "judge_prompts": 48,
     "gate_tasks_per_skill": 0,
     "keep_answers": True,
