@@ -20,6 +20,7 @@ from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 CONNECT_TIMEOUT_S = 2.0
 YES, NO = "Yes", "No"
 RUN_PREFIX, LATEST = "run/", "latest"  # adapters that are still being trained: run/ID@VERSION, or run/ID@latest
+MODEL_GONE = "release_loading"
 _NUM_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
@@ -263,7 +264,7 @@ def _refusal(response: httpx.Response) -> EverloopError:
         return InvalidRequestError(message, code=code, param="messages" if too_long else None)
     if response.status_code == 404:
         # The release is gone from the engine (it restarted); the reconciler is loading it again.
-        return UnavailableError("The engine is loading the release; try again.", code="release_loading")
+        return UnavailableError("The engine is loading the release; try again.", code=MODEL_GONE)
     if response.status_code in (429, 500, 503):
         return UnavailableError("The engine is overloaded or failing; try again.", code="engine_unavailable")
     return EngineError(f"The engine answered {response.status_code}: {message}")

@@ -173,7 +173,7 @@ class Publish(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load it into the engine; a run outlives an engine that is away."""
         try:
-            self.policy.publish(self.adapter.save)
+            self.policy.publish(self.adapter.save, patience_s=0.0)
         except EverloopError as error:
             log.warning("step %d cannot be tried: %s", state.global_step, error.message)
 

@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from trl import GRPOTrainer
@@ -20,7 +21,7 @@ from infra.errors import EverloopError
 from trainer.callbacks import Adapter
 from trainer.policy import ServedPolicy
 from trainer.recipe import Messages
-from trainer.rollout import Sample, Sampling, sample
+from trainer.rollout import Sample, Sampling, patiently, sample
 
 log = logging.getLogger("everloop.training")
 
@@ -162,7 +163,7 @@ class EngineGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         }
 
 
-def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) -> Sampler:
+def sampler(policy: ServedPolicy, sampling: Sampling, num_samples: int, seed: int) -> Sampler:
     """Return what samples answers of a version from the engine.
 
     Raises
@@ -176,8 +177,10 @@ def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) ->
         own_seed = seed + zlib.crc32(f"{model.rpartition('@')[2]} {number}".encode())
 
         async def run() -> list[list[Sample]]:
-            async with EngineClient(engine_url) as engine:
-                if number == 1 and not sampling.is_plain and not await engine.logprobs_are_processed(model):
+            async with EngineClient(policy.engine_url) as engine:
+                asked = partial(engine.logprobs_are_processed, model)
+                mend = partial(policy.restore, engine)
+                if number == 1 and not sampling.is_plain and not await patiently(asked, mend):
                     raise EverloopError(
                         "The engine reports log-probabilities from before temperature, top_p and top_k. Start it "
                         "with --logprobs-mode processed_logprobs, or use temperature 1 and neither of them.",
@@ -190,6 +193,7 @@ def sampler(engine_url: str, sampling: Sampling, num_samples: int, seed: int) ->
                     num_samples=num_samples,
                     sampling=sampling,
                     seed=own_seed,
+                    restore=policy.restore,
                 )
 
         return asyncio.run(run())

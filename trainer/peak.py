@@ -78,7 +78,7 @@ class Scales:
         Returns one answer of a served model to each prompt.
     """
 
-    engine_url: str
+    policy: ServedPolicy
     prompts: list[Messages]
     references: list[str]
     reward: PinnedReward
@@ -116,11 +116,14 @@ class Scales:
         )
 
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
-        async with EngineClient(self.engine_url) as engine:
+        async with EngineClient(self.policy.engine_url) as engine:
+            mend = partial(self.policy.restore, engine)
+
             # Both in the same way: what the engine sampled a token with is rounded otherwise than what it reads.
             async def ratio(sample: Sample) -> float:
+                asked = sample.prompt_ids, sample.token_ids
                 own, base = [
-                    sum(await patiently(partial(engine.token_logprobs, name, sample.prompt_ids, sample.token_ids)))
+                    sum(await patiently(partial(engine.token_logprobs, name, *asked), mend))
                     for name in (model, BASE_MODEL_NAME)
                 ]
                 return own - base
@@ -130,7 +133,6 @@ class Scales:
 
 def measure_all(
     scales: Scales,
-    policy: ServedPolicy,
     champion: str,
     kept: Sequence[tuple[int, Path]],
     on_done: Callable[[int], None] = lambda done: None,
@@ -139,8 +141,8 @@ def measure_all(
     points = [scales.measure(champion, 0)]
     for step, directory in kept:
         on_done(len(points))
-        policy.publish(partial(shutil.copytree, directory))
-        points.append(scales.measure(policy.name, step))
+        scales.policy.publish(partial(shutil.copytree, directory))
+        points.append(scales.measure(scales.policy.name, step))
     return points
 
 

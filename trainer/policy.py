@@ -11,12 +11,14 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from infra.engine import RUN_PREFIX, EngineClient
 from infra.errors import EverloopError
 from infra.files import write_whole
 from trainer import processes
+from trainer.rollout import PATIENCE_S, patiently
 
 log = logging.getLogger("everloop.training")
 
@@ -60,13 +62,20 @@ class ServedPolicy:
         """Return how many versions the newest is ahead of the one of this name."""
         return self.version - int(name.rpartition("@")[2])
 
-    def publish(self, save: Callable[[Path], None]) -> None:
+    def publish(self, save: Callable[[Path], None], *, patience_s: float = PATIENCE_S) -> None:
         """Serve a new version.
 
         Parameters
         ----------
         save
             Writes the adapter into a directory.
+        patience_s
+            How long an engine that is away is waited for.
+
+        Raises
+        ------
+        UnavailableError
+            It was away for longer.
         """
         is_first = not self.version
         version = self._next_version()
@@ -79,8 +88,9 @@ class ServedPolicy:
         async def load() -> None:
             async with EngineClient(self.engine_url) as engine:
                 if is_first:
-                    await self._unload_dead(engine)
-                await engine.load_adapter(self.name_of(version), directory)
+                    await patiently(partial(self._unload_dead, engine), patience_s=patience_s)
+                loads = partial(engine.load_adapter, self.name_of(version), directory)
+                await patiently(loads, patience_s=patience_s)
                 self._loaded.append(version)
                 self.version = version
                 for old in self._loaded[: -self.keep]:
@@ -88,6 +98,13 @@ class ServedPolicy:
                 del self._loaded[: -self.keep]
 
         asyncio.run(load())
+
+    async def restore(self, engine: EngineClient) -> None:
+        """Load what an engine that was started anew has lost, under the old names: the weights are the same."""
+        held = await engine.models()
+        for version in list(self._loaded):  # another thread may publish
+            if self.name_of(version) not in held:
+                await engine.load_adapter(self.name_of(version), self.directory / str(version))
 
     def _next_version(self) -> int:
         """Return a number that no process of this run has given before."""

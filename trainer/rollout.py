@@ -8,16 +8,18 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from infra.engine import EngineClient
-from infra.errors import InvalidRequestError, UnavailableError
+from infra.engine import MODEL_GONE, EngineClient
+from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 from infra.settings import Settings
 from trainer.config import RunConfig
 from trainer.throttle import Throttle
 
 log = logging.getLogger("everloop.night")
 T = TypeVar("T")
+Restore = Callable[[EngineClient], Awaitable[None]]
 
 MAX_IN_FLIGHT = 32
 PATIENCE_S = 120.0  # an engine that is started anew is back within a minute
@@ -81,6 +83,7 @@ async def sample(
     sampling: Sampling,
     seed: int,
     on_done: Callable[[int], None] = lambda done: None,
+    restore: Restore | None = None,
     throttle: Throttle | None = None,
 ) -> list[list[Sample]]:
     """Sample `num_samples` answers to each prompt; requests of people go first.
@@ -91,6 +94,8 @@ async def sample(
     ----------
     on_done
         Called with the number of finished prompts after each.
+    restore
+        Loads the model again where the engine, started anew, has lost it; of a release others take care.
     throttle
         What keeps people's requests first; by default one of its own.
 
@@ -100,6 +105,7 @@ async def sample(
         One list per prompt, in the order of `prompts`; empty for a prompt that the engine refused.
     """
     gate = throttle or Throttle(MAX_IN_FLIGHT, BESIDE_PEOPLE)
+    mend = partial(restore, engine) if restore else None
     done = 0
 
     async def one(messages: list[dict[str, Any]], number: int) -> Sample | None:
@@ -112,7 +118,7 @@ async def sample(
             **sampling.payload(),
         }
         try:
-            return _sample_of(await gate.run(lambda: patiently(lambda: engine.chat(payload))), model)
+            return _sample_of(await gate.run(lambda: patiently(lambda: engine.chat(payload), mend)), model)
         except InvalidRequestError as error:  # of this prompt alone, such as one that leaves no room to answer
             log.warning("the engine refused a prompt: %s", error.code)
             return None
@@ -137,22 +143,34 @@ async def sample(
             log.info("%d samples made room for people and were asked for again", gate.num_given_up)
 
 
-async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+async def patiently(
+    ask: Callable[[], Awaitable[T]],
+    mend: Callable[[], Awaitable[None]] | None = None,
+    patience_s: float = PATIENCE_S,
+) -> T:
     """Ask the engine, again and again while it is away, and return what came.
+
+    Parameters
+    ----------
+    mend
+        What to do where the engine is there and its model is not.
 
     Raises
     ------
     UnavailableError
-        It has been away for two minutes.
+        It has been away for longer than `patience_s`.
     """
     since_s = time.monotonic()
     while True:
         try:
             return await ask()
         except UnavailableError as error:
-            if time.monotonic() - since_s > PATIENCE_S:
+            if time.monotonic() - since_s > patience_s:
                 raise
             log.info("the engine is away: %s", error.code)
+            if mend is not None and error.code == MODEL_GONE:
+                with suppress(EverloopError):  # asking again tells what came of it
+                    await mend()
             await asyncio.sleep(ASK_AGAIN_S)
 
 
@@ -177,6 +195,7 @@ def sample_served(
     num_samples: int,
     seed: int,
     on_done: Callable[[int], None] = lambda done: None,
+    restore: Restore | None = None,
 ) -> list[list[Sample]]:
     """Sample as :func:`sample` does, from the engine and in the way that settings and run name."""
 
@@ -190,6 +209,7 @@ def sample_served(
                 sampling=Sampling.of(config),
                 seed=config.seed + seed,
                 on_done=on_done,
+                restore=restore,
             )
 
     return asyncio.run(ask())

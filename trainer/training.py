@@ -181,7 +181,7 @@ class Training:
             return Registrable(trained.adapter_dir)
         self.record.phase("peak", len(kept) + 1)
         scales = peak.Scales(
-            engine_url=policy.engine_url,
+            policy=policy,
             prompts=[example.messages for example in examples],
             references=[example.answer for example in examples],
             reward=ready.reward,
@@ -194,9 +194,10 @@ class Training:
                 num_samples=1,
                 seed=PEAK_SEED,
                 on_done=lambda _: self.record.raise_if_cancelled(),
+                restore=policy.restore,
             ),
         )
-        points = peak.measure_all(scales, policy, ready.champion, kept, self.record.progress)
+        points = peak.measure_all(scales, ready.champion, kept, self.record.progress)
         chosen = points[-1] if config.register_at == "last" else peak.choose(points[1:], config.max_kl)
         for point in points:
             self.record.metric(phase="peak", taken=point is chosen, **point.as_dict())

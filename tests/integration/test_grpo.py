@@ -12,12 +12,15 @@ from feedback.tables import Episode
 from infra.engine import EngineClient
 from tests.unit.test_training_data import example
 from trainer import loop
+from trainer.grpo import sampler
 from trainer.policy import ServedPolicy
 from trainer.recipe import Material, resolve
 from trainer.record import METRICS_FILE
+from trainer.rollout import Sampling
 from trainer.snapshot import Snapshot
 from trainer.verify import Task
 
+ASK = [{"role": "user", "content": "Why?"}]
 SETTINGS = {
     "batch_rows": 8,
     "micro_batch_rows": 8,
@@ -73,6 +76,17 @@ def train(stack, policy, on_step=lambda *_: None, **more):
     return trained, [line for line in lines if "loss" in line]
 
 
+def lose(stack, name):
+    """Have the engine forget an adapter, as one that was started anew has."""
+
+    async def unload():
+        async with EngineClient(stack.settings.need("engine_url")) as engine:
+            await engine.unload_adapter(name)
+
+    asyncio.run(unload())
+    assert served(stack) == []
+
+
 def served(stack):
     return [model.id for model in stack.openai.models.list() if model.id.startswith("run/")]
 
@@ -96,6 +110,9 @@ def test_a_policy_trains_on_its_own_answers_and_can_be_tried_meanwhile(stack, po
             with pytest.raises(openai.NotFoundError) as unknown:
                 stack.ask(model="run/run_other@latest", user="curious")
             assert unknown.value.code == "model_not_found"
+            lose(stack, policy.name)
+            (group,) = sampler(policy, Sampling(4), 2, seed=0)(policy.name, [ASK], 1)
+            assert [one.model for one in group] == [policy.name] * 2 and served(stack) == [name]
 
     trained, lines = train(stack, policy, on_step=try_it)
     assert trained.num_steps == 2 == len(lines)

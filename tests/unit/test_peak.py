@@ -12,6 +12,7 @@ from trainer import gold, peak
 from trainer.config import RunConfig
 from trainer.loop import Trained
 from trainer.peak import Point
+from trainer.policy import ServedPolicy
 from trainer.recipe import Rows
 from trainer.rollout import Sample
 from trainer.scoring import CUT_LOSS, LENGTH_LOSS, PinnedReward
@@ -107,7 +108,7 @@ def chosen_of(tmp_path, monkeypatch, data, trained=(), kept=True, **settings):
     monkeypatch.setattr(
         peak,
         "measure_all",
-        lambda scales, policy, champion, kept, on_done: [
+        lambda scales, champion, kept, on_done: [
             point(0, 0.0, [0.0, 0.0]),
             *[point(step, 1.0, [1.0, 2.0] if step == 2 else [0.5, 0.5]) for step, _ in kept],
         ],
@@ -120,7 +121,7 @@ def chosen_of(tmp_path, monkeypatch, data, trained=(), kept=True, **settings):
     record = Record(tmp_path)
     training = Training(None, None, None, RunConfig(**settings), record, ready, None)
     ended = Trained(tmp_path / "adapter", 4, None, 0, directories if kept else [])
-    return training._chosen(SimpleNamespace(engine_url=""), ended), record
+    return training._chosen(ServedPolicy("", tmp_path), ended), record
 
 
 def test_the_adapter_of_the_gold_peak_is_the_one_to_register(tmp_path, monkeypatch):
@@ -213,7 +214,7 @@ class Engine:
         return [-1.0 if model == "base" else -1.0 + math.log(2.0)] * len(token_ids)
 
 
-def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch):
+def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch, tmp_path):
     monkeypatch.setattr(peak, "EngineClient", Engine)
     likes_short = fit([example("a b", [1.0]), example("a " * 20, [0.0])] * 40)
     answers = {"0": ("a " * 4, "stop"), "1": ("a", "stop"), "2": ("a " * 8, "length"), "3": None}
@@ -223,7 +224,7 @@ def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch):
         return [[Sample(one[0], one[1], (1,), (5, 6, 7))] if one else [] for one in found]
 
     scales = peak.Scales(
-        engine_url="",
+        policy=ServedPolicy("", tmp_path),
         prompts=[[{"role": "user", "content": name}] for name in answers],
         references=["a " * 10] * 4,
         reward=PinnedReward(Encoder(), likes_short.head, 0.5),

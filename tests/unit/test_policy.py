@@ -1,11 +1,12 @@
 """Versions of a policy: no name is ever used twice, whatever fails or dies."""
 
+import asyncio
 from contextlib import closing
 
 import pytest
 
 from infra.errors import UnavailableError
-from trainer import policy
+from trainer import policy, rollout
 from trainer.policy import ServedPolicy
 
 
@@ -75,8 +76,36 @@ def test_a_version_that_the_engine_refused_leaves_its_number_unused(engine, tmp_
         served.publish(save)
         engine.is_away = True
         with pytest.raises(UnavailableError):
-            served.publish(save)
+            served.publish(save, patience_s=0.0)
         assert served.version == 1  # which is served still
         engine.is_away = False
         served.publish(save)
         assert served.version == 3 and list(engine.loaded) == [served.name]
+
+
+def test_an_engine_that_was_started_anew_gets_the_same_versions_under_the_same_names(engine, tmp_path):
+    with closing(ServedPolicy("", tmp_path, keep=2)) as served:
+        for _ in range(3):
+            served.publish(save)
+        held = dict(engine.loaded)
+        del engine.loaded[served.name]
+        asyncio.run(served.restore(engine))
+        assert engine.loaded == held
+        engine.loaded.clear()
+        asyncio.run(served.restore(engine))
+        assert engine.loaded == held and served.version == 3
+
+
+def test_a_version_waits_for_an_engine_that_is_away(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
+    tried, load = [], engine.load_adapter
+
+    async def comes_back(name, path):
+        tried.append(name)
+        engine.is_away = len(tried) < 3
+        await load(name, path)
+
+    engine.load_adapter = comes_back
+    with closing(ServedPolicy("", tmp_path)) as served:
+        served.publish(save)
+        assert tried == [served.name] * 3 and list(engine.loaded) == [served.name]

@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from contextlib import closing
+from functools import partial
 
 import httpx
 import pytest
 
-from infra.engine import EngineClient
+from infra.engine import MODEL_GONE, EngineClient
 from infra.errors import EverloopError, UnavailableError
 from trainer import grpo, rollout
 from trainer import throttle as throttle_module
@@ -167,9 +168,36 @@ class Restarted(Engine):
 def test_a_run_outlives_an_engine_that_is_started_anew(quick, monkeypatch):
     monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
     assert len(run(Restarted(5), 3, None)) == 3
-    monkeypatch.setattr(rollout, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(rollout, "patiently", partial(rollout.patiently, patience_s=0.0))
     with pytest.raises(UnavailableError):
         run(Restarted(5), 3, None)
+
+
+class Forgetful(Engine):
+    """Was started anew, and has lost what it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_restored = False
+
+    async def chat(self, payload):
+        if not self.is_restored:
+            raise UnavailableError("The engine is loading the release.", code=MODEL_GONE)
+        return await super().chat(payload)
+
+
+def test_a_run_gives_the_engine_its_own_version_again(quick, monkeypatch):
+    monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
+    asked = []
+
+    async def restore(engine):
+        asked.append(engine)
+        if len(asked) == 1:  # it is away again
+            raise UnavailableError("The engine does not answer.", code="engine_unavailable")
+        engine.is_restored = True
+
+    engine = Forgetful()
+    assert len(run(engine, 3, None, restore=restore)) == 3 and set(asked) == {engine}
 
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -201,7 +229,7 @@ class Policy(ServedPolicy):
     """Versions without an engine."""
 
     def __init__(self):
-        self.version, self.run_id = 1, "r"
+        self.version, self.run_id, self.engine_url = 1, "r", "http://engine"
 
 
 class Asked:
@@ -265,7 +293,7 @@ def test_no_two_batches_and_no_two_versions_are_sampled_with_the_same_seeds(monk
         return [[]]
 
     monkeypatch.setattr(grpo, "sample", sampled)
-    ask = grpo.sampler("http://engine", Sampling(8), 2, 5)
+    ask = grpo.sampler(Policy(), Sampling(8), 2, 5)
     for model, number in (("run/r@1", 1), ("run/r@1", 2), ("run/r@2", 1), ("run/r@1", 1)):
         ask(model, [ASK], number)
     assert len(set(seeds)) == 3 and seeds[0] == seeds[3]
@@ -281,9 +309,9 @@ def test_log_probabilities_from_before_the_temperature_end_a_run_that_weighs_by_
 
     monkeypatch.setattr(grpo, "sample", sampled)
     monkeypatch.setattr(grpo, "EngineClient", Raw)
-    assert grpo.sampler("http://engine", Sampling(8), 2, 5)("run/r@1", [ASK], 1) == [[]]
+    assert grpo.sampler(Policy(), Sampling(8), 2, 5)("run/r@1", [ASK], 1) == [[]]
     with pytest.raises(EverloopError) as refused:
-        grpo.sampler("http://engine", Sampling(8, temperature=0.7), 2, 5)("run/r@1", [ASK], 1)
+        grpo.sampler(Policy(), Sampling(8, temperature=0.7), 2, 5)("run/r@1", [ASK], 1)
     assert refused.value.code == "logprobs_not_processed"
 
 

@@ -78,7 +78,7 @@ class GRPO(Recipe[GRPOConfig]):
         policy.keep = config.rollouts_ahead + 1
         rollouts = Rollouts(
             policy,
-            sampler(policy.engine_url, Sampling.of(config), config.samples_per_prompt, config.seed),
+            sampler(policy, Sampling.of(config), config.samples_per_prompt, config.seed),
             num_samples=config.samples_per_prompt,
             prompts=parts["train_dataset"]["prompt"],
             batch_prompts=config.batch_rows // config.samples_per_prompt,
