@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from infra.db import Sessions, connect
 from infra.settings import Settings
 from infra.stack import embedded
 from infra.stack.supervisor import Supervisor, stack_processes
+
+EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """A person is forgotten: no word of theirs is left in any table, topic or file, and nothing learned from it."""
 
 import subprocess
-import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,10 +17,8 @@ from infra.events import TOPICS, dead_letter_topic
 from reward import history, rulings, store
 from reward.online import BayesianHead
 from reward.tables import GoldProbe, RewardUpdate
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 from trainer.snapshot import DATASET_FILE, Example, Snapshot, episode_of
-
-EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
 def tables_with(stack, text):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 from contextlib import closing
 
 import openai
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from feedback.tables import Episode
 from infra.engine import EngineClient
+from tests.conftest import EVERLOOP
 from tests.unit.test_training_data import example
 from trainer import loop
 from trainer.grpo import sampler
@@ -76,6 +78,10 @@ def train(stack, policy, on_step=lambda *_: None, **more):
     return trained, [line for line in lines if "loss" in line]
 
 
+def chat(*arguments):
+    return subprocess.run([*EVERLOOP, "chat", *arguments], capture_output=True, text=True)
+
+
 def lose(stack, name):
     """Have the engine forget an adapter, as one that was started anew has."""
 
@@ -110,6 +116,9 @@ def test_a_policy_trains_on_its_own_answers_and_can_be_tried_meanwhile(stack, po
             with pytest.raises(openai.NotFoundError) as unknown:
                 stack.ask(model="run/run_other@latest", user="curious")
             assert unknown.value.code == "model_not_found"
+            told, refused = (chat("--adapter", one, "Why?") for one in (name, "run/run_other@latest"))
+            assert told.returncode == 0 and told.stdout.strip(), told.stderr
+            assert refused.returncode == 1 and "[model_not_found]" in refused.stderr, refused.stderr
             lose(stack, policy.name)
             (group,) = sampler(policy, Sampling(4), 2, seed=0)(policy.name, [ASK], 1)
             assert [one.model for one in group] == [policy.name] * 2 and served(stack) == [name]

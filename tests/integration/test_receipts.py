@@ -1,16 +1,14 @@
 """What became of a signal, and that it can be rebuilt from the log."""
 
 import subprocess
-import sys
 import uuid
 
 import pytest
 import sqlalchemy as sa
 
 from feedback.tables import Episode, ReceiptFate, ReceiptRow, ReceiptRun, ReceiptUse
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 
-EVERLOOP = [sys.executable, "-m", "infra.cli"]
 PROJECTION = (ReceiptRow, ReceiptUse, ReceiptRun, ReceiptFate)
 
 

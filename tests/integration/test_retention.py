@@ -1,7 +1,6 @@
 """The log forgets by age and size, and never what a consumer still needs."""
 
 import subprocess
-import sys
 import uuid
 from contextlib import ExitStack
 
@@ -11,11 +10,10 @@ import sqlalchemy as sa
 from infra.db import advisory_lock
 from infra.log import outbox, retention
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 
 ANCIENT = "2001-01-01T00:00:00Z"
 TOPIC = "everloop.test-retention"
-EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
 @pytest.fixture

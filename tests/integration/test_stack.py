@@ -18,9 +18,7 @@ from infra.db import Base
 from infra.errors import SetupError
 from infra.settings import Settings, load
 from infra.stack import embedded
-from tests.conftest import wait_until
-
-EVERLOOP = [sys.executable, "-m", "infra.cli"]
+from tests.conftest import EVERLOOP, wait_until
 
 
 def test_starting_twice_is_refused_with_the_reason(stack):

@@ -98,6 +98,16 @@ def test_metrics_go_to_mlflow_where_it_is_installed(base_model_dir, tmp_path, mo
     assert told.info.run_name == "run_told" and told.data.metrics["loss"] == losses(tmp_path / "run_told")[4]
 
 
+def test_metrics_go_to_trackio_where_it_is_installed(base_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio", reason="trackio is an extra of its own: pip install trackio")
+    train(base_model_dir, tmp_path / "run_told", num_rows=8, settings={"report_to": ["trackio"]})
+    (told,) = trackio.Api().runs("everloop")
+    logged = trackio.sqlite_storage.SQLiteStorage.get_logs("everloop", told.name)
+    assert told.name == "run_told"
+    assert losses(tmp_path / "run_told")[4] in [line.get("train/loss") for line in logged], logged
+
+
 def test_a_run_goes_on_from_the_champions_adapter(base_model_dir, tmp_path, undisturbed):
     champion, _ = undisturbed
     settings = {"learning_rate": 1e-12}
