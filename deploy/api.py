@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from deploy import audit, head, runs
+from deploy import head, runs
 from deploy.runs import TrainingRun
 from deploy.tables import Canary
 from deploy.votes import weigh
@@ -62,6 +62,7 @@ class RunView(BaseModel):
     seconds_left: float | None
     release: str | None
     reason: str
+    code: str
     cancel_requested: bool
     started_at: datetime
     ended_at: datetime | None
@@ -69,8 +70,9 @@ class RunView(BaseModel):
     @classmethod
     def of(cls, run: TrainingRun) -> RunView:
         """Return a run as it is shown."""
-        own = {name: getattr(run, name) for name in cls.model_fields if name != "reason"}
-        return cls(**own, reason=str((run.result or {}).get("reason", "")))
+        result = run.result or {}
+        told = {name: str(result.get(name, "")) for name in ("reason", "code")}
+        return cls(**told, **{name: getattr(run, name) for name in cls.model_fields if name not in told})
 
 
 class CancelRequest(BaseModel):
@@ -98,6 +100,5 @@ def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20)
 def cancel_run(run_id: str, body: CancelRequest, request: Request) -> RunView:
     """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
     with transaction(request.app.state.sessions) as session:
-        runs.request_cancel(session, run_id)
-        audit.write(session, actor=ACTOR, action="run_cancelled", subject=run_id, reason=body.reason)
+        runs.request_cancel(session, run_id, actor=ACTOR, reason=body.reason)
         return RunView.of(session.get_one(TrainingRun, run_id))

@@ -14,6 +14,7 @@ import threading
 import sqlalchemy as sa
 
 from deploy import head, registry
+from deploy.runs import TrainingRun
 from deploy.tables import Release
 from infra.db import DATABASE_AWAY, Sessions, connect
 from infra.engine import EngineClient
@@ -24,8 +25,7 @@ from infra.settings import BASE_MODEL_NAME, load
 log = logging.getLogger("everloop.reconciler")
 
 INTERVAL_S = 1.0
-# An answer begun on a release may still be running when the head moves, and a candidate is judged before the
-# head names it: keep what nobody wants for this many rounds.
+# An answer begun on a release may still be running when the head moves: keep what nobody wants for so many rounds.
 KEEP_ROUNDS = 1800
 
 
@@ -69,13 +69,17 @@ class Reconciler:
         return loaded
 
     def _expired(self, unwanted: set[str]) -> list[str]:
-        """Return releases that nobody has wanted for long; names that are not ours are left alone."""
+        """Return releases that nobody has wanted for long; names that are not ours are left alone.
+
+        A run that has not ended wants its own: it is judged before the head names it.
+        """
         with self.sessions() as session:
             ours = unwanted.intersection(
                 session.scalars(sa.select(Release.name).where(Release.adapter_digest.is_not(None)))
             )
             at_once = [name for name in ours if registry.is_quarantined(session, name)]
-        self._idle_rounds = {name: self._idle_rounds.get(name, 0) + 1 for name in ours}
+            judged = session.scalars(sa.select(TrainingRun.release).where(TrainingRun.status == "running")).all()
+        self._idle_rounds = {name: self._idle_rounds.get(name, 0) + 1 for name in ours.difference(judged)}
         return at_once + [n for n, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS and n not in at_once]
 
 

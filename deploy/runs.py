@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from deploy import audit
 from infra.db import Base
 from infra.errors import ConflictError, NotFoundError
 from infra.tables import Timestamp
@@ -52,8 +53,10 @@ def newest(session: Session, limit: int) -> list[TrainingRun]:
     return list(session.scalars(sa.select(TrainingRun).order_by(TrainingRun.started_at.desc()).limit(limit)))
 
 
-def request_cancel(session: Session, run_id: str) -> None:
+def request_cancel(session: Session, run_id: str, *, actor: str, reason: str) -> None:
     """Ask a run to end; it does after its current step or answer, and nothing of it stays registered.
+
+    Who asked, and why, goes into the audit log.
 
     Raises
     ------
@@ -68,3 +71,4 @@ def request_cancel(session: Session, run_id: str) -> None:
     if run.status != "running":
         raise ConflictError(f"The run has ended already: {run.status}.", code="run_ended")
     run.cancel_requested = True
+    audit.write(session, actor=actor, action="run_cancelled", subject=run_id, reason=reason)

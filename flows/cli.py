@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
 import shlex
 import sys
@@ -143,9 +144,10 @@ def train(
     canary_share: Annotated[float | None, typer.Option("--canary-share", min=0.01, max=0.99)] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes, and start nothing.")] = False,
     cancel: Annotated[str | None, typer.Option("--cancel", help="End this run after its current step.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why it is to end, for the audit log.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Start a night run now and follow it to its end."""
+    """Start a run now, however few signals are new, and follow it to its end."""
     from trainer.config import read_toml
     from trainer.recipe import names, open_recipe, resolve
 
@@ -156,8 +158,10 @@ def train(
     if cancel is not None:
         from deploy.runs import request_cancel
 
+        if reason is None:
+            raise typer.BadParameter("--cancel needs --reason.")
         with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
-            request_cancel(session, cancel)
+            request_cancel(session, cancel, actor=getpass.getuser(), reason=reason)
         report.say(f"{cancel} ends after its current step")
         return
     if recipe is not None and config_file is not None:
@@ -169,9 +173,10 @@ def train(
     os.environ.update(prefect_environment(settings))
     from flows.follow import run_night
 
-    run = asyncio.run(run_night(sessions, {"canary_share": canary_share, "config": given}))
+    run = asyncio.run(run_night(sessions, {"canary_share": canary_share, "config": given, "min_new_signals": 0}))
     outcome = {"run": run.id, "status": run.status, "release": run.release, **(run.result or {})}
     report.write_json(json_path, outcome)
-    report.say(f"{run.id}: {run.status} {run.release or ''} {outcome.get('reason', '')}")
+    code = f" [{outcome['code']}]" if "code" in outcome else ""
+    report.say(f"{run.id}: {run.status} {run.release or ''} {outcome.get('reason', '')}{code}")
     if run.status in ("failed", "cancelled"):
         raise typer.Exit(1)

@@ -22,7 +22,9 @@ ACTOR = "watch-canary"
 
 
 @flow(name="nightly", log_prints=True)  # type: ignore[untyped-decorator]
-def nightly(canary_share: float | None = None, config: dict[str, Any] | None = None) -> dict[str, Any]:
+def nightly(
+    canary_share: float | None = None, config: dict[str, Any] | None = None, min_new_signals: int | None = None
+) -> dict[str, Any]:
     """Freeze, sample, train, judge; where a candidate passes, open a canary and have it watched.
 
     Parameters
@@ -31,6 +33,8 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
         Share of users who meet the candidate; the setting's, if unset.
     config
         The recipe and its settings, instead of the file that `training_config` names.
+    min_new_signals
+        Signals since the last run without which there is none; the setting's, if unset.
     """
     from trainer.config import read_toml
     from trainer.night import Night
@@ -42,10 +46,10 @@ def nightly(canary_share: float | None = None, config: dict[str, Any] | None = N
     try:
         if config is None and settings.training_config_file:
             given = read_toml(settings.training_config_file)
-        night = Night(sessions, settings, given, canary_share or settings.canary_share)
+        night = Night(sessions, settings, given, canary_share or settings.canary_share, min_new_signals)
     except InvalidRequestError as error:
         with sessions.begin() as session:
-            note_refusal(session, given, error.message)
+            note_refusal(session, given, error)
         raise
     result = night.run()
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")

@@ -316,10 +316,11 @@ class RunEnded(Event):
     type = "run.ended"
 
     run_id: str = Field(description="The run.")
-    status: str = Field(description="canary, held, skipped or failed.")
+    status: str = Field(description="canary, held, skipped, failed or cancelled.")
     release: str | None = Field(description="The release that came out.")
     adapter_digest: str | None = Field(description="The adapter behind it.")
     reason: str = Field(description="Why it ended so.")
+    code: str = Field("", description="The code of the error or state that ended it, where it has one.")
 
 
 class DeploymentChanged(Event):

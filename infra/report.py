@@ -84,6 +84,7 @@ class Phase:
         self.total = total
         self.done = 0
         self._started_s = self._line_at_s = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if errors.is_terminal:
             self._bar = Progress(
@@ -113,13 +114,20 @@ class Phase:
     def update(self, done: int, total: int | None = None) -> None:
         """Note that `done` of the phase's steps are behind us."""
         self.done, self.total = done, total or self.total
+        self._first = self._first or (done, time.monotonic())  # work that goes on was not all done now
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total)
         elif time.monotonic() - self._line_at_s > LINE_EVERY_S and done:
             self._line_at_s = time.monotonic()
-            left_s = (self._line_at_s - self._started_s) / done * max(self.total - done, 0)
-            left = f", about {left_s:.0f} s left" if done >= MIN_DONE_TO_ESTIMATE * self.total else ""
-            say(f"{self.name}: {done}/{self.total}{left}")
+            say(f"{self.name}: {done}/{self.total}{self._left()}")
+
+    def _left(self) -> str:
+        first_done, since_s = self._first or (0, self._started_s)
+        done = self.done - first_done
+        if not done or done < MIN_DONE_TO_ESTIMATE * self.total:
+            return ""
+        left_s = (time.monotonic() - since_s) / done * max(self.total - self.done, 0)
+        return f", about {left_s:.0f} s left"
 
     def advance(self) -> None:
         """Note one more step."""

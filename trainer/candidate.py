@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy import audit, gates, head, registry
 from deploy.gates import GateResult
+from deploy.reconciler import load_release
 from deploy.tables import Release
 from infra.db import DATABASE_AWAY, LockLostError, Sessions
 from infra.engine import EngineClient
@@ -62,7 +63,7 @@ class Candidate:
         questions = Questions.of(self.ready.data, verification, self.config)
         self.record.phase("gates", 2 * questions.number)
         results = judge.judge(
-            self.sessions, self.settings, release, self.ready, self._sampler(), questions, verification
+            self.sessions, self.settings, release, self.ready, self._sampler(release.name), questions, verification
         )
         results.append(gates.kl_gate(found.kl, found.num_measured, self.config.max_kl))
         if len(found.golds_gained) > 1:
@@ -74,9 +75,14 @@ class Candidate:
             registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
         return results
 
-    def _sampler(self) -> Sampler:
+    def _sampler(self, release: str) -> Sampler:
         """Return what samples for the gates, and counts over all that it is asked."""
         num_asked = 0
+
+        async def restore(engine: EngineClient) -> None:
+            # The head does not name it yet, so nobody else loads it into an engine that was started anew.
+            if release not in await engine.models():
+                await load_release(self.sessions, engine, release)
 
         def sample(model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
             nonlocal num_asked
@@ -90,6 +96,7 @@ class Candidate:
                 num_samples,
                 seed,
                 on_done=lambda done: self.record.progress(before + done),
+                restore=restore,
             )
 
         return sample

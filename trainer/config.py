@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from infra.errors import InvalidRequestError
 
 DEFAULT_RECIPE = "best-of-n"
+MIN_ANSWER_TOKENS = 8
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,6 +81,16 @@ class RunConfig(BaseModel):
         if path is not None and not _in_checkout(path).is_file():
             raise ValueError(f"there is no file {path!r}")
         return path
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt that leaves room to learn from an answer."""
+        return self.max_row_tokens - MIN_ANSWER_TOKENS
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that an optimiser step takes."""
+        return self.batch_rows
 
     @property
     def accelerate_file(self) -> Path | None:

@@ -12,8 +12,6 @@ from trainer.config import RunConfig
 from trainer.recipe import Messages, Rows, UnusableDataError
 from trainer.snapshot import Snapshot
 
-MIN_ANSWER_TOKENS = 8
-
 
 def check_sides(data: Snapshot) -> None:
     """Refuse data in which all answers are liked, or none, and nobody says how they should be.
@@ -66,18 +64,24 @@ def check_shape(config: RunConfig, settings: Settings, goes_on_from: Mapping[str
             )
 
 
-def fitting(rows: Rows, model_dir: Path, max_row_tokens: int) -> Rows:
+def fitting(rows: Rows, model_dir: Path, config: RunConfig) -> Rows:
     """Return the rows whose prompts leave room to learn from an answer; the others are counted.
 
-    TRL would leave them out without a word.
+    TRL would leave them out without a word. What a teacher is shown besides its prompt may be as long as a row.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def fits(messages: Messages) -> bool:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        num_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return num_tokens + MIN_ANSWER_TOKENS <= max_row_tokens
+        return num_tokens(text) <= config.max_prompt_tokens
 
-    return rows.only([n for n, row in enumerate(rows.rows) if fits(row["prompt"])], "prompt_too_long")
+    found = rows.only([n for n, row in enumerate(rows.rows) if fits(row["prompt"])], "prompt_too_long")
+    contexts = [num_tokens(row.get("privileged_context", "")) for row in found.rows]
+    return found.only(
+        [n for n, tokens in enumerate(contexts) if tokens <= config.max_row_tokens], "context_too_long"
+    )

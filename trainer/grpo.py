@@ -24,6 +24,8 @@ from trainer.recipe import Messages
 from trainer.rollout import Sample, Sampling, patiently, sample
 
 log = logging.getLogger("everloop.training")
+# TRL quotes prompt and answer where all rewards of an answer are None; what people write is for no log.
+logging.getLogger("trl.trainer.grpo_trainer").addFilter(lambda record: "returned None for" not in str(record.msg))
 
 Sampler = Callable[[str, Sequence[Messages], int], list[list[Sample]]]
 

@@ -20,7 +20,7 @@ from trainer import skills
 from trainer.config import RunConfig
 from trainer.prepared import Prepared
 from trainer.recipe import Messages
-from trainer.rollout import Sample
+from trainer.rollout import Sample, patiently
 from trainer.snapshot import Snapshot
 from trainer.verify import Task, Verification
 
@@ -103,9 +103,13 @@ def judge(
 async def _attest(sessions: Sessions, settings: Settings, release: Release, champion: str) -> attest.ProbeResult:
     url = settings.need("engine_url")
     async with EngineClient(url, timeout_s=settings.engine_timeout_s) as engine:
-        if release.name not in await engine.models():
-            await load_release(sessions, engine, release.name)
-        result = await attest.compare(engine, release.name, champion)
+
+        async def compared() -> attest.ProbeResult:
+            if release.name not in await engine.models():
+                await load_release(sessions, engine, release.name)
+            return await attest.compare(engine, release.name, champion)
+
+        result = await patiently(compared)
     with sessions.begin() as session:
         attest.save(session, registry.get_release(session, release.name), url, result)
     return result

@@ -30,7 +30,7 @@ from trainer.recipe import UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
 from trainer.scoring import PinnedReward
-from trainer.training import Training
+from trainer.training import Training, adapter_dir
 from trainer.verify import Verification
 
 log = logging.getLogger("everloop.night")
@@ -45,6 +45,8 @@ class Night:
         The recipe and its settings, as far as they differ from the defaults.
     canary_share
         Share of users who meet the candidate.
+    min_new_signals
+        Signals since the last run without which there is none; the setting's, if unset.
 
     Raises
     ------
@@ -53,12 +55,18 @@ class Night:
     """
 
     def __init__(
-        self, sessions: Sessions, settings: Settings, given: Mapping[str, Any], canary_share: float
+        self,
+        sessions: Sessions,
+        settings: Settings,
+        given: Mapping[str, Any],
+        canary_share: float,
+        min_new_signals: int | None = None,
     ) -> None:
         self.sessions = sessions
         self.settings = settings
         self.recipe, self.config = resolve(given)
         self.canary_share = canary_share
+        self.min_new_signals = settings.min_new_signals if min_new_signals is None else min_new_signals
         self.verification = Verification(self.config.verifiers, self.config.verifier_timeout_s)
         self.record = RunRecord(sessions, settings.runs_dir)
 
@@ -88,9 +96,9 @@ class Night:
 
     def _run_alone(self) -> dict[str, Any]:
         interrupted = self._interrupted()
-        if interrupted is None:
-            self.record.create(self.config)
         try:
+            if interrupted is None:
+                self.record.create(self.config)
             result = self._steps(interrupted)
         except DATABASE_AWAY:
             raise  # nothing could be recorded; the next run goes on with this one
@@ -109,13 +117,14 @@ class Night:
         """Record how the run failed; the reason is shown to users, and what an exception quotes is for the log."""
         log.error("%s failed", self.record.run_id, exc_info=error)
         status = "cancelled" if known is not None and known.code == "run_cancelled" else "failed"
+        result = {"reason": known.message, "code": known.code} if known else {"reason": type(error).__name__}
         with self.sessions.begin() as session:
-            self.record.end(session, status, {"reason": known.message if known else type(error).__name__})
+            self.record.end(session, status, result)
         self._tidy_up()
 
     def _tidy_up(self) -> None:
         # Of all runs: one may have been killed when it had ended and its files were still there.
-        for run_dir in self.settings.runs_dir.iterdir():
+        for run_dir in self.settings.runs_dir.glob("run_*"):
             prepared.discard(run_dir)
         erasure.sweep(self.sessions, self.settings.datasets_dir)
 
@@ -137,7 +146,8 @@ class Night:
                 if run.release is not None:
                     take_back(record, self.settings, run.release)
                 with self.sessions.begin() as session:
-                    record.end(session, status, {"reason": f"The process died. {error.message}"})
+                    result = {"reason": f"The process died. {error.message}", "code": error.code}
+                    record.end(session, status, result)
                 prepared.discard(record.run_dir)
         return found
 
@@ -181,7 +191,8 @@ class Night:
         with self.sessions.begin() as session:
             current = head.read(session)
             if current.canary_id is not None:
-                return self.record.finish("skipped", reason=f"canary {current.canary_id} is still open")
+                reason = f"canary {current.canary_id} is still open"
+                return self.record.finish("skipped", reason=reason, code="canary_open")
             seen = session.scalar(
                 sa.select(sa.func.max(TrainingRun.last_signal_seq)).where(
                     TrainingRun.status.in_(["canary", "held"])
@@ -191,13 +202,12 @@ class Night:
             data = collect.take(session, redactor, after_seq=seen or 0, through_seq=through)
             start_from = registry.clean_ancestor(session, current.champion)
             check_shape(self.config, self.settings, registry.config_of(session, start_from))
+            adapter_dir(session, self.settings, start_from)  # a wrong one is told before it is sampled from
         self.record.update(last_signal_seq=data.last_signal_seq)
         must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
-        if data.num_new_signals < self.settings.min_new_signals and not must_retrain:
-            return self.record.finish(
-                "skipped",
-                reason=f"{data.num_new_signals} new signals; min_new_signals is {self.settings.min_new_signals}",
-            )
+        if data.num_new_signals < self.min_new_signals and not must_retrain:
+            reason = f"{data.num_new_signals} new signals; min_new_signals is {self.min_new_signals}"
+            return self.record.finish("skipped", reason=reason, code="few_new_signals")
         data.save(self.settings.datasets_dir)
         with self.sessions.begin() as session:
             encoder = open_active_encoder(session, self.settings)
@@ -211,12 +221,14 @@ class Night:
         try:
             check_sides(data)
             made = self.recipe.rows(material, self.config)
-            ready.rows = fitting(made, self.settings.base_model_dir, self.config.max_row_tokens)
+            ready.rows = fitting(made, self.settings.base_model_dir, self.config)
+            if self.recipe.whole_batches:
+                ready.rows = ready.rows.whole(self.config.rows_per_step)
             ready.rows.check_number()
         except UnusableDataError as error:
             for counts in (data.set_aside, error.set_aside, self.verification.pop_faults()):
                 self.record.set_aside.update(counts)
-            return self.record.finish("held", reason=error.message)
+            return self.record.finish("held", reason=error.message, code=error.code)
         rows = ready.rows
         rows.set_aside += self.verification.pop_faults()
         self.record.metric(phase="rows", sources=Counter(rows.sources), set_aside=rows.set_aside, **rows.facts)

@@ -133,6 +133,10 @@ class Rows:
             self.facts,
         )
 
+    def whole(self, batch_rows: int) -> Rows:
+        """Return as many rows as make whole batches, the first; the others are counted as set aside."""
+        return self.only(range(len(self.rows) - len(self.rows) % batch_rows), "batch_incomplete")
+
     def check_number(self) -> None:
         """Refuse to train on fewer than there must be.
 
@@ -164,11 +168,14 @@ class Recipe(ABC, Generic[C]):
         A sentence for who chooses among them.
     publishes
         Whether its trainer serves each version itself; otherwise each checkpoint is served.
+    whole_batches
+        Whether its trainer leaves out a last batch that is not full.
     """
 
     Config: type[C]
     summary: str
     publishes: bool = False
+    whole_batches: bool = False
 
     @abstractmethod
     def rows(self, material: Material, config: C) -> Rows:

@@ -68,9 +68,7 @@ class RunRecord:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def create(self, config: RunConfig) -> None:
-        """Make the run's directory and row; the resolved configuration stands in both."""
-        self.run_dir.mkdir(parents=True)
-        (self.run_dir / CONFIG_FILE).write_text(config.to_toml())
+        """Make the run's row and directory; the resolved configuration stands in both."""
         with self.sessions.begin() as session:
             session.add(
                 TrainingRun(
@@ -81,6 +79,8 @@ class RunRecord:
                     config=config.model_dump(),
                 )
             )
+        self.run_dir.mkdir(parents=True)  # after the row, where a full disk can be noted
+        (self.run_dir / CONFIG_FILE).write_text(config.to_toml())
 
     def take_over(self, run_id: str) -> None:
         """Go on with the record of a run that another process began."""
@@ -204,6 +204,7 @@ class RunRecord:
             release=name,
             adapter_digest=registry.get_release(session, name).adapter_digest if name else None,
             reason=str(result.get("reason", "")),
+            code=str(result.get("code", "")),
         )
         outbox.append(session, event, key="deployment")
 
@@ -227,7 +228,7 @@ class RunRecord:
                 outbox.append(session, event, key="deployment")
 
 
-def note_refusal(session: Session, given: Mapping[str, Any], reason: str) -> None:
+def note_refusal(session: Session, given: Mapping[str, Any], error: EverloopError) -> None:
     """Record a run that could not begin, as its configuration is wrong: nobody reads the scheduler's log."""
     session.add(
         TrainingRun(
@@ -236,7 +237,7 @@ def note_refusal(session: Session, given: Mapping[str, Any], reason: str) -> Non
             status="failed",
             phase="config",
             config=dict(given),
-            result={"reason": reason},
+            result={"reason": error.message, "code": error.code},
             ended_at=sa.func.now(),
         )
     )

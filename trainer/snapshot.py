@@ -101,20 +101,25 @@ class Snapshot:
     def save(self, datasets_dir: Path) -> Path:
         """Write lines and card under the digest, whole or not at all; return the directory.
 
-        What is there already stays as it is: it has the same bytes, or somebody was erased from it since.
+        Lines that are there already stay as they are: they are the same, or somebody was erased from them since.
+        The card tells of the newest range that came to these lines.
         """
         target = datasets_dir / self.digest
         if target.exists():
+            self._write_card(target)
             return target
         staging = datasets_dir / f".{self.digest}.{os.getpid()}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        card = data_card.card_of(self)
-        (staging / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
-        (staging / CARD_PAGE).write_text(data_card.page_of(card))
+        self._write_card(staging)
         write_whole(staging / DATASET_FILE, self.to_jsonl())
         staging.rename(target)
         return target
+
+    def _write_card(self, directory: Path) -> None:
+        card = data_card.card_of(self)
+        write_whole(directory / CARD_FILE, json.dumps(card, indent=2) + "\n")
+        write_whole(directory / CARD_PAGE, data_card.page_of(card))
 
     def well_rated_words(self, tail: float = 0.05) -> tuple[int, int]:
         """Return the range of lengths (words) that people rated well or wrote themselves.

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from sqlalchemy.orm import Session
+
 from deploy import registry
 from infra.db import Sessions
 from infra.files import write_whole
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 CHOICE_FILE = "chosen.json"
 PARENT_PID = "EVERLOOP_PARENT_PID"
 PEAK_SEED = 6
+LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Training:
         if chosen := Registrable.load(choice_file):  # it was killed later: another choice would be another release
             return chosen
         rows = self.ready.rows.rows
-        steps = max(1, round(len(rows) * self.config.epochs / self.config.batch_rows))
+        steps = max(1, round(len(rows) * self.config.epochs / self.config.rows_per_step))
         self.record.phase("train", steps)
         policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
         with closing(policy):
@@ -122,7 +125,7 @@ class Training:
             self.ready.rows.rows,
             material=self.material(policy),
             model_dir=self.settings.base_model_dir,
-            start_from=self._start_from(),
+            start_from=self._adapter_dir(),
             run_dir=self.record.run_dir,
             on_step=self.record.progress,
         )
@@ -148,7 +151,7 @@ class Training:
         environment = {**os.environ, PARENT_PID: str(os.getpid())}
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
-            status = launcher.wait()
+            status = self._wait_for(launcher)
         finally:  # where this process is told to end, no worker must train beside the one that goes on
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -162,12 +165,16 @@ class Training:
             )
         return Trained.from_dict(outcome)
 
-    def _start_from(self) -> Path | None:
-        """Return the champion's adapter, its files checked; None for the base model."""
+    def _wait_for(self, launcher: subprocess.Popen[bytes]) -> int:
+        """Return how the workers ended: they see that this process lives, not whether the run is its own still."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return launcher.wait(LOOK_EVERY_S)
+            self.record.make_sure()
+
+    def _adapter_dir(self) -> Path | None:
         with self.sessions() as session:
-            digest = registry.get_release(session, self.ready.start_from).adapter_digest
-            base_digest = base_model_digest(self.settings.base_model_dir)
-            return registry.verified_path(session, digest, base_digest) if digest else None
+            return adapter_dir(session, self.settings, self.ready.start_from)
 
     def _chosen(self, policy: ServedPolicy, trained: Trained) -> Registrable:
         """Measure the kept checkpoints, and return the one to register."""
@@ -205,3 +212,15 @@ class Training:
         if config.keep_answers:
             peak.write_answers(points, self.record.run_dir / ANSWERS_FILE)
         return Registrable(dict(kept)[chosen.step], chosen.kl, chosen.n, peak.gains(chosen, points[0]))
+
+
+def adapter_dir(session: Session, settings: Settings, release: str) -> Path | None:
+    """Return where a release's adapter is, its files and its base model checked; None for the base model.
+
+    Raises
+    ------
+    IntegrityError
+        As :func:`deploy.registry.verified_path` does.
+    """
+    digest = registry.get_release(session, release).adapter_digest
+    return registry.verified_path(session, digest, base_model_digest(settings.base_model_dir)) if digest else None

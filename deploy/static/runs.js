@@ -59,7 +59,7 @@ function rowOf(run) {
   when.append(time);
   row.append(
     element('td', run.id), element('td', run.recipe), element('td', run.status), progressOf(run), when,
-    element('td', run.release ?? ''), element('td', run.reason), actionsOf(run),
+    element('td', run.release ?? ''), element('td', run.code ? `${run.reason} [${run.code}]` : run.reason), actionsOf(run),
   );
   return row;
 }

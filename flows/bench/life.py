@@ -21,10 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from deploy import head
-from deploy.runs import TrainingRun
 from flows.bench.stack import own_stack
 from flows.population import Judgement, read_prompts
 from flows.preferences import BUILT_IN_PROMPTS
@@ -107,8 +104,6 @@ class Life:
         """Have a night, then put the base model back and leave its signals to the next one."""
         found = await self._night(config, hold=True)
         self.people.start_from_base()
-        with self.sessions.begin() as session:
-            session.execute(sa.update(TrainingRun).values(last_signal_seq=None))
         return found
 
     async def _skills(self) -> dict[str, list[float]]:
@@ -139,7 +134,7 @@ class Life:
 
         started_s = time.monotonic()
         try:
-            run = await run_night(self.sessions, {"config": dict(config)})
+            run = await run_night(self.sessions, {"config": dict(config), "min_new_signals": 0})
         except EverloopError as error:
             return {"status": "failed", "reason": error.message}
         seconds = time.monotonic() - started_s

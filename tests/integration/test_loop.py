@@ -1,10 +1,9 @@
 """The loop on real parts: votes, a small night through Prefect, a canary, promotion, rollback."""
 
+import asyncio
 import errno
 import json
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,22 +16,24 @@ from sqlalchemy.exc import DatabaseError
 from transformers import AutoModelForCausalLM
 
 from deploy import erasure, head, registry
+from deploy.reconciler import Reconciler
 from deploy.runs import TrainingRun
 from deploy.tables import Adapter, AuditEntry, Canary, Release
 from deploy.votes import votes
 from feedback.tables import Episode
 from flows.accounting import backlog
 from flows.preferences import shortened
+from infra.engine import EngineClient
 from infra.errors import ConflictError, IntegrityError
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 from trainer import collect
 from trainer.candidate import Candidate
 from trainer.config import RunConfig
 from trainer.night import Night
 from trainer.prepared import Prepared
+from trainer.recipe import resolve
 from trainer.redactor import Redactor
 from trainer.snapshot import DATASET_FILE, Snapshot
-from trainer.training import Training
 from trainer.verifiers.instructions import INSTRUCTIONS
 from trainer.verifiers.reasoning import LEVELS
 
@@ -54,25 +55,15 @@ TOPICS = [
 ]
 
 
-def train(stack, *arguments):
-    """Run `everloop train` as an operator would, with the small configuration."""
-    from infra.stack.parts import prefect_environment
-
-    code = (
-        "import asyncio, json, sys; from flows.follow import run_night; from infra.db import connect; "
-        "from infra.settings import load; s = connect(load().need('database_url')); "
-        "r = asyncio.run(run_night(s, json.loads(sys.argv[1]))); print(r.id)"
-    )
-    environment = {**os.environ, **prefect_environment(stack.settings)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps({"config": SMALL, "canary_share": 0.5})],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+def train(stack):
+    """Run `everloop train` with the small configuration, as an operator would."""
+    file = stack.settings.home / "small.toml"
+    file.write_text(resolve(SMALL)[1].to_toml())
+    command = [*EVERLOOP, "train", "--config", str(file), "--canary-share", "0.5", "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     with stack.sessions() as session:
-        return session.get_one(TrainingRun, done.stdout.strip().splitlines()[-1])
+        return session.get_one(TrainingRun, json.loads(done.stdout)["run"])
 
 
 @pytest.fixture(scope="module")
@@ -244,18 +235,17 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told(stack, release):
 
 
 def test_rollback_by_command_takes_a_reason_and_is_followed_at_once(stack, release):
-    everloop = [sys.executable, "-m", "infra.cli"]
-    refused = subprocess.run([*everloop, "rollback"], capture_output=True, text=True)
+    refused = subprocess.run([*EVERLOOP, "rollback"], capture_output=True, text=True)
     assert refused.returncode == 2 and "--reason" in refused.stderr
     done = subprocess.run(
-        [*everloop, "rollback", "--reason", "it was too terse", "--json", "-"], capture_output=True, text=True
+        [*EVERLOOP, "rollback", "--reason", "it was too terse", "--json", "-"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["champion"] == release
     assert stack.ask().model == release
-    done = subprocess.run([*everloop, "promote", "base", "--reason", "start over"], capture_output=True, text=True)
+    done = subprocess.run([*EVERLOOP, "promote", "base", "--reason", "start over"], capture_output=True, text=True)
     assert done.returncode == 0 and stack.ask().model == "base"
-    unknown = subprocess.run([*everloop, "promote", "r9-nope", "--reason", "x"], capture_output=True, text=True)
+    unknown = subprocess.run([*EVERLOOP, "promote", "r9-nope", "--reason", "x"], capture_output=True, text=True)
     assert unknown.returncode == 1 and "[release_not_found]" in unknown.stderr
 
 
@@ -277,10 +267,53 @@ def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night, monk
             registry.verified_path(session, adapter.digest, "0" * 64)
     assert refused.value.code == "adapter_of_another_base"
     monkeypatch.setattr("trainer.training.base_model_digest", lambda _: "0" * 64)
-    ready = SimpleNamespace(start_from=night.release)
-    training = Training(stack.sessions, stack.settings, None, RunConfig(), None, ready, None)
-    with pytest.raises(IntegrityError, match="another base model"):
-        training._start_from()
+    with stack.sessions.begin() as session:
+        head.move_champion(session, night.release, action="promoted_by_hand", actor="test", reason="to go on from")
+    refused = Night(stack.sessions, stack.settings, {}, 0.5, min_new_signals=0)
+    try:
+        with pytest.raises(IntegrityError, match="another base model"):
+            refused.run()
+    finally:
+        with stack.sessions.begin() as session:
+            head.move_champion(session, "base", action="promoted_by_hand", actor="test", reason="begin anew")
+    with stack.sessions() as session:
+        run = session.get_one(TrainingRun, refused.record.run_id)
+    # Before anything was sampled from it.
+    assert (run.status, run.phase, run.result["code"]) == ("failed", "snapshot", "adapter_of_another_base")
+
+
+def test_a_release_that_is_judged_stays_in_the_engine_however_long_that_takes(stack, night, monkeypatch):
+    monkeypatch.setattr("deploy.reconciler.KEEP_ROUNDS", 1)
+    reconciler = Reconciler(stack.sessions, stack.settings.need("engine_url"))
+
+    def expired():
+        return [name for _ in range(3) for name in reconciler._expired({night.release, "base"})]
+
+    def set_status(status):
+        with stack.sessions.begin() as session:
+            session.execute(sa.update(TrainingRun).where(TrainingRun.id == night.id).values(status=status))
+
+    set_status("running")
+    try:
+        assert expired() == []
+    finally:
+        set_status(night.status)
+    assert expired() == [night.release] * 2
+
+
+def test_a_candidate_is_given_again_to_an_engine_that_lost_it(stack, night):
+    told = SimpleNamespace(progress=lambda done: None)
+    candidate = Candidate(stack.sessions, stack.settings, RunConfig(max_answer_tokens=8), told, None)
+    sample = candidate._sampler(night.release)
+
+    async def forget():
+        async with EngineClient(stack.settings.need("engine_url")) as engine:
+            if night.release in await engine.models():
+                await engine.unload_adapter(night.release)
+
+    asyncio.run(forget())
+    ((found,),) = sample(night.release, [[{"role": "user", "content": "Why?"}]], 1, 0)
+    assert found.model == night.release and found.token_ids
 
 
 def test_a_full_disk_leaves_no_half_adapter_in_the_registry(stack, night, tmp_path, monkeypatch):
@@ -323,9 +356,8 @@ def test_forgetting_a_teacher_scrubs_datasets_marks_what_learned_and_the_next_ni
         theirs = set(session.scalars(sa.select(Episode.id).where(Episode.user_id == teacher)))
     held = [json.loads(line)["episode_id"] for line in dataset.read_text().splitlines()]
     assert theirs & set(held), "the run learned from this teacher"
-    everloop = [sys.executable, "-m", "infra.cli"]
-    subprocess.run([*everloop, "promote", night.release, "--reason", "to see it marked"], check=True)
-    done = subprocess.run([*everloop, "users", "forget", teacher, "--json", "-"], capture_output=True, text=True)
+    subprocess.run([*EVERLOOP, "promote", night.release, "--reason", "to see it marked"], check=True)
+    done = subprocess.run([*EVERLOOP, "users", "forget", teacher, "--json", "-"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["found"]
     assert night.id in found["trainer"]["runs_marked"] and night.dataset_digest in found["trainer"]["datasets"]

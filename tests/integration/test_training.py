@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.test_training_data import example
 from trainer import checkpoints, loop
 from trainer.checkpoints import CHECKPOINTS_DIR
+from trainer.config import RunConfig
 from trainer.failures import explained
 from trainer.fit import fitting
 from trainer.loop import TrainingError
@@ -204,9 +205,19 @@ def test_rows_whose_prompts_leave_no_room_are_counted_and_left_out(base_model_di
     found = Rows()
     for length in (1, 30, 200, 5_000):
         found.add("samples", pair_of([{"role": "user", "content": "why " * length}], "So.", "No."))
-    kept = fitting(found, base_model_dir, 144)
+    kept = fitting(found, base_model_dir, RunConfig(max_row_tokens=144))
     assert [len(row["prompt"][0]["content"].split()) for row in kept.rows] == [1, 30]
     assert kept.sources == ["samples"] * 2 and kept.set_aside == {"prompt_too_long": 2}
+
+
+def test_what_a_teacher_would_read_half_of_is_counted_and_left_out(base_model_dir):
+    found = Rows()
+    for length in (1, 100, 200):
+        found.add(
+            "corrections", {"prompt": [{"role": "user", "content": "Why?"}], "privileged_context": "so " * length}
+        )
+    kept = fitting(found, base_model_dir, RunConfig(max_row_tokens=144))
+    assert len(kept.rows) == 2 and kept.set_aside == {"context_too_long": 1}
 
 
 # Everloop's plug-in is left out; of vLLM, only what its own manual shows is used.

@@ -15,7 +15,7 @@ from infra.errors import InvalidRequestError
 from tests.unit.test_training_data import example, texts
 from trainer import recipe
 from trainer.config import read_toml
-from trainer.recipe import Material, UnusableDataError, names, open_recipe, resolve
+from trainer.recipe import Material, Rows, UnusableDataError, names, open_recipe, resolve
 from trainer.recipes import grpo
 from trainer.rollout import Sample
 from trainer.scoring import CUT_LOSS, LENGTH_LOSS, LOWEST_REWARD, guarded
@@ -73,6 +73,8 @@ def test_the_default_is_a_recipe():
         ({"batch_rows": 6}, "config_invalid", "batch_rows must be a multiple of micro_batch_rows (4)."),
         ({"recipe": "grpo", "samples_per_prompt": 6}, "config_invalid", "multiple of samples_per_prompt (6)."),
         ({"recipe": "grpo", "accelerate_config": ONE_GPU}, "config_invalid", "in one process"),
+        ({"recipe": "grpo", "max_lag": 5}, "config_invalid", "max_lag: Input should be less than or equal to 4"),
+        ({"recipe": "grpo", "max_row_tokens": 96}, "config_invalid", "no room beside max_answer_tokens (96)"),
         (
             {"accelerate_config": "~/none.yaml"},
             "config_invalid",
@@ -85,6 +87,20 @@ def test_what_is_wrong_with_a_configuration_is_named(given, code, said):
     with pytest.raises(InvalidRequestError) as refused:
         resolve(given)
     assert refused.value.code == code and said in refused.value.message
+
+
+def test_a_prompt_leaves_room_for_what_a_recipe_learns_from():
+    assert resolve({"max_row_tokens": 100})[1].max_prompt_tokens == 92
+    grpo_config = resolve({"recipe": "grpo", "max_row_tokens": 100, "max_answer_tokens": 60})[1]
+    assert grpo_config.max_prompt_tokens == 40  # nothing is cut: answers take as much as they may
+    assert (resolve({"batch_rows": 8})[1].rows_per_step, grpo_config.rows_per_step) == (8, 4)
+
+
+def test_what_fills_no_whole_batch_is_counted():
+    found = Rows([{"prompt": n} for n in range(11)], ["prompts"] * 11)
+    kept = found.whole(4)
+    assert [row["prompt"] for row in kept.rows] == list(range(8)) and kept.set_aside == {"batch_incomplete": 3}
+    assert found.whole(16).rows == [] and found.whole(1).rows == found.rows
 
 
 def test_a_reporter_that_is_not_installed_is_named(monkeypatch):

@@ -1,6 +1,7 @@
 """Rollouts: people first, versions told apart, what is too old made anew."""
 
 import asyncio
+import logging
 import threading
 from contextlib import closing
 from functools import partial
@@ -332,3 +333,10 @@ def test_a_prompt_without_answers_ends_the_training_with_that_reason():
     ):
         found.batch(prompts_of("a", "b"))
     assert refused.value.code == "prompt_refused"
+
+
+def test_what_people_write_stays_out_of_the_log_where_no_reward_is_a_number(caplog):
+    log = logging.getLogger("trl.trainer.grpo_trainer")
+    log.warning("All reward functions returned None for the following kwargs:\n{'prompt': 'secret'}")
+    log.warning("Something else.")
+    assert [record.message for record in caplog.records] == ["Something else."]

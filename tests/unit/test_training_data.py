@@ -82,6 +82,14 @@ def test_a_snapshot_is_kept_under_its_digest_and_comes_back(tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing half-done is left"
 
 
+def test_a_longer_range_of_the_log_that_comes_to_the_same_lines_is_on_their_card(tmp_path):
+    path = Snapshot(train=[example("a")], last_signal_seq=12).save(tmp_path)
+    later = Snapshot(train=[example("a")], last_signal_seq=32, set_aside={"kind_not_trained": 20})
+    lines = (path / DATASET_FILE).stat()
+    assert later.save(tmp_path) == path and (path / DATASET_FILE).stat() == lines
+    assert snapshot.read(path) == later and "20 signals of kinds" in (path / CARD_PAGE).read_text()
+
+
 def test_a_dataset_that_was_altered_is_refused(tmp_path):
     path = Snapshot(train=[example("a")]).save(tmp_path)
     lines = path / DATASET_FILE

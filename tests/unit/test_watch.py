@@ -2,18 +2,21 @@
 
 import errno
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 
-from trainer import worker
+from infra.db import LockLostError
+from trainer import training, worker
 from trainer.callbacks import MAX_STEPS_WITHOUT_SPREAD, Watch
 from trainer.config import RunConfig
 from trainer.failures import explained
 from trainer.loop import TrainingError
 from trainer.prepared import OUTCOME_FILE, outcome
 from trainer.recipe import MIN_SPREAD
-from trainer.record import RunCancelledError
+from trainer.record import RunCancelledError, RunRecord
+from trainer.training import Training
 
 
 @pytest.fixture
@@ -113,3 +116,22 @@ def test_why_a_worker_of_accelerate_failed_is_left_for_the_night(tmp_path, monke
     worker.main()
     assert json.loads((tmp_path / "run_x" / OUTCOME_FILE).read_text())["code"] == code
     assert outcome(tmp_path / "run_x") is None  # nothing that a run could go on with
+
+
+def test_a_night_that_waits_for_workers_looks_whether_the_run_is_still_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOOK_EVERY_S", 0.01)
+    looks = []
+
+    def make_sure():
+        looks.append(1)
+        if len(looks) == 3:
+            raise LockLostError("Another process holds the lock.")
+
+    record = RunRecord(None, tmp_path, make_sure)
+    waiting = Training(None, None, None, RunConfig(), record, None, None)
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        with pytest.raises(LockLostError):
+            waiting._wait_for(launcher)
+        launcher.kill()
+    with subprocess.Popen(["false"]) as launcher:
+        assert waiting._wait_for(launcher) == 1

@@ -29,20 +29,33 @@ class GRPOConfig(RunConfig):
     batch_rows: int = Field(32, ge=1, description="Answers per optimiser step.")
     micro_batch_rows: int = Field(8, ge=1, description="Answers per forward pass.")
     samples_per_prompt: int = Field(8, ge=2, description="K: answers that are held against each other.")
+    max_row_tokens: int = Field(512, ge=32, description="Prompt and answer; prompts without room are left out.")
     max_rows: int = Field(32, ge=8, description="Most prompts.")
     beta: float = Field(0.02, ge=0, description="Weight of the KL to where the run started.")
     iterations: int = Field(1, ge=1, description="Optimiser steps on the same answers.")
     rollouts_ahead: int = Field(0, ge=0, le=4, description="Batches sampled while the policy trains.")
-    max_lag: int = Field(4, ge=0, description="Answers of a version further behind are dropped.")
+    max_lag: int = Field(4, ge=0, le=4, description="Answers of a version further behind are dropped.")
     importance_clip: float = Field(2.0, gt=0, description="Importance weights are truncated here.")
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
         if self.batch_rows % self.samples_per_prompt:
             raise ValueError(f"batch_rows must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f"max_row_tokens leaves no room beside max_answer_tokens ({self.max_answer_tokens})")
         if self.recipe == "grpo" and self.accelerate_config is not None:
             raise ValueError("grpo samples and trains in one process: leave accelerate_config out")
         return self
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt: nothing is cut, and an answer takes what it takes."""
+        return self.max_row_tokens - self.max_answer_tokens
+
+    @property
+    def rows_per_step(self) -> int:
+        """Prompts that an optimiser step takes; its batch is counted in answers."""
+        return self.batch_rows // self.samples_per_prompt
 
 
 class GRPO(Recipe[GRPOConfig]):
@@ -51,6 +64,7 @@ class GRPO(Recipe[GRPOConfig]):
     Config = GRPOConfig
     summary = "answers of the policy as it trains, under the learned reward and verifiers, group by group"
     publishes = True
+    whole_batches = True
 
     def rows(self, material: Material, config: GRPOConfig) -> Rows:
         """Return prompts, with the answer that people rated or the task's key."""
@@ -80,8 +94,8 @@ class GRPO(Recipe[GRPOConfig]):
             policy,
             sampler(policy, Sampling.of(config), config.samples_per_prompt, config.seed),
             num_samples=config.samples_per_prompt,
-            prompts=parts["train_dataset"]["prompt"],
-            batch_prompts=config.batch_rows // config.samples_per_prompt,
+            prompts=list(parts["train_dataset"]["prompt"]) * math.ceil(config.epochs),
+            batch_prompts=config.rows_per_step,
             ahead=config.rollouts_ahead,
             max_lag=config.max_lag,
         )

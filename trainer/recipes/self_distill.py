@@ -55,7 +55,7 @@ class SelfDistill(Recipe[SelfDistillConfig]):
             args=SDFTConfig(
                 **arguments,
                 num_generations=config.samples_per_prompt,
-                max_prompt_length=config.max_row_tokens,
+                max_prompt_length=None,  # TRL would cut the question out of what the teacher reads
                 max_completion_length=config.max_answer_tokens,
                 temperature=config.temperature,
                 teacher_model_kind="live",  # "base" would forget what a champion's adapter knows
