@@ -48,7 +48,7 @@ def page_of(
         "",
         "## Evaluation, before it met anybody",
         "",
-        "| gate | value | threshold | n | 95 % | verdict |",
+        "| gate | value | threshold | n | interval | verdict |",
         "|---|---|---|---|---|---|",
         *(
             f"| {g.gate} | {g.value:.4g} | {g.threshold:.4g} | {g.n} | {g.low:.4g} to {g.high:.4g} | {g.verdict} |"

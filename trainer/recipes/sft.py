@@ -45,7 +45,7 @@ class SFT(Recipe[SFTConfig]):
     """Demonstrations."""
 
     Config = SFTConfig
-    summary = "demonstrations: corrections, and answers that were liked or preferred"
+    summary = "demonstrations: corrections and, if wished, answers that were liked or preferred"
 
     def rows(self, material: Material, config: SFTConfig) -> Rows:
         """Return the newest demonstrations."""
