@@ -1,6 +1,6 @@
 """From the log to a dataset: what consenting people said of whole answers, by rules that are counted.
 
-The same range of the log gives the same bytes, as long as consent, trust in raters and how it is redacted are the same.
+The same range of the log gives the same bytes, as long as consent, trust in raters and redaction are the same.
 """
 
 from __future__ import annotations
