@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import sqlalchemy as sa
+from filelock import FileLock
 
 from infra import settings as settings_module
 from infra.db import Sessions, connect
@@ -23,6 +24,13 @@ from infra.stack import embedded
 from infra.stack.supervisor import Supervisor, stack_processes
 
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares the stack in one process; other tests run in another while these wait for real parts."""
+    for item in items:
+        if "stack" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("stack"))
 
 
 @dataclass
@@ -78,15 +86,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def base_model_dir(home: Path) -> Path:
     """The default base model, made from its wheel unless an earlier run did."""
     directory = settings_module.load().base_model_dir
-    if not directory.exists():
-        from trainer.base_model import prepare
+    with FileLock(directory.parent / "making.lock"):  # of several processes of this run one makes it
+        if not directory.exists():
+            from trainer.base_model import prepare
 
-        prepare(directory)
+            prepare(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
-def stack(home: Path) -> Iterator[Stack]:
+def stack(home: Path, base_model_dir: Path) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
     settings = embedded.up(settings_module.load(), print)
     url = settings.need("public_url")

@@ -138,7 +138,7 @@ def _usable(
     users = {signal.user_id for signals in by_episode.values() for signal in signals}
     users |= {episode.user_id for episode in episodes.values()}
     named = sa.select(User.user_id, User.key_id).where(among(User.user_id, users))
-    keys = dict(session.execute(named).tuples().all())
+    keys = dict(session.execute(named).all())
     first = set(session.scalars(sa.select(User.key_id).order_by(User.created_at, User.key_id).limit(CROWD)))
     distrusted = reasons_against_raters(session)
     found = []

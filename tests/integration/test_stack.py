@@ -133,6 +133,15 @@ def test_without_a_stack_commands_say_how_to_get_one(tmp_path):
     assert done.returncode == 1 and "not running" in done.stderr
 
 
+def test_what_needs_no_stack_is_told_without_one(tmp_path):
+    environment = {**os.environ, "EVERLOOP_HOME": str(tmp_path)}
+    told = subprocess.run([*EVERLOOP, "train", "--list"], capture_output=True, text=True, env=environment)
+    assert told.returncode == 0 and "best-of-n" in told.stdout
+    command = [*EVERLOOP, "train", "--cancel", "run_1"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2 and "--reason" in refused.stderr
+
+
 def test_addresses_recorded_by_a_stack_that_died_are_not_taken_for_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("EVERLOOP_HOME", str(tmp_path))
     (tmp_path / "run").mkdir()

@@ -100,7 +100,10 @@ def test_what_fills_no_whole_batch_is_counted():
     found = Rows([{"prompt": n} for n in range(11)], ["prompts"] * 11)
     kept = found.whole(4)
     assert [row["prompt"] for row in kept.rows] == list(range(8)) and kept.set_aside == {"batch_incomplete": 3}
-    assert found.whole(16).rows == [] and found.whole(1).rows == found.rows
+    assert found.whole(1).rows == found.rows
+    with pytest.raises(UnusableDataError, match="Only 0 rows") as refused:
+        found.whole(16).check_number()
+    assert (refused.value.code, refused.value.set_aside) == ("too_few_rows", {"batch_incomplete": 11})
 
 
 def test_a_reporter_that_is_not_installed_is_named(monkeypatch):

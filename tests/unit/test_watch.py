@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from infra.db import LockLostError
-from trainer import training, worker
+from trainer import loop, training, worker
 from trainer.callbacks import MAX_STEPS_WITHOUT_SPREAD, Watch
 from trainer.config import RunConfig
 from trainer.failures import explained
@@ -135,3 +135,21 @@ def test_a_night_that_waits_for_workers_looks_whether_the_run_is_still_its_own(t
         launcher.kill()
     with subprocess.Popen(["false"]) as launcher:
         assert waiting._wait_for(launcher) == 1
+
+
+@pytest.mark.parametrize(("rows", "micro", "num_processes"), [(8, 4, 3), (12, 4, 2)])
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused(tmp_path, monkeypatch, rows, micro, num_processes):
+    monkeypatch.setattr(loop.processes, "num_processes", lambda: num_processes)
+    with pytest.raises(TrainingError, match=f"batch_rows = {rows}") as refused:
+        loop.arguments(RunConfig(batch_rows=rows, micro_batch_rows=micro), tmp_path)
+    assert refused.value.code == "batch_not_divisible"
+
+
+def test_workers_that_leave_no_word_are_a_failure_that_says_where_to_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.sys, "executable", "false")
+    record = RunRecord(None, tmp_path)
+    record.run_dir.mkdir()
+    config = SimpleNamespace(accelerate_file=tmp_path / "own.yaml")
+    with pytest.raises(TrainingError, match="ended with status 1") as failed:
+        Training(None, None, None, config, record, None, None).launch()
+    assert failed.value.code == "worker_failed"
