@@ -64,14 +64,16 @@ class RunView(BaseModel):
     reason: str
     code: str
     cancel_requested: bool
+    is_stopped: bool = Field(description="Whether nobody works on a running run: the next one goes on with it.")
     started_at: datetime
     ended_at: datetime | None
 
     @classmethod
-    def of(cls, run: TrainingRun) -> RunView:
+    def of(cls, run: TrainingRun, is_training: bool) -> RunView:
         """Return a run as it is shown."""
         result = run.result or {}
-        told = {name: str(result.get(name, "")) for name in ("reason", "code")}
+        told: dict[str, Any] = {name: str(result.get(name, "")) for name in ("reason", "code")}
+        told["is_stopped"] = run.status == "running" and not is_training
         return cls(**told, **{name: getattr(run, name) for name in cls.model_fields if name not in told})
 
 
@@ -93,7 +95,8 @@ def runs_page() -> FileResponse:
 def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[RunView]:
     """Return training runs, the newest first."""
     with transaction(request.app.state.sessions) as session:
-        return [RunView.of(run) for run in runs.newest(session, limit)]
+        is_training = runs.is_training(session)
+        return [RunView.of(run, is_training) for run in runs.newest(session, limit)]
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
@@ -101,4 +104,4 @@ def cancel_run(run_id: str, body: CancelRequest, request: Request) -> RunView:
     """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
     with transaction(request.app.state.sessions) as session:
         runs.request_cancel(session, run_id, actor=ACTOR, reason=body.reason)
-        return RunView.of(session.get_one(TrainingRun, run_id))
+        return RunView.of(session.get_one(TrainingRun, run_id), runs.is_training(session))

@@ -10,9 +10,11 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from deploy import audit
-from infra.db import Base
+from infra.db import Base, is_locked
 from infra.errors import ConflictError, NotFoundError
 from infra.tables import Timestamp
+
+LOCK = "training"  # held by whoever trains
 
 
 class TrainingRun(Base):
@@ -51,6 +53,11 @@ class TrainingRun(Base):
 def newest(session: Session, limit: int) -> list[TrainingRun]:
     """Return runs, the newest first."""
     return list(session.scalars(sa.select(TrainingRun).order_by(TrainingRun.started_at.desc()).limit(limit)))
+
+
+def is_training(session: Session) -> bool:
+    """Tell whether any process trains now; a run that is recorded as running without one was stopped or killed."""
+    return is_locked(session, LOCK)
 
 
 def request_cancel(session: Session, run_id: str, *, actor: str, reason: str) -> None:

@@ -97,6 +97,18 @@ def advisory_lock(sessions: Sessions, name: str) -> Iterator[bool]:
         yield connection is not None
 
 
+def is_locked(session: Session, name: str) -> bool:
+    """Tell whether any process holds the lock `name` now."""
+    query = """
+        SELECT EXISTS (
+            SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database
+            WHERE datname = current_database() AND locktype = 'advisory' AND objsubid = 1
+            AND (classid::bigint << 32 | objid::bigint) = hashtextextended(:key, 0)
+        )
+    """
+    return bool(session.scalar(sa.text(query), {"key": _lock_text(name)}))
+
+
 class LockLostError(ConflictError):
     """A lock went with its connection, and another process took it."""
 
@@ -171,7 +183,11 @@ def lock_until_commit(session: Session, name: str) -> None:
 
 
 def _lock_key(name: str) -> sa.ColumnElement[int]:
-    return sa.func.hashtextextended(f"everloop.{name}", 0)
+    return sa.func.hashtextextended(_lock_text(name), 0)
+
+
+def _lock_text(name: str) -> str:
+    return f"everloop.{name}"
 
 
 def among(column: Any, values: Iterable[str]) -> sa.ColumnElement[bool]:

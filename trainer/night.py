@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from deploy import head, registry
-from deploy.runs import TrainingRun
+from deploy.runs import LOCK, TrainingRun
 from infra.db import DATABASE_AWAY, LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
@@ -86,7 +86,7 @@ class Night:
             Where the training came to nothing.
         """
         try:
-            with LongLock(self.sessions, "training") as lock:
+            with LongLock(self.sessions, LOCK) as lock:
                 if not lock.take():
                     raise ConflictError("Another training run is in progress.", code="run_in_progress")
                 self.record.make_sure = lock.keep

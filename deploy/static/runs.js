@@ -29,7 +29,8 @@ function progressOf(run) {
   bar.max = Math.max(run.phase_total, 1);
   bar.value = run.phase_done;
   bar.setAttribute('aria-label', `${run.phase} of ${run.id}`);
-  const words = [`${run.phase} ${run.phase_done} of ${run.phase_total}`, left(run.seconds_left)];
+  const when = run.is_stopped ? 'stopped, the next run goes on with it' : left(run.seconds_left);
+  const words = [`${run.phase} ${run.phase_done} of ${run.phase_total}`, when];
   cell.append(bar, element('small', words.filter(Boolean).join(', ')));
   return cell;
 }
@@ -38,7 +39,7 @@ function actionsOf(run) {
   const cell = document.createElement('td');
   if (run.status !== 'running') return cell;
   if (run.cancel_requested) {
-    cell.append(element('small', 'ends after its current step'));
+    cell.append(element('small', run.is_stopped ? 'ends when the next run starts' : 'ends after its current step'));
     return cell;
   }
   const button = element('button', 'Cancel', 'danger');

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from deploy.runs import LOCK
 from feedback.tables import Episode, Feedback
+from infra.db import LongLock
 from reward.tables import Solicitation
 from tests.conftest import wait_until
 from trainer.config import RunConfig
@@ -190,18 +192,21 @@ def test_an_operator_sees_a_run_and_cancels_it(page, stack, tmp_path):
     record.progress(10)
     page.goto(f"{stack.settings.public_url}/runs")
     row = page.locator(f'tr[data-run="{record.run_id}"]')
-    expect(row).to_contain_text("train 10 of 40")
-    expect(row).to_contain_text("left")
-    row.get_by_role("button", name="Cancel").click()
-    page.get_by_role("button", name="Keep it running").click()
-    assert not record.is_cancelled()
-    row.get_by_role("button", name="Cancel").click()
-    page.get_by_label("Reason").fill("<b>wrong</b> recipe")
-    page.get_by_label("Reason").press("Enter")
-    expect(row).to_contain_text("ends after its current step")
-    assert record.is_cancelled()
-    if path := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=Path(path) / "runs.png")
+    expect(row).to_contain_text("train 10 of 40, stopped, the next run goes on with it")
+    with LongLock(stack.sessions, LOCK) as lock:
+        assert lock.take()
+        expect(row).to_contain_text("left", timeout=10_000)
+        row.get_by_role("button", name="Cancel").click()
+        page.get_by_role("button", name="Keep it running").click()
+        assert not record.is_cancelled()
+        row.get_by_role("button", name="Cancel").click()
+        page.get_by_label("Reason").fill("<b>wrong</b> recipe")
+        page.get_by_label("Reason").press("Enter")
+        expect(row).to_contain_text("ends after its current step")
+        assert record.is_cancelled()
+        if path := os.environ.get("EVERLOOP_SHOTS"):
+            page.screenshot(path=Path(path) / "runs.png")
+    expect(row).to_contain_text("ends when the next run starts", timeout=10_000)
     with stack.sessions.begin() as session:
         record.end(session, "cancelled", {"reason": "The run was cancelled."})
     expect(row).to_contain_text("The run was cancelled.", timeout=10_000)

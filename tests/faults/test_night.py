@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import yaml
 
 from deploy import head
-from deploy.runs import TrainingRun
+from deploy.runs import LOCK, TrainingRun
 from deploy.tables import Adapter
 from feedback import episodes
 from feedback.acceptance import accept
@@ -249,7 +249,7 @@ def test_a_night_that_was_stopped_in_its_gates_goes_on_there_without_training_ag
 
 
 def test_while_a_night_runs_another_is_refused_and_touches_nothing(stack):
-    with LongLock(stack.sessions, "training") as lock:
+    with LongLock(stack.sessions, LOCK) as lock:
         assert lock.take()
         night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
         with pytest.raises(ConflictError) as refused:

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 
-from deploy.runs import TrainingRun
+from deploy.runs import LOCK, TrainingRun
 from deploy.tables import AuditEntry
+from infra.db import LongLock
 from infra.events import RunProgressed
 from infra.tables import OutboxRow
 from trainer.config import RunConfig
@@ -49,6 +50,18 @@ def test_progress_is_in_the_list_with_the_time_left_and_as_events(stack, record,
     assert (further["done"], further["total"], further["seconds_left"]) == (10, 40, pytest.approx(30.0, abs=3.0))
     record.phase("gates", 2)
     assert len(events(stack, record.run_id)) == 4
+
+
+def test_a_run_that_nobody_works_on_is_told_apart_from_one_that_trains(stack, record):
+    def is_stopped():
+        return {run["id"]: run["is_stopped"] for run in stack.http.get("/v1/runs").json()}[record.run_id]
+
+    assert is_stopped()
+    with LongLock(stack.sessions, LOCK) as lock:
+        assert lock.take() and not is_stopped()
+    assert is_stopped()
+    record.finish("held")
+    assert not is_stopped()
 
 
 def test_a_run_that_goes_on_in_the_middle_tells_the_time_left_by_its_own_pace(stack, record):
