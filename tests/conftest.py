@@ -26,6 +26,7 @@ from infra.stack.supervisor import Supervisor, stack_processes
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what shares the stack in one process; other tests run in another while these wait for real parts."""
     for item in items:
@@ -97,6 +98,10 @@ def base_model_dir(home: Path) -> Path:
 @pytest.fixture(scope="session")
 def stack(home: Path, base_model_dir: Path) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0].endswith("@stack"), (
+            "a second stack would start"
+        )
     settings = embedded.up(settings_module.load(), print)
     url = settings.need("public_url")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from infra.errors import InvalidRequestError
@@ -64,21 +63,22 @@ def check_shape(config: RunConfig, settings: Settings, goes_on_from: Mapping[str
             )
 
 
-def fitting(rows: Rows, model_dir: Path, config: RunConfig) -> Rows:
+def fitting(rows: Rows, settings: Settings, config: RunConfig) -> Rows:
     """Return the rows whose prompts leave room to learn from an answer; the others are counted.
 
     TRL would leave them out without a word. What a teacher is shown besides its prompt may be as long as a row.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(settings.base_model_dir)
+    room = min(config.max_prompt_tokens, settings.max_model_tokens - config.max_answer_tokens)
 
     def num_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def fits(messages: Messages) -> bool:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return num_tokens(text) <= config.max_prompt_tokens
+        return num_tokens(text) <= room
 
     found = rows.only([n for n, row in enumerate(rows.rows) if fits(row["prompt"])], "prompt_too_long")
     contexts = [num_tokens(row.get("privileged_context", "")) for row in found.rows]

@@ -221,7 +221,7 @@ class Night:
         try:
             check_sides(data)
             made = self.recipe.rows(material, self.config)
-            ready.rows = fitting(made, self.settings.base_model_dir, self.config)
+            ready.rows = fitting(made, self.settings, self.config)
             if self.recipe.whole_batches:
                 ready.rows = ready.rows.whole(self.config.rows_per_step)
             ready.rows.check_number()

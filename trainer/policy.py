@@ -11,6 +11,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +122,8 @@ class ServedPolicy:
             async with EngineClient(self.engine_url) as engine:
                 for version in self._loaded:
                     await self._unload(engine, version)
+                with suppress(EverloopError):  # what was restored while it was unloaded
+                    await self._unload_dead(engine)
             self._loaded.clear()
 
         if self._loaded:

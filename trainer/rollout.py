@@ -160,12 +160,14 @@ async def patiently(
     UnavailableError
         It has been away for longer than `patience_s`.
     """
-    since_s = time.monotonic()
+    away_since_s: float | None = None
     while True:
         try:
             return await ask()
         except UnavailableError as error:
-            if time.monotonic() - since_s > patience_s:
+            now_s = time.monotonic()
+            away_since_s = away_since_s or now_s  # not since it was asked: an answer takes long, too
+            if now_s - away_since_s >= patience_s:
                 raise
             log.info("the engine is away: %s", error.code)
             if mend is not None and error.code == MODEL_GONE:

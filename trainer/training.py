@@ -171,6 +171,7 @@ class Training:
             with suppress(subprocess.TimeoutExpired):
                 return launcher.wait(LOOK_EVERY_S)
             self.record.make_sure()
+            self.record.raise_if_cancelled()  # workers that wait for each other, or load, look at nothing
 
     def _adapter_dir(self) -> Path | None:
         with self.sessions() as session:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,9 +206,12 @@ def test_rows_whose_prompts_leave_no_room_are_counted_and_left_out(base_model_di
     found = Rows()
     for length in (1, 30, 200, 5_000):
         found.add("samples", pair_of([{"role": "user", "content": "why " * length}], "So.", "No."))
-    kept = fitting(found, base_model_dir, RunConfig(max_row_tokens=144))
+    settings = SimpleNamespace(base_model_dir=base_model_dir, max_model_tokens=2048)
+    kept = fitting(found, settings, RunConfig(max_row_tokens=144))
     assert [len(row["prompt"][0]["content"].split()) for row in kept.rows] == [1, 30]
     assert kept.sources == ["samples"] * 2 and kept.set_aside == {"prompt_too_long": 2}
+    settings.max_model_tokens = 140  # the engine holds an answer of 96 besides
+    assert fitting(found, settings, RunConfig(max_row_tokens=144)).set_aside == {"prompt_too_long": 3}
 
 
 def test_what_a_teacher_would_read_half_of_is_counted_and_left_out(base_model_dir):
@@ -216,7 +220,8 @@ def test_what_a_teacher_would_read_half_of_is_counted_and_left_out(base_model_di
         found.add(
             "corrections", {"prompt": [{"role": "user", "content": "Why?"}], "privileged_context": "so " * length}
         )
-    kept = fitting(found, base_model_dir, RunConfig(max_row_tokens=144))
+    settings = SimpleNamespace(base_model_dir=base_model_dir, max_model_tokens=2048)
+    kept = fitting(found, settings, RunConfig(max_row_tokens=144))
     assert len(kept.rows) == 2 and kept.set_aside == {"context_too_long": 1}
 
 

@@ -15,6 +15,8 @@ from trainer import grpo, rollout
 from trainer import throttle as throttle_module
 from trainer.grpo import Rollouts
 from trainer.policy import ServedPolicy
+from trainer.recipe import resolve
+from trainer.recipes import grpo as grpo_recipe
 from trainer.rollout import Sample, Sampling, sample
 from trainer.throttle import Throttle
 
@@ -340,3 +342,9 @@ def test_what_people_write_stays_out_of_the_log_where_no_reward_is_a_number(capl
     log.warning("All reward functions returned None for the following kwargs:\n{'prompt': 'secret'}")
     log.warning("Something else.")
     assert [record.message for record in caplog.records] == ["Something else."]
+
+
+def test_grpo_asks_for_what_its_steps_take_and_no_more():
+    config = resolve({"recipe": "grpo", "batch_rows": 8, "samples_per_prompt": 4, "epochs": 1.5})[1]
+    asked = grpo_recipe._asked(prompts_of(*"abcdef"), config)  # two prompts a step: 4.5 steps, which are 5
+    assert asked == prompts_of(*"abcdefabcd")

@@ -128,6 +128,7 @@ def test_a_night_that_waits_for_workers_looks_whether_the_run_is_still_its_own(t
             raise LockLostError("Another process holds the lock.")
 
     record = RunRecord(None, tmp_path, make_sure)
+    record.raise_if_cancelled = lambda: None
     waiting = Training(None, None, None, RunConfig(), record, None, None)
     with subprocess.Popen(["sleep", "60"]) as launcher:
         with pytest.raises(LockLostError):

@@ -22,7 +22,7 @@ REWARDS = ("learned", "verified")
 
 
 class AsyncGRPOConfig(GRPOConfig):
-    """Settings of asynchronous GRPO; `beta`, `iterations` and `rollouts_ahead` have no meaning in it."""
+    """Settings of asynchronous GRPO; `beta`, `iterations`, `importance_clip` and `rollouts_ahead` mean nothing."""
 
     recipe: str = "async-grpo"
     max_waiting: int = Field(1024, ge=1, description="Scored answers that may wait for the training.")

@@ -94,7 +94,7 @@ class GRPO(Recipe[GRPOConfig]):
             policy,
             sampler(policy, Sampling.of(config), config.samples_per_prompt, config.seed),
             num_samples=config.samples_per_prompt,
-            prompts=list(parts["train_dataset"]["prompt"]) * math.ceil(config.epochs),
+            prompts=_asked(list(parts["train_dataset"]["prompt"]), config),
             batch_prompts=config.rows_per_step,
             ahead=config.rollouts_ahead,
             max_lag=config.max_lag,
@@ -118,6 +118,12 @@ class GRPO(Recipe[GRPOConfig]):
             ),
             **parts,
         )
+
+
+def _asked(prompts: list[Messages], config: GRPOConfig) -> list[Messages]:
+    """Return the prompts of all steps, in the order in which TRL takes them."""
+    steps = math.ceil(len(prompts) // config.rows_per_step * config.epochs)
+    return (prompts * math.ceil(config.epochs))[: steps * config.rows_per_step]
 
 
 def learned(
