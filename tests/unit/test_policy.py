@@ -109,3 +109,11 @@ def test_a_version_waits_for_an_engine_that_is_away(engine, tmp_path, monkeypatc
     with closing(ServedPolicy("", tmp_path)) as served:
         served.publish(save)
         assert tried == [served.name] * 3 and list(engine.loaded) == [served.name]
+
+
+def test_what_was_given_again_while_it_was_unloaded_does_not_stay(engine, tmp_path):
+    with closing(ServedPolicy("", tmp_path)) as served:
+        served.publish(save)
+        served.publish(save)
+        engine.loaded[served.name_of(1)] = "its directory was still there"
+    assert not engine.loaded
