@@ -89,7 +89,7 @@ class ServedPolicy:
         async def load() -> None:
             async with EngineClient(self.engine_url) as engine:
                 if is_first:
-                    await patiently(partial(self._unload_dead, engine), patience_s=patience_s)
+                    await patiently(partial(self._unload_all, engine), patience_s=patience_s)
                 loads = partial(engine.load_adapter, self.name_of(version), directory)
                 await patiently(loads, patience_s=patience_s)
                 self._loaded.append(version)
@@ -120,10 +120,8 @@ class ServedPolicy:
 
         async def unload() -> None:
             async with EngineClient(self.engine_url) as engine:
-                for version in self._loaded:
-                    await self._unload(engine, version)
-                with suppress(EverloopError):  # what was restored while it was unloaded
-                    await self._unload_dead(engine)
+                with suppress(EverloopError):  # the engine is away, and comes back without any of them
+                    await self._unload_all(engine)
             self._loaded.clear()
 
         if self._loaded:
@@ -137,8 +135,8 @@ class ServedPolicy:
             log.warning("%s was not unloaded: %s", self.name_of(version), error.code)
         shutil.rmtree(self.directory / str(version), ignore_errors=True)
 
-    async def _unload_dead(self, engine: EngineClient) -> None:
-        """Take from the engine what a run left that was killed: one trains at a time, so none is another's."""
+    async def _unload_all(self, engine: EngineClient) -> None:
+        """Take all runs' versions from the engine: one trains at a time, so what is not ours is of a dead one."""
         for name in await engine.models():
             if name.startswith(RUN_PREFIX):
                 await engine.unload_adapter(name)

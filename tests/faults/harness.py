@@ -18,6 +18,7 @@ from infra.log import outbox
 from infra.log.outbox import Entry
 from infra.settings import Settings
 from infra.stack.supervisor import Supervisor
+from tests.conftest import EVERLOOP
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def all_records(log, topic):
 def cli(*command, report=True):
     """Run ``everloop`` and return its report."""
     done = subprocess.run(
-        [sys.executable, "-m", "infra.cli", *command, *(["--json", "-"] if report else [])],
+        [*EVERLOOP, *command, *(["--json", "-"] if report else [])],
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
     return json.loads(done.stdout) if report else None
@@ -100,6 +101,6 @@ def cli(*command, report=True):
 
 def cli_fails(*command):
     """Run ``everloop``, which must refuse, and return what it said."""
-    done = subprocess.run([sys.executable, "-m", "infra.cli", *command], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*EVERLOOP, *command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     return done.stderr

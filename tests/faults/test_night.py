@@ -21,7 +21,7 @@ from feedback.episodes import Recording, new_episode_id
 from feedback.signals import read_signal
 from infra.db import LockLostError, LongLock
 from infra.errors import ConflictError, IntegrityError, InvalidRequestError
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.night import Night
@@ -195,7 +195,7 @@ def test_a_cancelled_night_ends_and_leaves_nothing_registered(stack, when):
     teach(stack, 20)
     close_canary(stack)
     night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
-    command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id, "--reason", "enough"]
+    command = [*EVERLOOP, "train", "--cancel", night.record.run_id, "--reason", "enough"]
     before = adapters(stack)
     in_phase(night, when, lambda: subprocess.run(command, check=True))
     with pytest.raises(Exception, match="cancelled"):
@@ -205,7 +205,7 @@ def test_a_cancelled_night_ends_and_leaves_nothing_registered(stack, when):
         assert not session.scalars(sa.select(Adapter).where(Adapter.run_id == found.id)).all()
     assert (found.status, found.release) == ("cancelled", None) and adapters(stack) == before
     assert {path.name for path in night.record.run_dir.iterdir() if path.is_dir()} == set()
-    command = [sys.executable, "-m", "infra.cli", "train", "--cancel", night.record.run_id, "--reason", "enough"]
+    command = [*EVERLOOP, "train", "--cancel", night.record.run_id, "--reason", "enough"]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "[run_ended]" in again.stderr
 

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from flows.bench.faults import TARGETS, plan
+from tests.conftest import EVERLOOP
 from tests.faults.harness import ROOT
 
 
@@ -15,7 +15,7 @@ def storm(tmp_path, kills, seed):
     """Run ``everloop bench faults`` and return its report."""
     report = tmp_path / "storm.json"
     done = subprocess.run(
-        [sys.executable, "-m", "infra.cli", "bench", "faults",
+        [*EVERLOOP, "bench", "faults",
          "--kills", str(kills), "--seed", str(seed), "--json", str(report)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -26,7 +25,7 @@ from infra.errors import ConflictError, InvalidRequestError
 from infra.ids import new_id
 from infra.stack import embedded
 from infra.tables import OutboxRow
-from tests.conftest import wait_until
+from tests.conftest import EVERLOOP, wait_until
 
 ASKED = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "answer": "Because of the air."}
 numbers = itertools.count()
@@ -138,7 +137,7 @@ def rejected(path):
 
 
 def command(*words, database, **options):
-    return [sys.executable, "-m", "infra.cli", "feedback", *map(str, words)], {
+    return [*EVERLOOP, "feedback", *map(str, words)], {
         "env": {**os.environ, "EVERLOOP_DATABASE_URL": database.settings.database_url},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,

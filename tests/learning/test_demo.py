@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from infra import settings as settings_module
 from infra.stack.supervisor import Supervisor, stack_processes
+from tests.conftest import EVERLOOP
 
 NUM_KILLS = 3
 
@@ -21,7 +21,7 @@ def test_the_loop_closes_and_loses_nothing_while_its_worker_is_killed(tmp_path, 
     home = tmp_path / "home"
     monkeypatch.setenv("EVERLOOP_HOME", str(home))
     report = tmp_path / "demo.json"
-    demo = subprocess.Popen([sys.executable, "-m", "infra.cli", "demo", "--exit", "--json", str(report)])
+    demo = subprocess.Popen([*EVERLOOP, "demo", "--exit", "--json", str(report)])
     killed = set()
     while demo.poll() is None:
         time.sleep(20)
