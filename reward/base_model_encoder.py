@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import SetupError
+from infra.weights import base_model_digest, files_digest
 from reward.encoder import (
     BATCH_ANSWERS,
     RECIPE,
     Answer,
     Encoder,
-    base_model_digest,
     check_digest,
-    files_digest,
     projection,
 )
 

@@ -8,8 +8,6 @@ for good under the encoder's name, which holds all that they depend on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra.errors import IntegrityError, InvalidRequestError, SetupError
+from infra.errors import IntegrityError, InvalidRequestError
 from infra.settings import Settings
+from infra.weights import weights_digest
 from reward.style import STYLE_NAMES, style_features
 
 Message = dict[str, Any]
@@ -36,7 +35,6 @@ MAX_ANSWER_CHARS = 16 * MAX_ANSWER_TOKENS
 PROMPT_DIM = 16
 PROJECTION_SEED = 20_260_301
 STYLE_SCALE = 0.7
-NOTE = "everloop.json"
 
 
 class UnusableAnswerError(InvalidRequestError):
@@ -226,37 +224,6 @@ def projection(dim: int) -> NDArray[np.float64]:
     return q * np.sign(np.diag(r))
 
 
-def base_model_digest(model_dir: Path) -> str:
-    """Return the SHA-256 over the model's weight files, as noted beside them, or computed if nobody did."""
-    return _noted_digest(model_dir) or weights_digest(model_dir)
-
-
-def weights_digest(model_dir: Path) -> str:
-    """Return the SHA-256 over the digests of a directory's weight files (safetensors), in the order of their names.
-
-    Raises
-    ------
-    SetupError
-        There are none (code ``model_weights_missing``).
-    """
-    paths = sorted(model_dir.glob("*.safetensors"))
-    if not paths:
-        raise SetupError(
-            f"{model_dir} holds no weights as safetensors. Name a model directory that does.",
-            code="model_weights_missing",
-        )
-    return files_digest(paths)
-
-
-def files_digest(paths: Sequence[Path]) -> str:
-    """Return the SHA-256 over the SHA-256 digests of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def check_digest(model_dir: Path, expected: str) -> None:
     """Raise an IntegrityError if weights are not those of a digest (code ``encoder_digest_mismatch``)."""
     if (found := weights_digest(model_dir)) != expected:
@@ -266,11 +233,6 @@ def check_digest(model_dir: Path, expected: str) -> None:
             "remove the directory, if `everloop up` made it) and start again.",
             code="encoder_digest_mismatch",
         )
-
-
-def _noted_digest(model_dir: Path) -> str | None:
-    note = model_dir / NOTE
-    return str(json.loads(note.read_text())["sha256"]) if note.exists() else None
 
 
 def _too_long(length: str) -> UnusableAnswerError:

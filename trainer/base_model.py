@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from reward.encoder import base_model_digest
+from infra.weights import base_model_digest
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

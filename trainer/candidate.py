@@ -16,7 +16,7 @@ from infra.db import DATABASE_AWAY, LockLostError, Sessions
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
-from reward.encoder import base_model_digest
+from infra.weights import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
 from trainer.judge import Questions, Sampler

@@ -20,7 +20,7 @@ from deploy import registry
 from infra.db import Sessions
 from infra.files import write_whole
 from infra.settings import Settings
-from reward.encoder import base_model_digest
+from infra.weights import base_model_digest
 from trainer import gold, peak, prepared, processes
 from trainer.config import RunConfig
 from trainer.material import material_of, words_range

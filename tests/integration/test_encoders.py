@@ -11,8 +11,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from infra.errors import IntegrityError, InvalidRequestError
+from infra.weights import base_model_digest
 from reward.base_model_encoder import CONTENT_SCALE, BaseModelEncoder
-from reward.encoder import MAX_ANSWER_TOKENS, base_model_digest
+from reward.encoder import MAX_ANSWER_TOKENS
 from reward.sentence_encoder import SentenceEncoder, wheel_dir
 
 LAYER = 22

@@ -7,6 +7,7 @@ import pytest
 
 from infra.errors import IntegrityError, InvalidRequestError, SetupError
 from infra.settings import Settings
+from infra.weights import weights_digest
 from reward import encoder as encoder_module
 from reward.base_model_encoder import BaseModelEncoder, adapter_digest
 from reward.encoder import (
@@ -19,7 +20,6 @@ from reward.encoder import (
     check_digest,
     open_encoder,
     projection,
-    weights_digest,
 )
 from reward.online import BayesianHead, pessimistic
 from reward.sentence_encoder import SentenceEncoder, last_user_text
