@@ -15,12 +15,13 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.background import BackgroundTask
 from starlette.types import Send
 
-from agent.schema import ASSISTANT_MODEL, ChatRequest, chunk, completion, usage
+from agent.schema import ChatRequest, chunk, completion, usage
 from agent.turn import Turn
 from deploy.tables import Release
 from infra.db import transaction
 from infra.engine import LATEST, RUN_PREFIX
 from infra.errors import EverloopError
+from infra.settings import ASSISTANT_MODEL
 
 STATIC_DIR = Path(__file__).parent / "static"
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infra.errors import InvalidRequestError
+from infra.settings import ASSISTANT_MODEL
 from infra.text import CleanText
 
-ASSISTANT_MODEL = "everloop"
 MAX_MESSAGES = 512
 
 

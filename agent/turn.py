@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from agent.schema import ASSISTANT_MODEL, ChatRequest, check_budget
+from agent.schema import ChatRequest, check_budget
 from deploy import head
 from deploy.head import Assignment
 from feedback import episodes
@@ -19,7 +19,7 @@ from infra.db import Sessions, transaction
 from infra.engine import LATEST, RUN_PREFIX, EngineClient
 from infra.errors import EverloopError, NotFoundError
 from infra.sealing import SubjectKey
-from infra.settings import Settings
+from infra.settings import ASSISTANT_MODEL, Settings
 
 
 class Turn:

@@ -35,13 +35,12 @@ def rollback(
 
 
 def _move(release: str | None, action: str, reason: str, json_path: str | None) -> None:
-    sessions = connect(load().need("database_url"), pool_size=1)
-    with transaction(sessions) as session:
+    settings = load()
+    with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
+        registry.lock_head(session)  # its files stay while they are looked at
         before = head.read(session).champion
-        target = release or head.previous_champion(session)
-        digest = registry.get_release(session, target).adapter_digest
-        if digest is not None:
-            registry.verified_path(session, digest)
+        target = registry.get_release(session, release or head.previous_champion(session)).name
+        registry.verified_path(session, settings, target)
         head.move_champion(session, target, action=action, actor=getpass.getuser(), reason=reason)
     report.write_json(json_path, {"action": action, "before": before, "champion": target, "reason": reason})
     report.say(f"champion {before} → {target}")

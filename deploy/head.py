@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import audit
-from deploy.registry import get_release, is_quarantined
+from deploy.registry import check_kept, get_release, is_quarantined, lock_head
 from deploy.tables import AuditEntry, Canary, Head, Release
 from infra.errors import ConflictError, InvalidRequestError, NotFoundError
 from infra.events import DeploymentChanged
@@ -84,7 +84,11 @@ def open_canary(
     ------
     ConflictError
         Code ``canary_open`` where another candidate is among users.
+    IntegrityError
+        Code ``adapter_deleted``.
     """
+    lock_head(session)
+    check_kept(session, challenger)
     head = read(session)
     if head.canary_id is not None:
         raise ConflictError(
@@ -129,9 +133,21 @@ def close_canary(
 
 
 def move_champion(session: Session, release: str, *, action: str, actor: str, reason: str) -> None:
-    """Make `release` the champion by an operator's decision; an open canary ends with it."""
+    """Make `release` the champion by an operator's decision; an open canary ends with it.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``reason_missing``.
+    ConflictError
+        Codes ``already_champion``, ``head_moved``.
+    IntegrityError
+        Code ``adapter_deleted``.
+    """
     if not reason.strip():
         raise InvalidRequestError("A reason is needed.", code="reason_missing", param="reason")
+    lock_head(session)
+    check_kept(session, release)
     head = read(session)
     release, former = get_release(session, release).name, head.champion
     aborted = None

@@ -15,12 +15,13 @@ import sqlalchemy as sa
 
 from deploy import head, registry
 from deploy.runs import TrainingRun
+from deploy.store import open_store
 from deploy.tables import Release
 from infra.db import DATABASE_AWAY, Sessions, connect
 from infra.engine import EngineClient
 from infra.errors import EverloopError
 from infra.process import run_until_stopped
-from infra.settings import BASE_MODEL_NAME, load
+from infra.settings import BASE_MODEL_NAME, Settings, load
 
 log = logging.getLogger("everloop.reconciler")
 
@@ -32,8 +33,9 @@ KEEP_ROUNDS = 1800
 class Reconciler:
     """Compares what is served with what should be, and mends the difference."""
 
-    def __init__(self, sessions: Sessions, engine_url: str) -> None:
+    def __init__(self, sessions: Sessions, settings: Settings, engine_url: str) -> None:
         self.sessions = sessions
+        self.settings = settings
         self.engine_url = engine_url
         self._idle_rounds: dict[str, int] = {}
 
@@ -59,7 +61,7 @@ class Reconciler:
                 if name in served:
                     continue
                 try:
-                    await load_release(self.sessions, engine, name)
+                    await load_release(self.sessions, self.settings, engine, name)
                     loaded.append(name)
                 except EverloopError as error:
                     log.error("%s is not served: %s [%s]", name, error.message, error.code)
@@ -83,14 +85,13 @@ class Reconciler:
         return at_once + [n for n, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS and n not in at_once]
 
 
-async def load_release(sessions: Sessions, engine: EngineClient, name: str) -> None:
-    """Load a release's adapter into the engine, after checking its files."""
+async def load_release(sessions: Sessions, settings: Settings, engine: EngineClient, name: str) -> None:
+    """Load a release's adapter into the engine, after checking its base model and its files."""
     with sessions() as session:
-        release = registry.get_release(session, name)
-        if release.adapter_digest is None:
-            return
-        path = registry.verified_path(session, release.adapter_digest)
-    await engine.load_adapter(name, path)
+        digest = registry.check_servable(session, settings, name)
+    if digest is None:
+        return
+    await engine.load_adapter(name, open_store(settings).fetch(digest))
     log.info("loaded %s", name)
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     """Run the reconciler as a process."""
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=2)
-    run_until_stopped("reconciler", Reconciler(sessions, settings.need("engine_url")).run)
+    run_until_stopped("reconciler", Reconciler(sessions, settings, settings.need("engine_url")).run)
 
 
 if __name__ == "__main__":

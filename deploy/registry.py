@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,97 +10,110 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import model_card
+from deploy.adapter_check import BaseShapes, check_adapter
+from deploy.adapter_files import adapter_digest, file_digests
 from deploy.gates import GateResult
+from deploy.names import ALIASES, CHALLENGER, CHAMPION, check_name
+from deploy.store import CARD, DirectoryStore, open_store
 from deploy.tables import Adapter, Attestation, Canary, Head, Release
 from infra.db import lock_until_commit
-from infra.errors import IntegrityError, NotFoundError
-from infra.files import write_whole
-from infra.settings import BASE_MODEL_NAME
-
-MANIFEST = "everloop.json"
-CARD = "README.md"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+from infra.errors import ConflictError, IntegrityError, NotFoundError, SetupError
+from infra.settings import BASE_MODEL_NAME, Settings
+from infra.weights import base_model_digest
 
 
-def file_digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each adapter file.
+def register(
+    session: Session,
+    settings: Settings,
+    source: Path,
+    *,
+    run_id: str | None,
+    manifest: Mapping[str, Any],
+    name: str | None = None,
+) -> Release:
+    """Check an adapter, copy it into the store under its digest and give it a release name.
+
+    What is checked is the copy that is kept. Registering the same files again returns the release that they have,
+    and puts its files back where they were deleted or damaged.
+
+    Parameters
+    ----------
+    manifest
+        What is known of where it comes from; the digests of its files and of the present base model are added.
+    name
+        What the release is called; numbered, if unset.
 
     Raises
     ------
     IntegrityError
-        Code ``adapter_incomplete`` where a file is missing, ``adapter_unsafe`` for a link.
+        As :func:`deploy.adapter_check.check_adapter` does, and ``adapter_unsafe``, ``adapter_incomplete``.
+    InvalidRequestError
+        Codes ``name_protected`` and ``name_invalid``.
+    ConflictError
+        Code ``name_taken``, or ``adapter_known`` where the files have another name.
+    OSError
+        Such as a full disk; then nothing is left of it.
     """
-    digests = {}
-    for name in ADAPTER_FILES:
-        path = directory / name
-        if path.is_symlink():
-            raise IntegrityError(f"{name} is a link; adapters are plain files.", code="adapter_unsafe")
-        if not path.is_file():
-            raise IntegrityError(f"The adapter has no {name}.", code="adapter_incomplete")
-        with path.open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
-def adapter_digest(files: dict[str, str]) -> str:
-    """Return the digest that names an adapter."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def register(
-    session: Session, source: Path, adapters_dir: Path, *, run_id: str | None, manifest: dict[str, Any]
-) -> Release:
-    """Copy an adapter into the registry under its digest and give it a release name.
-
-    The copy appears under its final name in one rename, so a crash leaves no half adapter behind a digest.
-    Registering the same files again returns the release that they have.
-    """
-    files = file_digests(source)
-    digest = adapter_digest(files)
-    known = session.scalars(sa.select(Release).where(Release.adapter_digest == digest)).first()
-    if known is not None:
+    if name is not None:
+        check_name(name)
+    lock_out_erasures(session)
+    base_digest = present_base(settings)
+    store = open_store(settings)
+    with store.staged(source) as staged:
+        check_adapter(staged, BaseShapes.read(settings.base_model_dir), settings.max_lora_rank)
+        files = file_digests(staged)
+        digest = adapter_digest(files)
+        manifest = {**manifest, "base_digest": base_digest, "files": files, "digest": digest}
+        known = session.scalars(sa.select(Release).where(Release.adapter_digest == digest)).one_or_none()
+        if known is None:
+            if name is not None and session.scalar(sa.select(sa.exists().where(Release.name == name))):
+                raise ConflictError(f"There is a release {name!r} already.", code="name_taken", param="name")
+            store.put(staged, digest, manifest)
+            return _insert(session, digest, run_id, manifest, name)
+        _restore(session, store, staged, known, base_digest, name)
         return known
-    manifest = {**manifest, "files": files, "digest": digest}
-    target = adapters_dir / digest
-    if not target.exists():
-        staging = adapters_dir / f".{digest[:12]}-{uuid.uuid4().hex[:8]}"
-        staging.mkdir(parents=True)
-        try:
-            for name in ADAPTER_FILES:
-                shutil.copyfile(source / name, staging / name)
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-            staging.rename(target)
-        except OSError:  # such as a full disk
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    session.add(
-        Adapter(
-            digest=digest,
-            path=str(target),
-            base_digest=manifest["base_digest"],
-            run_id=run_id,
-            manifest=manifest,
-        )
-    )
+
+
+def _insert(
+    session: Session, digest: str, run_id: str | None, manifest: Mapping[str, Any], name: str | None
+) -> Release:
+    base_digest = manifest["base_digest"]
+    session.add(Adapter(digest=digest, base_digest=base_digest, run_id=run_id, manifest=dict(manifest)))
     session.flush()
     number = session.scalar(sa.select(sa.func.count()).select_from(Release))
-    release = Release(name=f"r{number}-{digest[:8]}", adapter_digest=digest)
+    release = Release(name=name or f"r{number}-{digest[:8]}", adapter_digest=digest)
     session.add(release)
     session.flush()
     return release
 
 
-def take_back(session: Session, name: str, run_id: str) -> Path | None:
+def _restore(
+    session: Session, store: DirectoryStore, staged: Path, known: Release, base_digest: str, name: str | None
+) -> None:
+    """Put the files of a known release back, unless they are there and whole."""
+    if name not in (None, known.name):
+        raise ConflictError(f"These files are registered already, as {known.name!r}.", code="adapter_known")
+    adapter = session.get_one(Adapter, known.adapter_digest)
+    _check_base(adapter, base_digest)
+    try:
+        store.fetch(adapter.digest)
+    except IntegrityError:
+        store.put(staged, adapter.digest, adapter.manifest)
+    adapter.files_deleted_at = None
+    session.flush()
+
+
+def take_back(session: Session, name: str, run_id: str) -> str | None:
     """Undo the registration of a release by a run that came to nothing.
 
     Returns
     -------
-    Path or None
-        The adapter's directory, to be removed once this is committed. None, and nothing is changed, where the
-        release is not of this run, or somebody has met it.
+    str or None
+        The adapter's digest, whose files are to be removed once this is committed. None, and nothing is changed,
+        where the release is not of this run, or somebody has met it.
     """
     lock_out_erasures(session)
-    session.execute(sa.select(Head.id).with_for_update())  # nobody promotes it meanwhile
+    lock_head(session)  # nobody promotes it meanwhile
     release = get_release(session, name)
     adapter = session.get(Adapter, release.adapter_digest)
     met = sa.or_(
@@ -117,56 +126,114 @@ def take_back(session: Session, name: str, run_id: str) -> Path | None:
     session.delete(release)
     session.flush()
     session.delete(adapter)
-    return Path(adapter.path)
+    return adapter.digest
 
 
 def get_release(session: Session, name: str) -> Release:
-    """Return a release.
+    """Return a release; the aliases ``champion`` and ``challenger`` are what the head names now.
 
     Raises
     ------
     NotFoundError
         Code ``release_not_found``.
     """
-    release = session.scalars(sa.select(Release).where(Release.name == name)).one_or_none()
+    meant = name
+    if name in ALIASES:
+        column = Head.champion if name == CHAMPION else Head.challenger
+        meant = session.scalar(sa.select(column)) or name
+    release = session.scalars(sa.select(Release).where(Release.name == meant)).one_or_none()
     if release is None:
-        raise NotFoundError(f"There is no release {name!r}.", code="release_not_found", param="release")
+        why = "no canary is open" if name == CHALLENGER else "`everloop releases list` shows what there is"
+        raise NotFoundError(f"There is no release {name!r}: {why}.", code="release_not_found", param="release")
     return release
 
 
-def verified_path(session: Session, digest: str, base_digest: str | None = None) -> Path:
-    """Return an adapter's directory after checking every file against the digest.
+def present_base(settings: Settings) -> str:
+    """Return the digest of the base model that is served now.
 
-    Parameters
-    ----------
-    base_digest
-        The base model that it must have been trained on; any, if unset.
+    Raises
+    ------
+    SetupError
+        Code ``model_weights_missing`` where neither its weights nor a note of their digest are on this machine.
+    """
+    try:
+        return base_model_digest(settings.base_model_dir)
+    except OSError as error:
+        raise SetupError(
+            f"The base model {settings.base_model} is not on this machine, and adapters are only for their own.",
+            code="model_weights_missing",
+        ) from error
+
+
+def check_servable(session: Session, settings: Settings, name: str) -> str | None:
+    """Check that a release may be loaded and promoted, as far as the database tells.
+
+    Returns
+    -------
+    str or None
+        The digest of its adapter; None for the base model.
 
     Raises
     ------
     IntegrityError
-        Code ``adapter_changed`` where a file is not what was registered, ``adapter_quarantined`` where it may not
-        be served any more, ``adapter_of_another_base``.
+        Code ``adapter_of_another_base``, ``adapter_quarantined`` where it may not be served any more,
+        ``adapter_deleted`` where its files are gone.
     """
+    digest = get_release(session, name).adapter_digest
+    if digest is None:
+        return None
     adapter = session.get_one(Adapter, digest)
-    if base_digest not in (None, adapter.base_digest):
-        raise IntegrityError(
-            f"Adapter {digest[:12]} was trained on another base model ({adapter.base_digest[:12]}, not "
-            f"{str(base_digest)[:12]}). Promote `base` first, or set base_model back.",
-            code="adapter_of_another_base",
-        )
+    _check_base(adapter, present_base(settings))
     if adapter.mark == "quarantined":
         raise IntegrityError(
             f"Adapter {digest[:12]} is quarantined: it learned from a user who was forgotten.",
             code="adapter_quarantined",
         )
-    path = Path(adapter.path)
-    if adapter_digest(file_digests(path)) != digest:
+    check_kept(session, name)
+    return digest
+
+
+def check_kept(session: Session, name: str) -> None:
+    """Check that the files of a release were not deleted.
+
+    Raises
+    ------
+    IntegrityError
+        Code ``adapter_deleted``.
+    """
+    release = get_release(session, name)
+    adapter = (
+        session.get(Adapter, release.adapter_digest, populate_existing=True) if release.adapter_digest else None
+    )
+    if adapter is not None and adapter.files_deleted_at is not None:
         raise IntegrityError(
-            f"The files of adapter {digest[:12]} changed after it was registered; it will not be loaded.",
-            code="adapter_changed",
+            f"The files of {release.name} were deleted on {adapter.files_deleted_at:%Y-%m-%d}: nothing needed them "
+            "any more. Import them again from where you keep them, or promote another release.",
+            code="adapter_deleted",
         )
-    return path
+
+
+def verified_path(session: Session, settings: Settings, name: str) -> Path | None:
+    """Return a release's adapter on this machine, every file of it checked now; None for the base model.
+
+    Raises
+    ------
+    IntegrityError
+        As :func:`check_servable` does, and :meth:`deploy.store.DirectoryStore.fetch`.
+    UnavailableError
+        Code ``adapter_store_unavailable``.
+    """
+    digest = check_servable(session, settings, name)
+    return open_store(settings).fetch(digest) if digest else None
+
+
+def _check_base(adapter: Adapter, base_digest: str) -> None:
+    if adapter.base_digest != base_digest:
+        raise IntegrityError(
+            f"Adapter {adapter.digest[:12]} was trained on another base model ({adapter.base_digest[:12]}, not "
+            f"{base_digest[:12]}). Promote `base` first, or set base_model back.",
+            code="adapter_of_another_base",
+        )
 
 
 def config_of(session: Session, release: str) -> dict[str, Any] | None:
@@ -195,11 +262,17 @@ def _lineage(session: Session, release: str) -> Iterator[tuple[str, Adapter | No
     yield name, None
 
 
-def write_card(session: Session, release: str, base_model: str, gates: Sequence[GateResult]) -> None:
+def write_card(session: Session, settings: Settings, release: str, gates: Sequence[GateResult]) -> None:
     """Put a card with lineage and evaluation beside an adapter's files; it is no part of its digest."""
     adapter = session.get_one(Adapter, get_release(session, release).adapter_digest)
+    base_model = settings.base_model_dir.name
     page = model_card.page_of(release, base_model, adapter.manifest, gates, ancestors(session, release))
-    write_whole(Path(adapter.path) / CARD, page)
+    open_store(settings).annotate(adapter.digest, CARD, page)
+
+
+def lock_head(session: Session) -> None:
+    """Let nobody move the head until this transaction has ended."""
+    session.execute(sa.select(Head.id).with_for_update())
 
 
 def lock_out_erasures(session: Session) -> None:

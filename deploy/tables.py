@@ -16,20 +16,24 @@ from infra.tables import Timestamp
 class Adapter(Base):
     """A LoRA adapter, immutable, named by the digest of its files.
 
-    ``mark`` says that it learned from somebody who was forgotten since.
+    The digest also says where its files lie. ``mark`` says that it learned from somebody who was forgotten since;
+    ``files_deleted_at``, that nothing needed the files any more: the row stays, for history and lineage.
     """
 
     __tablename__ = "adapters"
 
     digest: Mapped[str] = mapped_column(primary_key=True)
-    path: Mapped[str]
     base_digest: Mapped[str]
     run_id: Mapped[str | None]
     manifest: Mapped[dict[str, Any]] = mapped_column(JSONB)
     mark: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    files_deleted_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
-    __table_args__ = (sa.CheckConstraint("mark IN ('retrain-required', 'quarantined')", name="mark"),)
+    __table_args__ = (
+        sa.CheckConstraint("mark IN ('retrain-required', 'quarantined')", name="mark"),
+        sa.CheckConstraint("digest ~ '^[0-9a-f]{64}$'", name="digest"),
+    )
 
 
 class Release(Base):

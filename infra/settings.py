@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import (
@@ -20,6 +20,7 @@ from pydantic_settings import (
 
 DEFAULT_HOME = "~/.local/share/everloop"
 BASE_MODEL_NAME = "base"
+ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
 
 
 class Settings(BaseSettings):
@@ -81,6 +82,19 @@ class Settings(BaseSettings):
         0.5, ge=0, le=1, description="Of the answers that would teach the most, the share that is asked for."
     )
 
+    adapters_url: str | None = Field(
+        None,
+        description="Where adapters are kept (fsspec), such as s3://bucket/prefix; in the home if unset.",
+    )
+    adapters_options: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description="What fsspec is given for it, such as key, secret and endpoint_url; shown nowhere.",
+    )
+    releases_kept: int = Field(10, ge=1, description="Promotions that can be rolled back: their adapters stay.")
+    adapters_kept_days: float = Field(
+        30.0, ge=0, description="Age from which the files of an adapter that nothing needs are deleted."
+    )
     max_lora_rank: int = Field(16, ge=1, description="Largest rank of an adapter that the engine takes.")
     night_cron: str = Field("0 3 * * *", description="When the night run starts.")
     night_pool: str = Field(

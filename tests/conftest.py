@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -20,6 +22,7 @@ from infra import settings as settings_module
 from infra.db import Sessions, connect
 from infra.settings import Settings
 from infra.stack import embedded
+from infra.stack.parts import embedded_parts
 from infra.stack.supervisor import Supervisor, stack_processes
 
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
@@ -103,6 +106,39 @@ def stack(home: Path) -> Iterator[Stack]:
         embedded.down(settings)
         left = stack_processes(home)
         assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL alone, with all tables: for tests that need no more, in a second."""
+    home = tmp_path_factory.mktemp("postgres")
+    settings, _ = embedded._with_addresses(Settings(home=home))
+    embedded._init_postgres(settings)
+    part = next(part for part in embedded_parts(settings, {"database_url"}) if part.name == "postgres")
+    with (home / "postgres.log").open("w") as log:
+        server = subprocess.Popen(part.command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: embedded._database_answers(settings), what=f"PostgreSQL did not start: {log.name}")
+        embedded._migrate(settings)
+        yield settings.need("database_url")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=30)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Sessions]:
+    """A database of the test's own: all tables, and the base model as champion."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    server = sa.create_engine(database_url.rpartition("/")[0] + "/postgres", isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE everloop"))
+    sessions = connect(f"{database_url.rpartition('/')[0]}/{name}", pool_size=3)
+    yield sessions
+    sessions.kw["bind"].dispose()
+    with server.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from deploy import audit, gates, head, registry
 from deploy.gates import GateResult
 from deploy.reconciler import load_release
+from deploy.store import open_store
 from deploy.tables import Release
 from infra.db import DATABASE_AWAY, LockLostError, Sessions
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
-from infra.weights import base_model_digest
 from trainer import collect, judge
 from trainer.config import RunConfig
 from trainer.judge import Questions, Sampler
@@ -72,7 +71,7 @@ class Candidate:
         for result in results:
             self.record.metric(phase="gates", **result.as_dict())
         with self.sessions() as session:
-            registry.write_card(session, release.name, self.settings.base_model_dir.name, results)
+            registry.write_card(session, self.settings, release.name, results)
         return results
 
     def _sampler(self, release: str) -> Sampler:
@@ -82,7 +81,7 @@ class Candidate:
         async def restore(engine: EngineClient) -> None:
             # The head does not name it yet, so nobody else loads it into an engine that was started anew.
             if release not in await engine.models():
-                await load_release(self.sessions, engine, release)
+                await load_release(self.sessions, self.settings, engine, release)
 
         def sample(model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
             nonlocal num_asked
@@ -110,7 +109,6 @@ class Candidate:
         """Return the new release, or None where somebody it learned from was forgotten meanwhile."""
         ready, data = self.ready, self.ready.data
         manifest = {
-            "base_digest": base_model_digest(self.settings.base_model_dir),
             "recipe": self.config.recipe,
             "run_id": self.record.run_id,
             "config": self.config.model_dump(),
@@ -129,7 +127,7 @@ class Candidate:
             if registry.clean_ancestor(session, ready.start_from) != ready.start_from:
                 return None
             release = registry.register(
-                session, adapter_dir, self.settings.adapters_dir, run_id=self.record.run_id, manifest=manifest
+                session, self.settings, adapter_dir, run_id=self.record.run_id, manifest=manifest
             )
             audit.write(
                 session,
@@ -150,6 +148,7 @@ class Candidate:
             if reason := judge.failing(results):
                 return self.record.finish("held", session, reason=reason, **outcome)
             if registry.clean_ancestor(session, release.name) == release.name:
+                registry.check_servable(session, self.settings, release.name)
                 if head.read(session).champion != self.ready.champion:
                     raise ConflictError("The champion changed during the run.", code="head_moved")
                 canary = head.open_canary(
@@ -168,13 +167,14 @@ class Candidate:
 def take_back(record: RunRecord, settings: Settings, name: str) -> None:
     """Undo the registration of a run's release that was not judged to the end; nobody has met it."""
     with record.sessions.begin() as session:
-        adapter_dir = registry.take_back(session, name, record.run_id)
-        if adapter_dir is None:
+        digest = registry.take_back(session, name, record.run_id)
+        if digest is None:
             return
         record.update(session, release=None)
         reason = f"{record.run_id} ended before its gates did"
         audit.write(session, actor=ACTOR, action="taken_back", subject=name, reason=reason)
-    shutil.rmtree(adapter_dir, ignore_errors=True)
+    with suppress(EverloopError):  # a store that is away keeps files that nothing names; `releases prune` tells
+        open_store(settings).delete(digest)
 
     async def unload() -> None:
         async with EngineClient(settings.need("engine_url")) as engine:

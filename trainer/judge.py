@@ -106,7 +106,7 @@ async def _attest(sessions: Sessions, settings: Settings, release: Release, cham
 
         async def compared() -> attest.ProbeResult:
             if release.name not in await engine.models():
-                await load_release(sessions, engine, release.name)
+                await load_release(sessions, settings, engine, release.name)
             return await attest.compare(engine, release.name, champion)
 
         result = await patiently(compared)

@@ -30,7 +30,7 @@ from trainer.recipe import UnusableDataError, resolve
 from trainer.record import RunRecord
 from trainer.redactor import Redactor
 from trainer.scoring import PinnedReward
-from trainer.training import Training, adapter_dir
+from trainer.training import Training
 from trainer.verify import Verification
 
 log = logging.getLogger("everloop.night")
@@ -202,7 +202,9 @@ class Night:
             data = collect.take(session, redactor, after_seq=seen or 0, through_seq=through)
             start_from = registry.clean_ancestor(session, current.champion)
             check_shape(self.config, self.settings, registry.config_of(session, start_from))
-            adapter_dir(session, self.settings, start_from)  # a wrong one is told before it is sampled from
+            registry.verified_path(
+                session, self.settings, start_from
+            )  # a wrong one is told before it is sampled from
         self.record.update(last_signal_seq=data.last_signal_seq)
         must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
         if data.num_new_signals < self.min_new_signals and not must_retrain:

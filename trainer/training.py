@@ -14,13 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy.orm import Session
-
 from deploy import registry
 from infra.db import Sessions
 from infra.files import write_whole
 from infra.settings import Settings
-from infra.weights import base_model_digest
 from trainer import gold, peak, prepared, processes
 from trainer.config import RunConfig
 from trainer.material import material_of, words_range
@@ -175,7 +172,7 @@ class Training:
 
     def _adapter_dir(self) -> Path | None:
         with self.sessions() as session:
-            return adapter_dir(session, self.settings, self.ready.start_from)
+            return registry.verified_path(session, self.settings, self.ready.start_from)
 
     def _chosen(self, policy: ServedPolicy, trained: Trained) -> Registrable:
         """Measure the kept checkpoints, and return the one to register."""
@@ -213,15 +210,3 @@ class Training:
         if config.keep_answers:
             peak.write_answers(points, self.record.run_dir / ANSWERS_FILE)
         return Registrable(dict(kept)[chosen.step], chosen.kl, chosen.n, peak.gains(chosen, points[0]))
-
-
-def adapter_dir(session: Session, settings: Settings, release: str) -> Path | None:
-    """Return where a release's adapter is, its files and its base model checked; None for the base model.
-
-    Raises
-    ------
-    IntegrityError
-        As :func:`deploy.registry.verified_path` does.
-    """
-    digest = registry.get_release(session, release).adapter_digest
-    return registry.verified_path(session, digest, base_model_digest(settings.base_model_dir)) if digest else None

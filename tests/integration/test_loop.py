@@ -1,11 +1,9 @@
 """The loop on real parts: votes, a small night through Prefect, a canary, promotion, rollback."""
 
 import asyncio
-import errno
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import openai
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from deploy import erasure, head, registry
 from deploy.reconciler import Reconciler
 from deploy.runs import TrainingRun
+from deploy.store import CARD, open_store
 from deploy.tables import Adapter, AuditEntry, Canary, Release
 from deploy.votes import votes
 from feedback.tables import Episode
@@ -136,10 +135,10 @@ def test_the_snapshot_holds_no_gate_prompt_and_only_what_may_be_learned(stack, n
 def test_the_adapter_is_registered_whole_and_loads_in_plain_peft(stack, night):
     with stack.sessions() as session:
         adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
-        path = registry.verified_path(session, adapter.digest)
+        path = registry.verified_path(session, stack.settings, night.release)
     assert {"dataset_digest", "reward_snapshot_id", "base_digest", "config", "files"} <= set(adapter.manifest)
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".md", ".safetensors"]
-    card = (path / registry.CARD).read_text()
+    card = (path / CARD).read_text()
     assert f"# {night.release}" in card and "goes on from: base" in card and "| win_rate |" in card
     assert night.id in card and night.dataset_digest[:16] in card and "best-of-n" in card
     model = AutoModelForCausalLM.from_pretrained(stack.settings.base_model_dir)
@@ -150,12 +149,12 @@ def test_the_adapter_is_registered_whole_and_loads_in_plain_peft(stack, night):
 def test_a_changed_adapter_is_not_loaded(stack, night):
     with stack.sessions() as session:
         adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
-        weights = Path(adapter.path) / "adapter_model.safetensors"
+        weights = open_store(stack.settings).place(adapter.digest) / "adapter_model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         try:
             with pytest.raises(IntegrityError) as refused:
-                registry.verified_path(session, adapter.digest)
+                registry.verified_path(session, stack.settings, night.release)
         finally:
             weights.write_bytes(whole)
     assert refused.value.code == "adapter_changed"
@@ -261,12 +260,11 @@ def test_every_act_is_in_the_audit_log_which_the_database_keeps(stack, release):
 
 def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night, monkeypatch):
     with stack.sessions() as session:
-        adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
-        assert registry.verified_path(session, adapter.digest, adapter.base_digest) == Path(adapter.path)
+        registry.verified_path(session, stack.settings, night.release)
+        monkeypatch.setattr("deploy.registry.base_model_digest", lambda _: "0" * 64)
         with pytest.raises(IntegrityError) as refused:
-            registry.verified_path(session, adapter.digest, "0" * 64)
+            registry.verified_path(session, stack.settings, night.release)
     assert refused.value.code == "adapter_of_another_base"
-    monkeypatch.setattr("trainer.training.base_model_digest", lambda _: "0" * 64)
     with stack.sessions.begin() as session:
         head.move_champion(session, night.release, action="promoted_by_hand", actor="test", reason="to go on from")
     refused = Night(stack.sessions, stack.settings, {}, 0.5, min_new_signals=0)
@@ -284,7 +282,7 @@ def test_an_adapter_of_another_base_model_is_not_gone_on_from(stack, night, monk
 
 def test_a_release_that_is_judged_stays_in_the_engine_however_long_that_takes(stack, night, monkeypatch):
     monkeypatch.setattr("deploy.reconciler.KEEP_ROUNDS", 1)
-    reconciler = Reconciler(stack.sessions, stack.settings.need("engine_url"))
+    reconciler = Reconciler(stack.sessions, stack.settings, stack.settings.need("engine_url"))
 
     def expired():
         return [name for _ in range(3) for name in reconciler._expired({night.release, "base"})]
@@ -316,21 +314,6 @@ def test_a_candidate_is_given_again_to_an_engine_that_lost_it(stack, night):
     assert found.model == night.release and found.token_ids
 
 
-def test_a_full_disk_leaves_no_half_adapter_in_the_registry(stack, night, tmp_path, monkeypatch):
-    for name in registry.ADAPTER_FILES:
-        (tmp_path / name).write_bytes(name.encode())
-    before = sorted(stack.settings.adapters_dir.iterdir())
-
-    def fill(source, target):
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("deploy.registry.shutil.copyfile", fill)
-    with stack.sessions() as session, pytest.raises(OSError, match="No space left"):
-        registry.register(session, tmp_path, stack.settings.adapters_dir, run_id=None, manifest={"base_digest": ""})
-    assert sorted(stack.settings.adapters_dir.iterdir()) == before
-
-
 def test_a_release_that_somebody_has_met_or_another_run_made_is_not_taken_back(stack, night):
     with stack.sessions() as session:
         assert registry.take_back(session, night.release, "run_other") is None
@@ -342,9 +325,8 @@ def test_a_release_that_somebody_has_met_or_another_run_made_is_not_taken_back(s
 def test_releases_are_never_renamed_or_reused(stack, night):
     with stack.sessions.begin() as session:
         adapter = session.scalars(sa.select(Adapter).where(Adapter.run_id == night.id)).one()
-        again = registry.register(
-            session, Path(adapter.path), stack.settings.adapters_dir, run_id=None, manifest=adapter.manifest
-        )
+        source = open_store(stack.settings).place(adapter.digest)
+        again = registry.register(session, stack.settings, source, run_id=None, manifest=adapter.manifest)
         assert again.name == night.release
         assert session.query(Release).filter_by(adapter_digest=adapter.digest).count() == 1
 
@@ -386,8 +368,7 @@ def test_under_quarantine_what_learned_from_a_forgotten_teacher_is_served_no_mor
         stack.ask(model=night.release)
     wait_until(lambda: night.release not in served(stack), timeout_s=15, what="the engine keeps it")
     with stack.sessions() as session, pytest.raises(IntegrityError) as refused:
-        digest = registry.get_release(session, night.release).adapter_digest
-        registry.verified_path(session, digest)
+        registry.verified_path(session, stack.settings, night.release)
     assert refused.value.code == "adapter_quarantined"
 
 
