@@ -99,8 +99,9 @@ def _restore(
         store.fetch(adapter.digest)
     except IntegrityError:
         store.put(staged, adapter.digest, adapter.manifest)
-    adapter.files_deleted_at = None
-    session.flush()
+    if adapter.files_deleted_at is not None:
+        adapter.files_deleted_at, adapter.stored_at = None, sa.func.now()
+        session.flush()
 
 
 def take_back(session: Session, name: str, run_id: str) -> str | None:

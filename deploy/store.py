@@ -92,12 +92,10 @@ class DirectoryStore:
             Code ``adapter_store_unavailable``.
         """
         place = self.place(digest)
-        try:
+        with _disk():
             if not (place.exists() or place.is_symlink()):
                 raise missing(digest)
             check_files(place, digest)
-        except OSError as error:
-            raise unavailable(error) from error
         return place
 
     def annotate(self, digest: str, name: str, text: str) -> None:
@@ -106,7 +104,8 @@ class DirectoryStore:
 
     def delete(self, digest: str) -> None:
         """Remove an adapter's files, if there are any."""
-        self._remove(self.place(digest))
+        with _disk():
+            self._remove(self.place(digest))
 
     def digests(self) -> set[str]:
         """Return the digests of the adapters that lie here."""
@@ -121,7 +120,8 @@ class DirectoryStore:
         return len(left)
 
     def _entries(self) -> list[Path]:
-        return list(self.directory.iterdir()) if self.directory.is_dir() else []
+        with _disk():
+            return list(self.directory.iterdir()) if self.directory.is_dir() else []
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -186,6 +186,14 @@ def check_files(directory: Path, digest: str) -> None:
             "it again from where it came, or promote another release.",
             code="adapter_changed",
         )
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(error) from error
 
 
 def unavailable(error: Exception) -> UnavailableError:

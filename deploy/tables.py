@@ -16,8 +16,9 @@ from infra.tables import Timestamp
 class Adapter(Base):
     """A LoRA adapter, immutable, named by the digest of its files.
 
-    The digest also says where its files lie. ``mark`` says that it learned from somebody who was forgotten since;
-    ``files_deleted_at``, that nothing needed the files any more: the row stays, for history and lineage.
+    The digest also says where its files lie; ``stored_at``, since when (again, where they were deleted). ``mark``
+    says that it learned from somebody who was forgotten since; ``files_deleted_at``, that nothing needed the files
+    any more: the row stays, for history and lineage.
     """
 
     __tablename__ = "adapters"
@@ -28,6 +29,7 @@ class Adapter(Base):
     manifest: Mapped[dict[str, Any]] = mapped_column(JSONB)
     mark: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    stored_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     files_deleted_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 import deploy.erasure
+import deploy.retention
 import feedback.erasure
 import trainer.erasure
 from feedback import partitions, projection
 from feedback.tables import Erasure
 from infra.db import DATABASE_AWAY, Sessions, advisory_lock, connect
+from infra.errors import EverloopError
 from infra.events import UserForgotten
 from infra.log import retention
 from infra.log.consumer import Consumer, Delivery
@@ -77,7 +79,7 @@ class Ledger:
             feedback.erasure.report(session, event.erasure_id, "deploy", in_service)
 
     def keep_house(self, stop: threading.Event) -> None:
-        """Make partitions ahead of time and prune the log, once a minute."""
+        """Make partitions ahead of time, prune the log and the adapters' files, once a minute."""
         while not stop.is_set():
             try:
                 with advisory_lock(self.sessions, "housekeeping") as held:
@@ -85,7 +87,8 @@ class Ledger:
                         with self.sessions.begin() as session:
                             partitions.ensure(session)
                         retention.prune(self.sessions, self.settings)
-            except DATABASE_AWAY as error:
+                        deploy.retention.prune(self.sessions, self.settings)
+            except (EverloopError, *DATABASE_AWAY) as error:
                 log.warning("housekeeping: %s; trying again", type(error).__name__)
             stop.wait(HOUSEKEEPING_EVERY_S)
 
