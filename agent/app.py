@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 import agent.api
 import deploy.api
+import deploy.releases_api
 import feedback.api
 import reward.api
 from agent.guard import Guard
@@ -85,7 +86,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
-    for room in (agent.api, feedback.api, reward.api, deploy.api):
+    for room in (agent.api, feedback.api, reward.api, deploy.api, deploy.releases_api):
         app.include_router(room.router)
     app.include_router(operations)
     app.include_router(deploy.api.pages)

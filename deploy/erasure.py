@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import head, registry
+from deploy.lineage import descendants
 from deploy.tables import Adapter, Canary, Release
 
 ACTOR = "erasure"
@@ -42,16 +43,11 @@ def mark(session: Session, run_ids: Sequence[str], policy: str) -> dict[str, Any
 
 
 def _with_descendants(session: Session, run_ids: Sequence[str]) -> list[Adapter]:
-    found = {a.digest: a for a in session.scalars(sa.select(Adapter).where(Adapter.run_id.in_(run_ids)))}
-    grown = True
-    while grown:
-        names = session.scalars(sa.select(Release.name).where(Release.adapter_digest.in_(found)))
-        children = session.scalars(
-            sa.select(Adapter).where(Adapter.manifest["started_from"].astext.in_(names.all()))
-        ).all()
-        grown = any(child.digest not in found for child in children)
-        found |= {child.digest: child for child in children}
-    return list(found.values())
+    named = sa.select(Release.name).join(Adapter, Release.adapter_digest == Adapter.digest)
+    own = session.scalars(named.where(Adapter.run_id.in_(run_ids))).all()
+    names = [*own, *descendants(session, own)]
+    of_them = sa.select(Release.adapter_digest).where(Release.name.in_(names))
+    return list(session.scalars(sa.select(Adapter).where(Adapter.digest.in_(of_them))))
 
 
 def _take_out_of_service(session: Session, releases: set[str]) -> None:

@@ -244,8 +244,12 @@ def config_of(session: Session, release: str) -> dict[str, Any] | None:
 
 
 def clean_ancestor(session: Session, release: str) -> str:
-    """Return `release`, or the newest release behind it that learned from nobody who was forgotten since."""
-    return next(name for name, adapter in _lineage(session, release) if adapter is None or adapter.mark is None)
+    """Return `release`, or the newest one behind it with its files that learned from nobody forgotten since."""
+    return next(
+        name
+        for name, adapter in _lineage(session, release)
+        if adapter is None or (adapter.mark is None and adapter.files_deleted_at is None)
+    )
 
 
 def ancestors(session: Session, release: str) -> list[str]:

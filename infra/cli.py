@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("flows.cli", "train", "Start a night run now and follow it."),
     "promote": ("deploy.cli", "promote", "Make a release the champion, with a reason."),
     "rollback": ("deploy.cli", "rollback", "Go back to an earlier champion, with a reason."),
+    "releases": ("deploy.releases_cli", "app", "Releases and their lineage, import, retention."),
     "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
     "users": ("feedback.cli", "users_app", "Consent and erasure."),
     "reward": ("reward.cli", "app", "State of the reward model, gold probes, raters, learning anew."),

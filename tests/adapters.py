@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
+
+from deploy import head, registry
+from deploy.tables import Adapter
 
 HIDDEN, INNER, LAYERS = 8, 12, 2
 MODULES = {
@@ -67,3 +71,21 @@ def make_adapter(directory: Path, *, weights: dict[str, Any] | None = None, seed
     (directory / "adapter_config.json").write_text(json.dumps(CONFIG | config))
     save_file(tensors(seed=seed) if weights is None else weights, directory / "adapter_model.safetensors")
     return directory
+
+
+CANARY = {"share": 0.5, "alpha": 0.05, "gates": [], "actor": "test", "reason": "a test"}
+
+
+def promote(database, name):
+    with database.begin() as session:
+        head.move_champion(session, name, action="promoted_by_hand", actor="test", reason="a test")
+
+
+def refusal(kind, call, *args, **options):
+    with pytest.raises(kind) as refused:
+        call(*args, **options)
+    return refused.value.code
+
+
+def adapter_of(session, name):
+    return session.get_one(Adapter, registry.get_release(session, name).adapter_digest)

@@ -1,0 +1,33 @@
+"""``/v1/releases``: what there is to serve, where it comes from, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from deploy.lineage import LineageView, ReleaseView, lineage, releases
+from infra.db import transaction
+from infra.text import CleanText
+
+router = APIRouter(prefix="/v1/releases", tags=["deployment"])
+
+
+@router.get("")
+def list_releases(
+    request: Request,
+    run: CleanText | None = None,
+    dataset: CleanText | None = None,
+    reward_snapshot: Annotated[int | None, Query(ge=1)] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+) -> list[ReleaseView]:
+    """Return releases, the newest first: all, or those that came of a run, a dataset or a reward snapshot."""
+    with transaction(request.app.state.sessions) as session:
+        return releases(session, run=run, dataset=dataset, reward_snapshot=reward_snapshot, limit=limit)
+
+
+@router.get("/{name}")
+def get_release(name: CleanText, request: Request) -> LineageView:
+    """Return a release, by its name or as ``champion`` or ``challenger``, with its lineage in both directions."""
+    with transaction(request.app.state.sessions) as session:
+        return lineage(session, name)
