@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import openai
 import pytest
 import sqlalchemy as sa
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from sqlalchemy.exc import DatabaseError
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +26,7 @@ from feedback.tables import Episode
 from flows.accounting import backlog
 from flows.preferences import shortened
 from infra.engine import EngineClient
-from infra.errors import ConflictError, IntegrityError
+from infra.errors import ConflictError, EverloopError, IntegrityError
 from tests.conftest import EVERLOOP, wait_until
 from trainer import collect
 from trainer.candidate import Candidate
@@ -218,6 +221,66 @@ def test_the_champion_is_loaded_again_after_the_engine_restarts(stack, release):
             return False
 
     wait_until(answered, timeout_s=180, what="the champion did not come back after the engine's restart")
+
+
+def altered(source, target, *, columns=None, **config):
+    """Copy an adapter with another configuration, or with `columns` of each lora_A and none of what it learned."""
+    shutil.copytree(source, target)
+    told = json.loads((source / "adapter_config.json").read_text()) | config
+    (target / "adapter_config.json").write_text(json.dumps(told))
+    weights = load_file(source / "adapter_model.safetensors")
+    rank = told["r"]
+    for name, tensor in weights.items():
+        num_in, num_out = columns or tensor.shape[1], tensor.shape[0]
+        weights[name] = np.zeros((rank, num_in) if "lora_A" in name else (num_out, rank), np.float32)
+    save_file(weights, target / "adapter_model.safetensors")
+    return target
+
+
+def test_an_adapter_of_another_rank_or_base_is_refused_and_the_champion_goes_on_serving(stack, release, tmp_path):
+    with stack.sessions() as session:
+        assert head.read(session).champion == release
+        source = registry.verified_path(session, stack.settings, release)
+    large = altered(source, tmp_path / "large", r=2 * stack.settings.max_lora_rank)
+    wide = altered(source, tmp_path / "wide", columns=2048)
+    for directory, code in ((large, "adapter_rank_too_large"), (wide, "adapter_of_another_base")):
+        command = [*EVERLOOP, "releases", "import", str(directory), "--reason", "a test"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and f"[{code}]" in done.stderr
+    # The engine itself refuses such a rank too; the champion is not disturbed by it.
+
+    async def load():
+        async with EngineClient(stack.settings.need("engine_url")) as engine:
+            await engine.load_adapter("too-large", large)
+
+    with pytest.raises(EverloopError):
+        asyncio.run(load())
+    assert stack.ask().model == release and "too-large" not in served(stack)
+
+
+def test_a_challenger_of_another_base_is_not_loaded_and_the_champion_goes_on_serving(stack, release):
+    """As it is when base_model was changed behind a candidate."""
+    name = "of-another-base"
+    with stack.sessions.begin() as session:
+        session.add(Adapter(digest="0" * 64, base_digest="0" * 64, manifest={}))
+        session.flush()
+        session.add(Release(name=name, adapter_digest="0" * 64))
+        session.flush()
+        options = {"share": 0.5, "alpha": 0.05, "gates": [], "actor": "test", "reason": "a test"}
+        canary_id = head.open_canary(session, challenger=name, **options).id
+    try:
+        log = stack.settings.log_dir / "reconciler.log"
+        wait_until(lambda: f"{name} is not served" in log.read_text(), timeout_s=30)
+        assert "[adapter_of_another_base]" in log.read_text() and name not in served(stack)
+        user = next(u for u in map(str, range(100)) if head.unit_interval(canary_id, u) >= 0.5)
+        assert stack.ask(user=user).model == release
+        done = subprocess.run([*EVERLOOP, "promote", name, "--reason", "x"], capture_output=True, text=True)
+        assert done.returncode == 1 and "[adapter_of_another_base]" in done.stderr
+    finally:
+        with stack.sessions.begin() as session:
+            head.close_canary(session, canary_id, decision="rollback", evidence={}, actor="test", reason="a test")
+    assert stack.ask().model == release
+    assert stack.ask(model="champion").model == release
 
 
 def test_of_two_moves_at_once_one_wins_and_the_other_is_told(stack, release):
