@@ -1,17 +1,21 @@
-"""Small base models and adapters for tests, made without torch."""
+"""Small base models and adapters for tests, made without torch; and what is done with them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sqlalchemy.orm import Session
 
 from deploy import head, registry
 from deploy.tables import Adapter
+from infra.db import Sessions
+from infra.errors import EverloopError
 
 HIDDEN, INNER, LAYERS = 8, 12, 2
 MODULES = {
@@ -73,19 +77,22 @@ def make_adapter(directory: Path, *, weights: dict[str, Any] | None = None, seed
     return directory
 
 
-CANARY = {"share": 0.5, "alpha": 0.05, "gates": [], "actor": "test", "reason": "a test"}
+CANARY: dict[str, Any] = {"share": 0.5, "alpha": 0.05, "gates": [], "actor": "test", "reason": "a test"}
 
 
-def promote(database, name):
+def promote(database: Sessions, name: str) -> None:
+    """Make a release the champion."""
     with database.begin() as session:
         head.move_champion(session, name, action="promoted_by_hand", actor="test", reason="a test")
 
 
-def refusal(kind, call, *args, **options):
+def refusal(kind: type[EverloopError], call: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Return the code of the error that a call must raise."""
     with pytest.raises(kind) as refused:
         call(*args, **options)
     return refused.value.code
 
 
-def adapter_of(session, name):
+def adapter_of(session: Session, name: str) -> Adapter:
+    """Return the row of a release's adapter."""
     return session.get_one(Adapter, registry.get_release(session, name).adapter_digest)
