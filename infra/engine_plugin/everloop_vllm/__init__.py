@@ -41,8 +41,16 @@ def register() -> bool:
         _log.warning("everloop: platform is %s, not CPU; LoRA as shipped", device)
         return False
 
-    from everloop_vllm import cpu_lora
+    from everloop_vllm.compatibility import mismatch
+
+    if (name := mismatch()) is not None:
+        _log.warning("everloop: vLLM %s differs from what is supported (%s); LoRA as shipped", version, name)
+        return False
+
+    from everloop_vllm import cpu_lora, stacks
 
     cpu_lora.install()
-    _log.info("everloop: CPU LoRA grouped by adapter")
+    _log.info(
+        "everloop: CPU LoRA grouped by adapter, packed products %s", "on" if stacks.HAS_PACKED_PRODUCTS else "off"
+    )
     return True

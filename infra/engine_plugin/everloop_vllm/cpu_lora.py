@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on the CPU with one product per adapter instead of one weight copy per token.
+"""LoRA on the CPU with one product for all adapters instead of one weight copy per token.
 
 vLLM keeps the adapters of a layer in stacked buffers with one slot per loaded adapter
 and gives each token the index of its slot, -1 for the base model. Here the rows of a
-step are grouped by slot once, and each layer multiplies each group once, in float32: at
-the size of an adapter, float32 products run faster on a CPU than bfloat16 ones.
+step are grouped by slot once, and each layer multiplies all groups by two batched
+products, from copies of the weights in the layout that the CPU likes best.
 
 Groups never share a product, so an adapter holding NaN or infinity reaches only its own
-requests. Rows of index -1 are not touched.
+requests. Rows of index -1 keep their bits.
 
-Shapes use T rows (tokens), S slots, R rank, I input width and O output width.
+Shapes use T rows (tokens), S slots, R rank, I input width and O output width. Models run
+eagerly: a compiled one would trace the caches as constants.
 """
 
 from __future__ import annotations
@@ -24,49 +25,9 @@ from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms.cpu import CpuPlatform
 
 from everloop_vllm import grouped_ops
-from everloop_vllm.grouped_ops import RowPlan
-
-_OPERATIONS = (
-    "bgmv_shrink",
-    "bgmv_expand",
-    "bgmv_expand_slice",
-    "sgmv_shrink",
-    "sgmv_expand",
-    "sgmv_expand_slice",
-)
-
-
-class FloatCopies:
-    """Float32 copies of one layer's adapters, made per slot when first used.
-
-    vLLM overwrites a slot in place when it loads another adapter. Every such write
-    raises the version counter of its buffer, and any change of a counter drops all
-    copies of the layer: a stale copy would serve the wrong policy.
-
-    Parameters
-    ----------
-    stacks_a, stacks_b : tuple of Tensor
-        The stacked buffers, one per slice: (S, 1, R, I) and (S, 1, O, R).
-    """
-
-    def __init__(self, stacks_a: tuple[Tensor, ...], stacks_b: tuple[Tensor, ...]) -> None:
-        # Holding the buffers keeps their ids, by which this object is found, from reuse.
-        self._a, self._b = stacks_a, stacks_b
-        # Tensors made in inference mode carry no counter: those are never cached.
-        self._counted = not any(stack.is_inference() for stack in (*stacks_a, *stacks_b))
-        self._versions: list[int] = []
-        self._slots: dict[int, tuple[Tensor, list[Tensor]]] = {}
-
-    def slot(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """Return A of all slices, (I, slices * R), and B of each slice, (R, O)."""
-        versions = [stack._version for stack in (*self._a, *self._b)] if self._counted else []
-        if versions != self._versions or not self._counted:
-            self._slots.clear()
-            self._versions = versions
-        if index not in self._slots:
-            a = torch.cat([stack[index, 0] for stack in self._a]).float()
-            self._slots[index] = a.t(), [stack[index, 0].float().t() for stack in self._b]
-        return self._slots[index]
+from everloop_vllm.compatibility import OPERATIONS
+from everloop_vllm.stacks import AdapterStacks, Presence, stacks_of
+from everloop_vllm.step_plan import StepPlan
 
 
 class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
@@ -74,13 +35,62 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plan = RowPlan(None, [], 0)
-        self._copies: dict[tuple[int, ...], FloatCopies] = {}
+        self._plan = StepPlan(0, (), ())
+        self._heads: dict[int, Presence] = {}
+        self._stacks: dict[tuple[int, int, torch.dtype], AdapterStacks] = {}
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Take over the step's adapter mapping and group its rows."""
+        """Take over the step's adapter mapping and lay out its rows."""
         super().update_metadata(*args, **kwargs)
-        self._plan = RowPlan.of(self.token_lora_indices)
+        self._plan = StepPlan.of(self.token_lora_indices)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add what each row's adapter has for the output head to the logits ``y``, in place.
+
+        Most adapters have nothing for it; as shipped, each step adds zeros to all logits. And as
+        shipped, the rows are taken for those that are sampled from; but those of prompt
+        log-probabilities are a stretch of the step's rows, and beside other requests the engine
+        dies of them, or gives them another request's adapter.
+
+        Parameters
+        ----------
+        y : Tensor, shape (N, vocabulary)
+        x : Tensor, shape (N, I)
+            Hidden states: one row per sampled token, or a slice of those of the whole step.
+        lora_a_stacked, lora_b_stacked : Tensor
+            (S, 1, R, I) and (S, 1, vocabulary, R).
+        scale : float
+        buffer : Tensor, optional, shape (N, R)
+        """
+        stacks = self._heads.get(id(lora_b_stacked))
+        if stacks is None:
+            stacks = self._heads[id(lora_b_stacked)] = Presence((lora_a_stacked,), (lora_b_stacked,))
+        if not stacks.refresh(self._plan.used):
+            return
+        rows = x.view(-1, x.size(-1))
+        indices = self._indices_of(rows)
+        if buffer is None:
+            buffer = rows.new_zeros(rows.size(0), lora_b_stacked.size(-1), dtype=torch.float32)
+        grouped_ops.bgmv_shrink(rows, lora_a_stacked, buffer, indices, scale)
+        grouped_ops.bgmv_expand(buffer, lora_b_stacked, y.view(-1, y.size(-1)), indices, add_inputs=True)
+
+    def _indices_of(self, rows: Tensor) -> Tensor:
+        """Return the slot of each row: of a slice of the step's rows, or of the sampled ones."""
+        is_slice = rows.untyped_storage().nbytes() > rows.nbytes
+        if not is_slice and rows.size(0) == self.sampler_indices.numel():
+            return self.sampler_indices
+        start = rows.storage_offset() // rows.size(1)
+        return self.token_lora_indices[start : start + rows.size(0)]
 
     def add_lora_linear(
         self,
@@ -112,33 +122,27 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
             args = (y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
             super().add_lora_linear(*args, buffer=buffer, **kwargs)
             return
-        if not x.size(0) == y.size(0) == self._plan.size:
-            raise ValueError(f"LoRA plan has {self._plan.size} rows, the layer {x.size(0)}")
-        if self._plan.groups:
-            copies = self._copies_of(lora_a_stacked, lora_b_stacked)
-            self._add_groups(y, x, copies, scale, output_slices)
-
-    def _copies_of(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> FloatCopies:
-        key = tuple(map(id, (*a, *b)))
-        if key not in self._copies:
-            self._copies[key] = FloatCopies(a, b)
-        return self._copies[key]
-
-    def _add_groups(self, y: Tensor, x: Tensor, copies: FloatCopies, scale: float, widths: tuple[int, ...]) -> None:
-        inputs, outputs = self._plan.take(x), self._plan.take(y)
-        for slot, start, stop in self._plan.groups:
-            a, b = copies.slot(slot)
-            shrunk = torch.mm(inputs[start:stop], a).chunk(len(b), dim=1)
-            parts = outputs[start:stop, : sum(widths)].split(widths, dim=1)
-            for part, hidden, weight in zip(parts, shrunk, b, strict=True):
-                part.addmm_(hidden, weight, alpha=scale)
-        self._plan.put(y, outputs)
+        plan = self._plan
+        if not x.size(0) == y.size(0) == plan.size:
+            raise ValueError(f"LoRA plan has {plan.size} rows, the layer {x.size(0)}")
+        if not plan.blocks:
+            return
+        key = id(lora_a_stacked[0]), id(lora_b_stacked[0]), x.dtype
+        stacks = self._stacks.get(key)
+        if stacks is None:
+            stacks = self._stacks[key] = stacks_of(lora_a_stacked, lora_b_stacked, x.dtype)
+        if not stacks.refresh(plan.used):
+            return
+        inputs, products = plan.collect(x), plan.buffer(stacks.width, y.dtype)
+        for block in plan.blocks:
+            stacks.multiply(block.of(inputs), block.slots, scale, block.of(products))
+        plan.add(y, products)
 
 
 def install() -> None:
     """Put the grouped operations and wrapper in the place of vLLM's own."""
     for module in (lora_ops, torch_ops, punica_cpu):
-        for name in _OPERATIONS:
+        for name in OPERATIONS:
             setattr(module, name, getattr(grouped_ops, name))
     wrapper = f"{__name__}.{GroupedPunicaWrapper.__name__}"
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: wrapper)

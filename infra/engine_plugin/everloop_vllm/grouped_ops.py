@@ -104,6 +104,8 @@ def bgmv_expand_slice(
     add_inputs : bool
         Add to the output if true, else overwrite it (with zero in rows of index -1).
     """
+    if add_inputs and not bool((lora_indices_tensor >= 0).any()):
+        return
     products = _multiply(inputs, lora_b_weights, lora_indices_tensor, output_tensor.size(0))
     target = output_tensor[:, slice_offset : slice_offset + slice_size]
     target.add_(products) if add_inputs else target.copy_(products)

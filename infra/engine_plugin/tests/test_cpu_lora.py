@@ -13,14 +13,15 @@ import pytest
 import torch
 import vllm
 import vllm.platforms
-from everloop_vllm import cpu_lora, grouped_ops
+from everloop_vllm import cpu_lora, grouped_ops, stacks
+from everloop_vllm.compatibility import OPERATIONS
 from torch import Tensor
 from vllm.lora.ops import torch_ops
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms.cpu import CpuPlatform
 
-SHIPPED: dict[str, Callable[..., None]] = {name: getattr(lora_ops, name) for name in cpu_lora._OPERATIONS}
+SHIPPED: dict[str, Callable[..., None]] = {name: getattr(lora_ops, name) for name in OPERATIONS}
 SLOTS, RANK = 5, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Shipped products are rounded to the output's dtype at several points, ours at the end.
@@ -218,41 +219,44 @@ def test_base_rows_ignore_the_last_slot_and_broken_adapters() -> None:
 @pytest.mark.parametrize("counted", [True, False])
 def test_reloaded_slot_is_noticed(which: str, counted: bool) -> None:
     """Overwrite a slot as vLLM's ``set_lora`` does: cleared, then copied into in place."""
-    stacks = {"a": stack(RANK, 96, torch.bfloat16), "b": stack(48, RANK, torch.bfloat16)}
+    weights = {"a": stack(RANK, 96, torch.bfloat16), "b": stack(48, RANK, torch.bfloat16)}
     if not counted:  # tensors of inference mode have no version counter to watch
-        stacks = {name: weights.clone() for name, weights in stacks.items()}
+        weights = {name: one.clone() for name, one in weights.items()}
     segments = [(1, 4), (-1, 1), (2, 3)]
     wrapper, x = grouped_wrapper(segments), torch.randn(8, 96)
 
     def outputs(wrapper: Any) -> Tensor:
         y = torch.zeros(8, 48)
-        wrapper.add_lora_linear(y, x, (stacks["a"],), (stacks["b"],), 1.0, (48,))
+        wrapper.add_lora_linear(y, x, (weights["a"],), (weights["b"],), 1.0, (48,))
         return y
 
     first = outputs(wrapper)
     assert torch.equal(outputs(wrapper), first)
-    stacks[which][1] = 0
-    stacks[which][1, 0, :4].copy_(torch.randn_like(stacks[which][1, 0, :4]))
+    weights[which][1] = 0
+    weights[which][1, 0, :4].copy_(torch.randn_like(weights[which][1, 0, :4]))
     second = outputs(wrapper)
     torch.testing.assert_close(second, outputs(grouped_wrapper(segments)))
     assert not torch.allclose(second[:4], first[:4], atol=0.1)
     assert torch.equal(second[4:], first[4:])
 
 
-def test_copies_are_reused_until_written() -> None:
+def test_copies_are_reused_until_written(restored: pytest.MonkeyPatch) -> None:
     a, b = stack(RANK, 96, torch.bfloat16), stack(48, RANK, torch.bfloat16)
-    copies = cpu_lora.FloatCopies((a,), (b,))
-    assert copies.slot(1)[0] is copies.slot(1)[0]
-    kept = copies.slot(1)[0]
+    copies = stacks.FloatStacks((a,), (b,))
+    copied: list[int] = []
+    restored.setattr(copies, "store", lambda slot, *_: copied.append(slot))
+    assert copies.refresh((1,)) and copies.refresh((1,))
+    assert copied == [1]
     b[3, 0, :2, :2].copy_(torch.ones(2, 2))
-    assert copies.slot(1)[0] is not kept
+    assert copies.refresh((1, 2))
+    assert copied == [1, 1, 2]
 
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Undo an installation after the test."""
     for module in (lora_ops, torch_ops, punica_cpu):
-        for name in cpu_lora._OPERATIONS:
+        for name in OPERATIONS:
             monkeypatch.setattr(module, name, getattr(module, name))
     method = CpuPlatform.__dict__["get_punica_wrapper"]
     monkeypatch.setattr(CpuPlatform, "get_punica_wrapper", method)
@@ -298,3 +302,47 @@ def test_other_platforms_stay_as_shipped(restored: pytest.MonkeyPatch, caplog: p
     restored.setattr(logging.getLogger("vllm"), "propagate", True)
     assert not everloop_vllm.register()
     assert is_shipped() and "cuda" in caplog.text and "WARNING" in caplog.text
+
+
+def test_sampled_logits_are_as_shipped(segments: list[tuple[int, int]]) -> None:
+    """One row per segment is sampled from."""
+    a, b = stack(RANK, 24, torch.float32), stack(40, RANK, torch.float32)
+    rows = torch.randn(len(segments), 24)
+    outputs = []
+    for wrapper in (shipped_wrapper(segments), grouped_wrapper(segments)):
+        wrapper._sampler_indices = torch.tensor([slot for slot, _ in segments])
+        wrapper.indices_len[1] = len(segments)
+        outputs.append(torch.zeros(len(segments), 40))
+        wrapper.add_lora_logits(outputs[-1], rows, a, b, 1.0)
+    # vLLM's own takes -1 for its last slot, which is zero here.
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("segments", [BATCHES["mixed"], BATCHES["prefill"]])
+def test_prompt_logits_get_their_own_requests_adapter_beside_others(segments: list[tuple[int, int]]) -> None:
+    """Their rows are a slice of the step's; as shipped the engine dies, or takes other adapters."""
+    a, b = stack(RANK, 24, torch.float32), stack(40, RANK, torch.float32)
+    wrapper = grouped_wrapper(segments)
+    wrapper._sampler_indices = torch.tensor([slot for slot, _ in segments])
+    wrapper.indices_len[1] = len(segments)
+    hidden = torch.randn(sum(count for _, count in segments), 24)
+    start = 0
+    for slot, count in segments:
+        rows = hidden[start : start + count]
+        logits = torch.zeros(count, 40)
+        wrapper.add_lora_logits(logits, rows, a, b, 0.5)
+        expected = torch.zeros(count, 40) if slot < 0 else 0.5 * rows @ a[slot, 0].t() @ b[slot, 0].t()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        start += count
+
+
+def test_prompt_logits_of_as_many_rows_as_are_sampled_are_not_mistaken_for_them() -> None:
+    segments = [(0, 1), (3, 3), (1, 1)]
+    a, b = stack(RANK, 24, torch.float32), stack(40, RANK, torch.float32)
+    wrapper = grouped_wrapper(segments)
+    wrapper._sampler_indices = torch.tensor([0, 3, 1])
+    wrapper.indices_len[1] = 3
+    hidden = torch.randn(5, 24)
+    logits = torch.zeros(3, 40)
+    wrapper.add_lora_logits(logits, hidden[1:4], a, b, 1.0)
+    torch.testing.assert_close(logits, hidden[1:4] @ a[3, 0].t() @ b[3, 0].t(), rtol=1e-4, atol=1e-4)
