@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ def chat_page() -> FileResponse:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """List the assistant, the releases that the engine holds now, and runs that can be tried while they train."""
+    """List the assistant, releases that a replica has proved to serve, and runs to be tried while they train."""
     state = request.app.state
-    served = set(await state.engine.models())
+    held = await state.fleet.models()
 
     def known() -> list[Release]:
         with transaction(state.sessions) as session:
@@ -49,9 +49,9 @@ async def list_models(request: Request) -> dict[str, Any]:
     models += [
         {"id": r.name, "object": "model", "created": int(r.created_at.timestamp()), "owned_by": "everloop"}
         for r in releases
-        if r.name in served
+        if state.fleet.routes(r.name)
     ]
-    runs = sorted({name.partition("@")[0] for name in served if name.startswith(RUN_PREFIX)})
+    runs = sorted({name.partition("@")[0] for name in held if name.startswith(RUN_PREFIX)})
     models += [{"id": f"{run}@{LATEST}", "object": "model", "created": 0, "owned_by": "everloop"} for run in runs]
     return {"object": "list", "data": models}
 
@@ -60,8 +60,9 @@ async def list_models(request: Request) -> dict[str, Any]:
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer. The response's ``id`` is the episode's id."""
     state = request.app.state
-    turn = Turn(state.sessions, state.engine, state.settings, body)
-    await turn.begin()
+    turn = Turn(state.book, state.fleet, state.settings, body)
+    if not await _unless_gone(request, turn.begin):
+        return Response(status_code=499)
     if body.stream:
         return ClosingStream(
             _server_sent_events(turn),
@@ -99,8 +100,10 @@ async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-async def _whole_answer(turn: Turn, request: Request) -> Response:
-    """Collect the answer; a client that hangs up stops the engine."""
+async def _unless_gone(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
+    """Do something for a client; one that hangs up ends it. Return whether it was done."""
+    done = False
+    error: EverloopError | None = None
     async with anyio.create_task_group() as tasks:
 
         async def watch_client() -> None:
@@ -109,16 +112,26 @@ async def _whole_answer(turn: Turn, request: Request) -> Response:
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(watch_client)
-        error: EverloopError | None = None
         try:
-            async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
-                async for _ in deltas:
-                    pass
-        except EverloopError as caught:
+            await work()
+            done = True
+        except EverloopError as caught:  # a task group would wrap it
             error = caught
         tasks.cancel_scope.cancel()
     if error is not None:
         raise error
+    return done
+
+
+async def _whole_answer(turn: Turn, request: Request) -> Response:
+    """Collect the answer; a client that hangs up stops the engine."""
+
+    async def collect() -> None:
+        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
+            async for _ in deltas:
+                pass
+
+    await _unless_gone(request, collect)
     recording = turn.recording
     if recording.status == "interrupted":
         return Response(status_code=499)

@@ -19,16 +19,19 @@ from starlette.exceptions import HTTPException
 import agent.api
 import deploy.api
 import deploy.releases_api
+import deploy.runs_api
 import feedback.api
 import reward.api
+from agent.book import Book
 from agent.guard import Guard
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
+from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
 from infra import db
-from infra.engine import EngineClient
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra.fleet import Fleet
 from infra.log.metrics import LogCollector
 from infra.process import setup_logging
 from infra.settings import Settings, load
@@ -62,11 +65,13 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
-        async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
-            app.state.engine = engine
-            evaluator = SelfEvaluator(app.state.sessions, engine, settings)
+        routes = RouteTable(app.state.sessions)
+        async with routes.kept_fresh(), Fleet(settings, routes).running() as fleet:
+            app.state.fleet = fleet
+            evaluator = SelfEvaluator(app.state.sessions, fleet, settings)
             async with (
                 Intake(app.state.sessions).running() as app.state.intake,
+                Book(app.state.sessions, settings.learn_by_default).running() as app.state.book,
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):
@@ -86,10 +91,11 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
-    for room in (agent.api, feedback.api, reward.api, deploy.api, deploy.releases_api):
+    for room in (agent.api, feedback.api, reward.api, deploy.api, deploy.releases_api, deploy.runs_api):
         app.include_router(room.router)
     app.include_router(operations)
     app.include_router(deploy.api.pages)
+    app.include_router(deploy.runs_api.pages)
     app.mount("/static/deploy", StaticFiles(directory=deploy.api.STATIC_DIR), name="static-deploy")
     app.mount("/static", StaticFiles(directory=agent.api.STATIC_DIR), name="static")
     return app

@@ -19,8 +19,8 @@ from prometheus_client import Counter
 from feedback import episodes
 from feedback.episodes import Recording
 from infra.db import Sessions, transaction
-from infra.engine import EngineClient
 from infra.errors import EverloopError
+from infra.fleet import Fleet
 from infra.settings import Settings
 
 log = logging.getLogger("everloop.agent")
@@ -46,9 +46,9 @@ class SelfEvaluator:
         ``lost`` to an error or to their user's being forgotten.
     """
 
-    def __init__(self, sessions: Sessions, engine: EngineClient, settings: Settings) -> None:
+    def __init__(self, sessions: Sessions, fleet: Fleet, settings: Settings) -> None:
         self.sessions = sessions
-        self.engine = engine
+        self.fleet = fleet
         self.enabled = settings.self_evaluation
         self.outcomes = Counter(
             "everloop_self_evaluations", "Answers to be self-evaluated, by outcome.", ["outcome"], registry=None
@@ -98,7 +98,7 @@ class SelfEvaluator:
         """Wait until nobody wants the engine, but not for ever: our own clients less long than others."""
         behind_clients_s = behind_others_s = 0.0
         while True:
-            if self.engine.idle_s < QUIET_S:
+            if self.fleet.idle_s < QUIET_S:
                 if behind_clients_s >= PATIENCE_S:
                     return
                 behind_clients_s += POLL_S
@@ -112,12 +112,12 @@ class SelfEvaluator:
     async def _is_at_work(self) -> bool:
         """Tell whether the engine has anything to do; of one that does not tell nothing is known."""
         try:
-            return await self.engine.num_requests() > 0
+            return await self.fleet.num_requests() > 0
         except EverloopError:
             return False
 
     async def _evaluate(self, recording: Recording) -> bool:
-        p_good = await self.engine.p_yes(recording.release, conversation(recording))
+        p_good = await self.fleet.p_yes(recording.release, conversation(recording))
         return await anyio.to_thread.run_sync(self._record, recording, p_good)
 
     def _record(self, recording: Recording, p_good: float) -> bool:

@@ -8,18 +8,16 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
+from agent.book import Asked, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
-from deploy import head
-from deploy.head import Assignment
 from feedback import episodes
 from feedback.episodes import Recording
-from infra.db import Sessions, transaction
-from infra.engine import LATEST, RUN_PREFIX, EngineClient
-from infra.errors import EverloopError, NotFoundError
+from infra.engine import LATEST, RUN_PREFIX, EngineError
+from infra.errors import EverloopError, NotFoundError, UnavailableError
+from infra.fleet import Fleet
 from infra.sealing import SubjectKey
-from infra.settings import ASSISTANT_MODEL, Settings
+from infra.settings import Settings
 
 
 class Turn:
@@ -29,9 +27,9 @@ class Turn:
     either way, marked complete, interrupted or failed.
     """
 
-    def __init__(self, sessions: Sessions, engine: EngineClient, settings: Settings, body: ChatRequest) -> None:
-        self.sessions = sessions
-        self.engine = engine
+    def __init__(self, book: Book, fleet: Fleet, settings: Settings, body: ChatRequest) -> None:
+        self.book = book
+        self.fleet = fleet
         self.settings = settings
         self.body = body
         self.created = int(time.time())
@@ -47,14 +45,15 @@ class Turn:
         Raises
         ------
         EverloopError
-            Where nothing was generated; then no episode is written.
+            Where nothing was generated; then no episode is written, but of users in a canary.
         """
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
         trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
-        assignment, self._key, may_learn = await anyio.to_thread.run_sync(self._assign, trial)
-        if assignment.arm == "pinned" and assignment.release not in await self.engine.models():
-            raise _unknown_model(assignment.release)
+        begun = await self.book.begin(Asked(self.body.user, self.body.model, trial))
+        assignment, self._key = begun.assignment, begun.key
+        if assignment.arm == "pinned" and trial is None and not self.fleet.routes(assignment.release):
+            raise unknown_model(assignment.release)
         messages = [message.model_dump() for message in self.body.messages]
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
@@ -66,24 +65,34 @@ class Turn:
             propensity=assignment.propensity,
             messages=messages,
             sampling=sampling,
-            learn=self.body.store and may_learn and trial is None,
+            learn=self.body.store and begun.may_learn and trial is None,
         )
-        self._stream = self.engine.stream_chat(
+        self._stream = self.fleet.stream_chat(
+            assignment.release,
             {
-                "model": assignment.release,
                 "messages": messages,
                 "logprobs": True,
                 "return_token_ids": True,
                 "stream_options": {"include_usage": True},
                 **sampling,
-            }
+            },
+            affinity=self.body.user,
+            # A run serves its versions on the replica that it samples from.
+            routes=None if trial is None else {self.settings.need("engine_url"): trial},
         )
-        self._events = await self._stream.__aenter__()
+        try:
+            self._events = await self._stream.__aenter__()
+        except (EngineError, UnavailableError):
+            if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
+                self.recording.status = "failed"
+                self.recording.latency_ms = self._elapsed_ms()
+                await self.book.end(self.recording, self._key)
+            raise
 
     async def _version_of_run(self) -> str:
         """Return the version of a run in progress that is asked for, by number or as ``run/ID@latest``."""
         run, _, version = self.body.model.partition("@")
-        served = [name for name in await self.engine.models() if name.startswith(f"{run}@")]
+        served = [name for name in await self.fleet.models() if name.startswith(f"{run}@")]
         if version == LATEST:
             served.sort(key=lambda name: int(name.rpartition("@")[2]))
             found = served[-1:]
@@ -97,19 +106,6 @@ class Turn:
                 param="model",
             )
         return found[0]
-
-    def _assign(self, trial: str | None) -> tuple[Assignment, SubjectKey, bool]:
-        with transaction(self.sessions) as session:
-            if trial is not None:
-                assignment = Assignment(trial, None, "pinned", 1.0, None)
-            elif self.body.model == ASSISTANT_MODEL:
-                assignment = head.assign(session, self.body.user)
-            else:
-                try:
-                    assignment = head.pinned(session, self.body.model)
-                except NotFoundError as error:
-                    raise _unknown_model(self.body.model) from error
-            return assignment, *episodes.begin(session, self.body.user, self.settings.learn_by_default)
 
     async def deltas(self) -> AsyncIterator[str]:
         """Yield the answer's text as it is generated; when this ends, the episode is written.
@@ -132,7 +128,7 @@ class Turn:
             with anyio.CancelScope(shield=True):
                 await self._stream.__aexit__(None, None, None)
                 recording.latency_ms = self._elapsed_ms()
-                await anyio.to_thread.run_sync(self._record)
+                await self.book.end(recording, self._key)
 
     def _take(self, event: dict[str, Any]) -> str:
         recording = self.recording
@@ -153,17 +149,5 @@ class Turn:
         recording.finish_reason = choice.get("finish_reason") or recording.finish_reason
         return str(text)
 
-    def _record(self) -> None:
-        with transaction(self.sessions) as session:
-            episodes.record(session, self.recording, self._key)
-
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_s) * 1000.0
-
-
-def _unknown_model(name: str) -> NotFoundError:
-    return NotFoundError(
-        f"The model {name!r} does not exist. Use {ASSISTANT_MODEL!r}, or a release that GET /v1/models lists.",
-        code="model_not_found",
-        param="model",
-    )

@@ -24,7 +24,8 @@ Shape = tuple[int, ...]
 MAX_CONFIG_BYTES = 1024**2
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])\.weight")
 _PREFIX = re.compile(r"^(?:(?:base_model|model|transformer|language_model)\.)+")
-_PLAIN_PATTERN = re.compile(r"[\w.\-]+")  # as a regular expression it is as long as what it matches
+# Names of modules, as people write them and as PEFT writes them for experts: nothing that takes long to match.
+_PLAIN_PATTERN = re.compile(r"(?:\.\*\\\.)?[\w.\-]+")
 _EXPERTS = ".experts"
 # dtype: (as numpy reads it, the exponent's bits); all of them set is an infinity or no number.
 _DTYPES = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
@@ -75,9 +76,10 @@ class AdapterConfig(BaseModel):
 
     def targets(self, module: str) -> bool:
         """Tell whether a module is among those that the configuration names."""
-        if _EXPERTS in module or not isinstance(self.target_modules, list):
+        if _EXPERTS in module or self.target_modules == "all-linear":
             return True
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+        names = [*(self.target_modules or []), *(self.target_parameters or [])]
+        return any(f".{module}".endswith(f".{name.removesuffix('.weight')}") for name in names)
 
 
 @dataclass(frozen=True, slots=True)

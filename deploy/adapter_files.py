@@ -29,8 +29,10 @@ def check_directory(directory: Path) -> None:
         Code ``adapter_incomplete`` where a file is missing, ``adapter_unsafe`` for links, pickles and all else that
         is not known to be harmless.
     """
-    if directory.is_symlink() or not directory.is_dir():
+    if directory.is_symlink():
         raise IntegrityError("An adapter is a directory, and no link to one.", code="adapter_unsafe")
+    if not directory.is_dir():
+        raise IntegrityError(f"There is no directory {directory}.", code="adapter_incomplete")
     for path in sorted(directory.iterdir()):
         name = path.name
         if path.is_symlink():

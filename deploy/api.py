@@ -1,25 +1,63 @@
-"""``/v1/deployment``: what is served to whom now; ``/v1/runs``: what is trained, and ending it."""
+"""``/v1/deployment``: what is served to whom now, and moving it; canaries; proposals; the audit log."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
-from deploy import head, runs
-from deploy.runs import TrainingRun
-from deploy.tables import Canary
-from deploy.votes import weigh
+from deploy import audit, autonomy, canary, explanation, head
+from deploy.promotion import Operator
+from feedback.addresses import client_address
 from infra.db import transaction
+from infra.text import CleanText
 
 ACTOR = "operator"
 STATIC_DIR = Path(__file__).parent / "static"
 pages = APIRouter()
 router = APIRouter(prefix="/v1", tags=["deployment"])
+CanaryId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
+ProposalId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
+Level = Literal["observe", "propose", "canary", "auto"]
+
+
+class Reasoned(BaseModel):
+    """Why something is done."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: CleanText = Field(min_length=1, max_length=500)
+
+
+class ReleaseRequest(Reasoned):
+    """Which release, and why."""
+
+    release: CleanText
+
+
+class RollbackRequest(Reasoned):
+    """Where to go back to, and why."""
+
+    to: CleanText | None = Field(None, description="A release; the champion before, if unset.")
+
+
+class CanaryRequest(ReleaseRequest):
+    """Which release is to meet users, and why."""
+
+    share: float | None = Field(None, gt=0, lt=1, description="The only step; the settings' if unset.")
+
+
+class AutonomyRequest(Reasoned):
+    """What the platform may do by itself, and why."""
+
+    level: Level
 
 
 class DeploymentView(BaseModel):
@@ -29,79 +67,145 @@ class DeploymentView(BaseModel):
     champion: str
     challenger: str | None
     share: float
+    autonomy: Level
     canary_id: int | None
     evidence: dict[str, Any] | None
+    sentence: str | None
+
+
+class Moved(BaseModel):
+    """A champion and the one before."""
+
+    before: str
+    champion: str
+
+
+class ProposalView(BaseModel):
+    """Something that the platform would do, and may not."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    action: str
+    release: str
+    reason: str
+
+
+def operator(request: Request) -> Operator:
+    """Return who asks."""
+    state = request.app.state
+    return Operator(state.sessions, state.settings, ACTOR, client_address(request))
+
+
+@contextmanager
+def by_operator(request: Request) -> Iterator[tuple[Session, str]]:
+    """Open a transaction of an operator's act; yield it and who acts."""
+    who = operator(request)
+    with who.acting() as session:
+        yield session, who.name
+
+
+@pages.get("/deployment", include_in_schema=False)
+def deployment_page() -> FileResponse:
+    """Serve the page of what is served."""
+    return FileResponse(STATIC_DIR / "deployment.html")
 
 
 @router.get("/deployment")
 def get_deployment(request: Request) -> DeploymentView:
     """Return the deployment head."""
-    settle_s = request.app.state.settings.canary_settle_s
     with transaction(request.app.state.sessions) as session:
         current = head.read(session)
-        canary = session.get(Canary, current.canary_id) if current.canary_id else None
+        rollout = canary.recompute(session, canary.get(session, current.canary_id)) if current.canary_id else None
         return DeploymentView(
             version=current.version,
             champion=current.champion,
             challenger=current.challenger,
             share=current.share,
+            autonomy=autonomy.level(session, request.app.state.settings),
             canary_id=current.canary_id,
-            evidence=weigh(session, canary, settle_s).as_dict() if canary else None,
+            evidence=rollout.evidence() if rollout else None,
+            sentence=rollout.sentence() if rollout else None,
         )
 
 
-class RunView(BaseModel):
-    """A training run."""
-
-    id: str
-    recipe: str
-    status: str
-    phase: str
-    phase_done: int
-    phase_total: int
-    seconds_left: float | None
-    release: str | None
-    reason: str
-    code: str
-    cancel_requested: bool
-    is_stopped: bool = Field(description="Whether nobody works on a running run: the next one goes on with it.")
-    started_at: datetime
-    ended_at: datetime | None
-
-    @classmethod
-    def of(cls, run: TrainingRun, is_training: bool) -> RunView:
-        """Return a run as it is shown."""
-        result = run.result or {}
-        told: dict[str, Any] = {name: str(result.get(name, "")) for name in ("reason", "code")}
-        told["is_stopped"] = run.status == "running" and not is_training
-        return cls(**told, **{name: getattr(run, name) for name in cls.model_fields if name not in told})
+@router.post("/deployment/promote")
+def promote(body: ReleaseRequest, request: Request) -> Moved:
+    """Make a release the champion; an open canary ends with it."""
+    before, champion = operator(request).promote(body.release, body.reason)
+    return Moved(before=before, champion=champion)
 
 
-class CancelRequest(BaseModel):
-    """Why a run is to end."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    reason: str = Field(min_length=1, max_length=500)
-
-
-@pages.get("/runs", include_in_schema=False)
-def runs_page() -> FileResponse:
-    """Serve the page of training runs."""
-    return FileResponse(STATIC_DIR / "runs.html")
+@router.post("/deployment/rollback")
+def roll_back(body: RollbackRequest, request: Request) -> Moved:
+    """Go back to an earlier release."""
+    before, champion = operator(request).roll_back(body.to, body.reason)
+    return Moved(before=before, champion=champion)
 
 
-@router.get("/runs")
-def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[RunView]:
-    """Return training runs, the newest first."""
+@router.put("/deployment/autonomy")
+def set_autonomy(body: AutonomyRequest, request: Request) -> DeploymentView:
+    """Set what the platform may do by itself."""
+    with by_operator(request) as (session, actor):
+        autonomy.set_level(session, request.app.state.settings, body.level, actor=actor, reason=body.reason)
+    return get_deployment(request)
+
+
+@router.get("/canaries")
+def list_canaries(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[dict[str, Any]]:
+    """Return canaries, the newest first."""
     with transaction(request.app.state.sessions) as session:
-        is_training = runs.is_training(session)
-        return [RunView.of(run, is_training) for run in runs.newest(session, limit)]
+        return [explanation.summary(found) for found in canary.newest(session, limit)]
 
 
-@router.post("/runs/{run_id}/cancel", status_code=202)
-def cancel_run(run_id: str, body: CancelRequest, request: Request) -> RunView:
-    """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
+@router.post("/canaries", status_code=201)
+def open_canary(body: CanaryRequest, request: Request) -> dict[str, Any]:
+    """Let a release meet some users."""
+    return explanation.summary(operator(request).try_out(body.release, body.reason, body.share))
+
+
+@router.get("/canaries/{canary_id}")
+def get_canary(canary_id: CanaryId, request: Request) -> dict[str, Any]:
+    """Compute a canary again from its log; return the table that led to its decision."""
     with transaction(request.app.state.sessions) as session:
-        runs.request_cancel(session, run_id, actor=ACTOR, reason=body.reason)
-        return RunView.of(session.get_one(TrainingRun, run_id), runs.is_training(session))
+        return explanation.explain(session, canary.get(session, canary_id))
+
+
+@router.post("/canaries/{canary_id}/{act}")
+def act_on_canary(
+    canary_id: CanaryId, act: Literal["hold", "resume", "abort"], body: Reasoned, request: Request
+) -> dict[str, Any]:
+    """Stop automatic decisions about an open canary, let them go on, or end it."""
+    with by_operator(request) as (session, actor):
+        if act == "abort":
+            canary.abort(session, canary_id, actor=actor, reason=body.reason)
+        else:
+            canary.hold(session, canary_id, act, actor=actor, reason=body.reason)
+        return explanation.summary(canary.get(session, canary_id))
+
+
+@router.get("/proposals")
+def list_proposals(request: Request) -> list[ProposalView]:
+    """Return what waits for an operator, the oldest first."""
+    with transaction(request.app.state.sessions) as session:
+        return [ProposalView.model_validate(proposal) for proposal in autonomy.open_proposals(session)]
+
+
+@router.post("/proposals/{proposal_id}/decline", status_code=204)
+def decline_proposal(proposal_id: ProposalId, body: Reasoned, request: Request) -> None:
+    """Close a proposal without doing what it says."""
+    with by_operator(request) as (session, actor):
+        autonomy.decline(session, proposal_id, actor=actor, reason=body.reason)
+
+
+@router.get("/audit")
+def list_audit(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    before_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    automatic: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Return entries of the audit log, the newest first; `automatic` for what the platform did by itself."""
+    with transaction(request.app.state.sessions) as session:
+        found = audit.newest(session, limit, before_id=before_id, automatic=automatic)
+        return [audit.as_dict(entry) for entry in found]

@@ -1,21 +1,16 @@
-"""Attestation: proof that the model served under a release's name is that release.
+"""Attestation: proof that what a replica serves under a release's name is that release.
 
-A probe is the log-probability of each token of fixed texts. A release's probe must differ from the base
-model's and from the champion's; an engine that silently ignores an adapter gives the base model's.
+A probe is the log-probability of each token of fixed texts. A release's must differ from the base model's (an
+engine that silently ignores an adapter gives that), must not be another release's (one that mixed them up), and
+must agree with what the release's probe was when it was first proved, on whichever replica that was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
-
-from deploy.gates import MIN_PROBE_DIFFERENCE
-from deploy.tables import Attestation, Release
 from infra.engine import EngineClient, mean_abs_difference
-from infra.settings import BASE_MODEL_NAME
 
 PROBES = (
     "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nThe sky is blue because "
@@ -25,20 +20,31 @@ PROBES = (
     "<|im_start|>user\nTell me about Rome.<|im_end|>\n<|im_start|>assistant\nRome is the capital of Italy. "
     "It was the centre of an empire, and its old buildings draw many visitors.<|im_end|>\n",
 )
+# Differences below this (nats per token) are numerical noise, not another policy.
+MIN_DIFFERENCE = 1e-3
+# Two replicas, or one at two times, whose batches differ, are this near to each other (measured: docs/log.md).
+MAX_DISAGREEMENT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """A release's probe and how far it is from the two models that it must not be."""
+class Proof:
+    """What a probe shows.
+
+    Attributes
+    ----------
+    differs_from_base, differs_from_others
+        Distance to the base model, and to the nearest other release (nats per token; None where there is none).
+    disagrees
+        Distance to the release's own probe as it was first proved; None for that first one.
+    problem
+        Why it is no proof, if it is none.
+    """
 
     probe: list[float]
-    differs_from_base: float
-    differs_from_champion: float
-
-    @property
-    def changed(self) -> bool:
-        """Whether the engine really serves something else."""
-        return min(self.differs_from_base, self.differs_from_champion) > MIN_PROBE_DIFFERENCE
+    differs_from_base: float | None
+    differs_from_others: float | None
+    disagrees: float | None
+    problem: str | None
 
 
 async def probe(engine: EngineClient, model: str) -> list[float]:
@@ -46,24 +52,35 @@ async def probe(engine: EngineClient, model: str) -> list[float]:
     return [logprob for text in PROBES for logprob in await engine.prompt_logprobs(model, text)]
 
 
-async def compare(engine: EngineClient, release: str, champion: str) -> ProbeResult:
-    """Probe a release beside the base model and the champion."""
-    own = await probe(engine, release)
-    base = await probe(engine, BASE_MODEL_NAME)
-    other = base if champion == BASE_MODEL_NAME else await probe(engine, champion)
-    return ProbeResult(own, mean_abs_difference(own, base), mean_abs_difference(own, other))
+def prove(
+    own: list[float],
+    base: Sequence[float] | None,
+    others: Mapping[str, Sequence[float]],
+    reference: Sequence[float] | None,
+) -> Proof:
+    """Tell whether a probe proves a release.
 
-
-def save(session: Session, release: Release, replica: str, result: ProbeResult) -> None:
-    """Record the proof for one replica."""
-    values = {
-        "adapter_digest": release.adapter_digest,
-        "probe": result.probe,
-        "differs_from_base": result.differs_from_base,
-        "differs_from_champion": result.differs_from_champion,
-    }
-    session.execute(
-        insert(Attestation)
-        .values(release=release.name, replica=replica, **values)
-        .on_conflict_do_update(index_elements=["release", "replica"], set_={**values, "attested_at": sa.func.now()})
-    )
+    Parameters
+    ----------
+    base
+        The base model's on the same replica; None where the release is the base model.
+    others
+        Of other releases, as they were first proved.
+    reference
+        The release's own as it was first proved; None the first time.
+    """
+    from_base = None if base is None else mean_abs_difference(own, base)
+    distances = {name: mean_abs_difference(own, other) for name, other in others.items() if len(other) == len(own)}
+    nearest = min(distances, key=lambda name: distances[name], default=None)
+    if reference is not None and len(reference) != len(own):
+        return Proof(own, from_base, None, None, "its tokens are others: another base model is served")
+    disagrees = None if reference is None else mean_abs_difference(own, reference)
+    too_near = MIN_DIFFERENCE if disagrees is None else min(disagrees, MAX_DISAGREEMENT)
+    problem = None
+    if from_base is not None and from_base <= MIN_DIFFERENCE:
+        problem = "it answers as the base model does: the adapter is ignored"
+    elif nearest is not None and distances[nearest] <= too_near:
+        problem = f"it answers as {nearest} does: adapters are mixed up"
+    elif disagrees is not None and disagrees > MAX_DISAGREEMENT:
+        problem = f"it is {disagrees:.3g} nats per token from what was first proved: other weights are served"
+    return Proof(own, from_base, None if nearest is None else distances[nearest], disagrees, problem)

@@ -1,109 +1,233 @@
-"""The canary's decision: two one-sided e-processes over the votes of two arms.
+"""A canary from its opening to its end: looks at what has settled, and does what the evidence decides.
 
-Votes of the arms are paired in the order in which they came. For each pair an e-variable compares
-"the challenger is better" with "no better": the alternative is estimated from earlier pairs only, the null
-is its information projection on equal rates, so the product stays a test martingale whenever one looks,
-and the chance that it ever reaches 1/alpha under the null is at most alpha (Ville).
-
-References
-----------
-Turner, Ly and Gruenwald (2024), Generic e-variables for exact sequential k-sample tests that allow for
-optional stopping. Journal of Statistical Planning and Inference 230.
+The decision itself is :mod:`deploy.rollout`; what it rests on is :mod:`deploy.journal`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-PRIOR = 0.5  # Jeffreys-like pseudo-counts of each arm's estimate
-Decision = Literal["promote", "rollback", "hold"]
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
+from deploy import audit, autonomy, head, journal, registry, rollout, serving
+from deploy.rollout import Event, Guardrail, Plan, Rollout
+from deploy.runs import TrainingRun
+from deploy.tables import Canary, CanaryEvent
+from feedback.tables import Episode
+from infra.db import Sessions
+from infra.errors import ConflictError, IntegrityError, NotFoundError
+from infra.settings import Settings
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """All that the decision rests on."""
-
-    num_pairs: int
-    champion_votes: int
-    champion_good: int
-    challenger_votes: int
-    challenger_good: int
-    e_better: float
-    e_worse: float
-    limit: float
-    decision: Decision
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the evidence as plain data."""
-        return asdict(self)
-
-    def sentence(self) -> str:
-        """Say the evidence in one sentence."""
-        verdict = {
-            "promote": "the challenger is better",
-            "rollback": "the challenger is worse",
-            "hold": "not decided",
-        }[self.decision]
-        return (
-            f"{verdict}: {self.challenger_good}/{self.challenger_votes} good votes against "
-            f"{self.champion_good}/{self.champion_votes}; e-value better {self.e_better:.3g}, "
-            f"worse {self.e_worse:.3g}, limit {self.limit:.3g}"
-        )
+ACTOR = f"{audit.PLATFORM}canary"
+LENGTH_GATE = "median_words"
+LOOK_EVERY_S = 1.0
+WATCH_LOCK = "watch-canary"  # held by whoever looks
+RECENT_ANSWERS = 200
+SLOW_QUANTILE = 0.9
+# A tenth of the budget of a rollback goes to them; margins leave room for what an improvement may change.
+GUARDRAILS = (
+    Guardrail(name=journal.FAILED, margin=0.02, alpha_share=0.02),
+    Guardrail(name=journal.SLOW, margin=0.15, alpha_share=0.02),
+    Guardrail(name=journal.UNUSUAL_LENGTH, margin=0.25, alpha_share=0.02),
+    Guardrail(name=journal.REFUSED, margin=0.10, alpha_share=0.02),
+    Guardrail(name=journal.UNRATED, margin=0.20, alpha_share=0.02),
+)
 
 
-def decide(champion: Sequence[bool], challenger: Sequence[bool], alpha: float) -> Evidence:
-    """Decide from the votes of each arm, in the order in which they came.
+def plan(
+    session: Session, settings: Settings, gates: Sequence[dict[str, Any]] = (), share: float | None = None
+) -> Plan:
+    """Return how the next candidate is to be tried.
 
     Parameters
     ----------
-    champion, challenger
-        True for a good vote.
-    alpha
-        Bound on the chance of promoting a challenger that is no better, and of rolling back one that is
-        no worse, each with a look after every vote.
+    gates
+        The candidate's gates, as they are kept: what people's lengths are is taken from there.
+    share
+        The only share of users who meet it, instead of the setting's steps.
     """
-    better, worse = e_processes(champion, challenger)
-    limit = 1.0 / alpha
-    decision: Decision = "hold"
-    if max(better) >= limit:
-        decision = "promote"
-    elif max(worse) >= limit:
-        decision = "rollback"
-    return Evidence(
-        num_pairs=min(len(champion), len(challenger)),
-        champion_votes=len(champion),
-        champion_good=sum(champion),
-        challenger_votes=len(challenger),
-        challenger_good=sum(challenger),
-        e_better=max(better),
-        e_worse=max(worse),
-        limit=limit,
-        decision=decision,
+    words = next(((g["low"], g["high"]) for g in gates if g["gate"] == LENGTH_GATE), None)
+    return Plan(
+        steps=(share,) if share else settings.canary_steps,
+        alpha=settings.canary_alpha,
+        candidate=_since_promotion(session) + 1,
+        step_users=settings.canary_step_users,
+        step_s=settings.canary_step_s,
+        max_s=settings.canary_max_s,
+        guardrails=GUARDRAILS,
+        slow_ms=_slow_ms(session),
+        words=words,
     )
 
 
-def e_processes(champion: Sequence[bool], challenger: Sequence[bool]) -> tuple[list[float], list[float]]:
-    """Return the e-process for "better" and the one for "worse" after each pair, starting at 1."""
-    better, worse = [1.0], [1.0]
-    good_a = good_b = 0
-    for n, (a, b) in enumerate(zip(champion, challenger, strict=False)):
-        p_a = (good_a + PRIOR) / (n + 2 * PRIOR)
-        p_b = (good_b + PRIOR) / (n + 2 * PRIOR)
-        factor = pair_e_value(a, b, p_a, p_b)
-        better.append(better[-1] * (factor if p_b > p_a else 1.0))
-        worse.append(worse[-1] * (factor if p_b < p_a else 1.0))
-        good_a += a
-        good_b += b
-    return better, worse
+def _since_promotion(session: Session) -> int:
+    """Return how many canaries since the last promotion have spent of alpha: those that anybody met."""
+    promoted = sa.select(sa.func.max(Canary.id)).where(Canary.decision == "promote").scalar_subquery()
+    counted = sa.exists().where(CanaryEvent.canary_id == Canary.id, CanaryEvent.kind.in_(("trial", "vote")))
+    spent = sa.select(sa.func.count()).where(Canary.id > sa.func.coalesce(promoted, 0), counted)
+    return session.scalar(spent) or 0
 
 
-def pair_e_value(a: bool, b: bool, p_a: float, p_b: float) -> float:
-    """Return the e-variable of one pair for the alternative rates `p_a`, `p_b` against equal rates."""
-    p_0 = (p_a + p_b) / 2.0
-    return (_likelihood(a, p_a) * _likelihood(b, p_b)) / (_likelihood(a, p_0) * _likelihood(b, p_0))
+def _slow_ms(session: Session) -> float | None:
+    """Return what nine of ten recent answers took less than; None where there are none."""
+    recent = (
+        sa.select(Episode.latency_ms)
+        .where(Episode.arm == "champion", Episode.status == "complete")
+        .order_by(Episode.created_at.desc())
+        .limit(RECENT_ANSWERS)
+        .subquery()
+    )
+    return session.scalar(sa.select(sa.func.percentile_cont(SLOW_QUANTILE).within_group(recent.c.latency_ms)))
 
 
-def _likelihood(good: bool, p: float) -> float:
-    return p if good else 1.0 - p
+def get(session: Session, canary_id: int) -> Canary:
+    """Return a canary.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``canary_not_found``.
+    """
+    canary = session.get(Canary, canary_id)
+    if canary is None:
+        raise NotFoundError(f"There is no canary {canary_id}.", code="canary_not_found")
+    return canary
+
+
+def newest(session: Session, limit: int) -> list[Canary]:
+    """Return canaries, the newest first."""
+    return list(session.scalars(sa.select(Canary).order_by(Canary.id.desc()).limit(limit)))
+
+
+def gates_before(session: Session, release: str) -> list[dict[str, Any]]:
+    """Return the gates that a release was judged by, in its run or an earlier canary; none where it never was."""
+    run = session.scalars(
+        sa.select(TrainingRun.result["gates"]).where(
+            TrainingRun.release == release, TrainingRun.result["gates"].is_not(None)
+        )
+    ).first()
+    return list(run or [])
+
+
+def recompute(session: Session, canary: Canary) -> Rollout:
+    """Return a canary as its log has it."""
+    return rollout.replay(Plan.model_validate(canary.plan), journal.read(session, canary.id))
+
+
+@dataclass(slots=True)
+class Watch:
+    """Looks at the open canary again and again; keeps what it has computed between looks.
+
+    Attributes
+    ----------
+    canary_id, num_events
+        Of which canary, and after how many of its events, `rollout` is.
+    """
+
+    sessions: Sessions
+    settings: Settings
+    canary_id: int | None = None
+    num_events: int = 0
+    rollout: Rollout | None = None
+
+    def look(self) -> str | None:
+        """Look once, and do what is decided; return how the canary ended, or None while it is open."""
+        try:
+            with self.sessions.begin() as session:
+                return self._look(session)
+        except Exception as error:
+            self.rollout = None  # what it has computed rests on events that were not committed
+            if isinstance(error, ConflictError):  # an operator was quicker
+                return error.message
+            raise
+
+    def _look(self, session: Session) -> str | None:
+        registry.lock_head(session)  # before the canary, as whoever moves the head does
+        canary_id = head.read(session).canary_id
+        if canary_id is None:
+            return "no canary is open"
+        canary = session.get_one(Canary, canary_id, with_for_update=True)
+        if broken := _unservable(session, self.settings, canary.challenger):
+            current = recompute(session, canary)
+            close(session, canary, current, "unservable", actor=ACTOR, reason=broken)
+            return f"canary {canary_id}: unservable: {broken}"
+        journal.collect(session, canary, self.settings.canary_settle_s)
+        current = self._catch_up(session, canary)
+        elapsed_s = time.time() - canary.opened_at.timestamp()
+        may_step = autonomy.may(session, self.settings, "canary")
+        if current.is_due(elapsed_s, may_step=may_step):
+            journal.append(session, canary_id, [Event(elapsed_s, "tick")])
+            current = self._catch_up(session, canary)
+        return act(session, self.settings, canary, current)
+
+    def _catch_up(self, session: Session, canary: Canary) -> Rollout:
+        if self.rollout is None or self.canary_id != canary.id:
+            self.canary_id, self.num_events = canary.id, 0
+            self.rollout = Rollout(Plan.model_validate(canary.plan))
+        for event in journal.read(session, canary.id, self.num_events):
+            self.rollout.apply(event)
+            self.num_events += 1
+        return self.rollout
+
+
+def _unservable(session: Session, settings: Settings, challenger: str) -> str | None:
+    """Return why a challenger cannot be served any more, as after a change of the base model, or None."""
+    try:
+        registry.check_servable(session, settings, challenger)
+    except IntegrityError as error:
+        return error.message
+    return None
+
+
+def act(session: Session, settings: Settings, canary: Canary, current: Rollout) -> str | None:
+    """Do what a canary's evidence has decided, as far as the platform may; return how it ended, if it did."""
+    if current.is_held:
+        return None
+    reason = current.sentence()
+    if current.decision is None:
+        share = head.read(session).share
+        if current.share != share:
+            reason = f"{current.plan.step_users} users have met it without sign of harm: {reason}"
+            head.step_canary(session, canary.id, current.share, actor=ACTOR, reason=reason)
+        return None
+    if current.decision == "promote" and not serving.is_ready(session, canary.challenger):
+        return None  # a replica is being mended; nobody is sent to one that does not serve it
+    if current.decision == "promote" and not autonomy.may(session, settings, "promote"):
+        autonomy.propose(session, settings, "promote", canary.challenger, actor=ACTOR, reason=reason)
+        return None
+    if current.decision == "rollback" and not autonomy.may(session, settings, "rollback"):
+        return None
+    close(session, canary, current, current.decision, actor=ACTOR, reason=reason)
+    return f"canary {canary.id}: {current.decision}: {reason}"
+
+
+def close(session: Session, canary: Canary, current: Rollout, decision: str, *, actor: str, reason: str) -> None:
+    """End a canary with its evidence."""
+    head.close_canary(
+        session, canary.id, decision=decision, evidence=current.evidence(), actor=actor, reason=reason
+    )
+
+
+def abort(session: Session, canary_id: int, *, actor: str, reason: str) -> None:
+    """End an open canary by an operator's decision; the champion stays."""
+    head.check_reason(reason)
+    registry.lock_head(session)
+    canary = get(session, canary_id)
+    close(session, canary, recompute(session, canary), "aborted", actor=actor, reason=reason)
+
+
+def hold(session: Session, canary_id: int, kind: Literal["hold", "resume"], *, actor: str, reason: str) -> None:
+    """Stop automatic decisions about an open canary, or let them go on; its users stay, and it goes on counting."""
+    head.check_reason(reason)
+    canary = get(session, canary_id)
+    session.refresh(canary, with_for_update=True)
+    if canary.decision is not None:
+        raise ConflictError(f"Canary {canary_id} is no longer open.", code="canary_closed")
+    at_s = max(time.time() - canary.opened_at.timestamp(), 0.0)
+    journal.append(session, canary_id, [Event(at_s, kind)])
+    action = {"hold": "canary_held", "resume": "canary_resumed"}[kind]
+    audit.write(session, actor=actor, action=action, subject=canary.challenger, reason=reason)

@@ -1,4 +1,4 @@
-"""``everloop promote`` and ``everloop rollback``: an operator's decision, with a reason."""
+"""``everloop promote``, ``rollback``, ``autonomy``: an operator's decisions, with a reason."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
-from deploy import head, registry
+from deploy import autonomy
+from deploy.promotion import Operator
 from infra import report
-from infra.db import connect, transaction
+from infra.db import connect
 from infra.report import JsonPath
 from infra.settings import load
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; it goes into the audit log.")]
+
+
+def operator() -> Operator:
+    """Return who sits at this terminal."""
+    settings = load()
+    return Operator(connect(settings.need("database_url"), pool_size=1), settings, getpass.getuser())
 
 
 def promote(
@@ -22,7 +29,8 @@ def promote(
     json_path: JsonPath = None,
 ) -> None:
     """Make a release the champion."""
-    _move(release, "promoted_by_hand", reason, json_path)
+    moved = operator().promote(release, reason)
+    _tell(json_path, "promoted_by_hand", moved, reason)
 
 
 def rollback(
@@ -31,16 +39,37 @@ def rollback(
     json_path: JsonPath = None,
 ) -> None:
     """Go back to an earlier champion."""
-    _move(to, "rolled_back_by_hand", reason, json_path)
+    moved = operator().roll_back(to, reason)
+    _tell(json_path, "rolled_back_by_hand", moved, reason)
 
 
-def _move(release: str | None, action: str, reason: str, json_path: str | None) -> None:
-    settings = load()
-    with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
-        registry.lock_head(session)  # its files stay while they are looked at
-        before = head.read(session).champion
-        target = registry.get_release(session, release or head.previous_champion(session)).name
-        registry.verified_path(session, settings, target)
-        head.move_champion(session, target, action=action, actor=getpass.getuser(), reason=reason)
-    report.write_json(json_path, {"action": action, "before": before, "champion": target, "reason": reason})
-    report.say(f"champion {before} → {target}")
+def _tell(json_path: str | None, action: str, moved: tuple[str, str], reason: str) -> None:
+    before, champion = moved
+    report.write_json(json_path, {"action": action, "before": before, "champion": champion, "reason": reason})
+    report.say(f"champion {before} → {champion}")
+
+
+def set_autonomy(
+    level: Annotated[
+        str | None, typer.Argument(help="observe, propose, canary or auto; without it, what holds now.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; needed to set a level.")] = None,
+    decline: Annotated[int | None, typer.Option("--decline", help="Decline the proposal of this number.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Show or set what the platform does by itself; show and decline what it proposes."""
+    who = operator()
+    settings, actor = who.settings, who.name
+    with who.acting() as session:
+        if level is not None:
+            autonomy.set_level(session, settings, level, actor=actor, reason=reason or "")
+        if decline is not None:
+            autonomy.decline(session, decline, actor=actor, reason=reason or "")
+        shown = {
+            "level": autonomy.level(session, settings),
+            "proposals": [
+                {"id": p.id, "action": p.action, "release": p.release, "reason": p.reason}
+                for p in autonomy.open_proposals(session)
+            ],
+        }
+    report.print_fields(json_path, shown)

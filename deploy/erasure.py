@@ -8,11 +8,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from deploy import head, registry
+from deploy import audit, head, registry
 from deploy.lineage import descendants
 from deploy.tables import Adapter, Canary, Release
 
-ACTOR = "erasure"
+ACTOR = f"{audit.PLATFORM}erasure"
 
 
 def mark(session: Session, run_ids: Sequence[str], policy: str) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def mark(session: Session, run_ids: Sequence[str], policy: str) -> dict[str, Any
         Releases that were marked, and who serves now.
     """
     registry.lock_out_erasures(session)
+    registry.lock_head(session)  # nobody promotes meanwhile what is marked here
     adapters = _with_descendants(session, run_ids)
     wanted = "quarantined" if policy == "quarantine" else "retrain-required"
     for adapter in adapters:

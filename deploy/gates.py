@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Literal
 
+from deploy.attest import MAX_DISAGREEMENT, MIN_DIFFERENCE
+from deploy.tables import Attestation
+from infra.engine import mean_abs_difference
+
 Verdict = Literal["pass", "fail", "inconclusive"]
 Z_95 = 1.959963984540054
 
-# Differences below this (nats per token) are numerical noise, not another policy.
-MIN_PROBE_DIFFERENCE = 1e-3
 MIN_WIN_RATE = 0.5
+MAX_SLOWDOWN = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +73,77 @@ def win_rate_gate(challenger: Sequence[float], champion: Sequence[float]) -> Gat
     return GateResult("win_rate", wins / n if n else 0.5, MIN_WIN_RATE, n, low, high, verdict)
 
 
-def attestation_gate(against: str, difference: float, num_tokens: int) -> GateResult:
-    """Require that the served model differs from another (mean absolute difference, nats per token)."""
-    verdict: Verdict = "pass" if difference > MIN_PROBE_DIFFERENCE else "fail"
+def attestation_gates(shown: Sequence[Attestation], champion: Sequence[float] | None) -> list[GateResult]:
+    """Require that every replica serves the candidate, and that it is another model than base and champion.
+
+    Parameters
+    ----------
+    shown
+        What each replica has shown; distances are means over a probe's tokens (nats).
+    champion
+        The champion's probe.
+    """
+    proved = [row for row in shown if row.problem is None]
+    if not proved:
+        return [GateResult("served_by_replicas", 0.0, len(shown), len(shown), 0.0, 0.0, "fail")]
+    from_base = min(row.differs_from_base or 0.0 for row in proved)
+    from_champion = min(mean_abs_difference(row.probe, champion) for row in proved) if champion else from_base
+    apart = max(row.disagrees or 0.0 for row in proved)
+    agree: Verdict = "pass" if apart <= MAX_DISAGREEMENT else "fail"
+    served: Verdict = "pass" if len(proved) == len(shown) else "fail"
+    return [
+        GateResult("served_by_replicas", len(proved), len(shown), len(shown), len(proved), len(proved), served),
+        _differs("base", from_base, len(proved[0].probe)),
+        _differs("champion", from_champion, len(proved[0].probe)),
+        GateResult("replicas_agree", apart, MAX_DISAGREEMENT, len(proved), apart, apart, agree),
+    ]
+
+
+def _differs(against: str, difference: float, num_tokens: int) -> GateResult:
+    verdict: Verdict = "pass" if difference > MIN_DIFFERENCE else "fail"
     return GateResult(
-        f"differs_from_{against}", difference, MIN_PROBE_DIFFERENCE, num_tokens, difference, difference, verdict
+        f"differs_from_{against}", difference, MIN_DIFFERENCE, num_tokens, difference, difference, verdict
     )
 
 
 def length_gate(words: Sequence[int], low_words: float, high_words: float) -> GateResult:
     """Require that the median length stays in the range of the answers that people rated well."""
-    ordered = sorted(words)
-    median = float(ordered[len(ordered) // 2]) if ordered else 0.0
-    verdict: Verdict = "pass" if low_words <= median <= high_words else "fail"
-    return GateResult("median_words", median, low_words, len(words), low_words, high_words, verdict)
+    middle = median(words)
+    verdict: Verdict = "pass" if low_words <= middle <= high_words else "fail"
+    return GateResult("median_words", middle, low_words, len(words), low_words, high_words, verdict)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the (upper) median; 0 of nothing."""
+    return float(sorted(values)[len(values) // 2]) if values else 0.0
+
+
+def behaviour_gate(name: str, challenger: Sequence[float], champion: Sequence[float]) -> GateResult:
+    """Require that answers to a probe of behaviour go wrong no more often than the champion's, beyond chance."""
+    old, new = ([1.0 - wrong for wrong in arm] for arm in (champion, challenger))
+    if not new:
+        return GateResult(name, 0.0, 0.0, 0, 0.0, 0.0, "inconclusive")
+    return _not_worse(name, old, new, Z_95)
+
+
+def latency_gate(challenger: Sequence[float], champion: Sequence[float]) -> GateResult:
+    """Require that a token takes no longer than `MAX_SLOWDOWN` times the champion's (geometric mean, by prompt).
+
+    Parameters
+    ----------
+    challenger, champion
+        Seconds per token of answers to the same prompts, asked in turn.
+    """
+    logs = [math.log(new / old) for new, old in zip(challenger, champion, strict=True)]
+    n = len(logs)
+    if n < 2:
+        return GateResult("latency", 1.0, MAX_SLOWDOWN, n, 1.0, 1.0, "inconclusive")
+    mean, half = statistics.fmean(logs), Z_95 * statistics.stdev(logs) / math.sqrt(n)
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    verdict: Verdict = (
+        "fail" if low > MAX_SLOWDOWN else "pass" if math.exp(mean) <= MAX_SLOWDOWN else "inconclusive"
+    )
+    return GateResult("latency", math.exp(mean), MAX_SLOWDOWN, n, low, high, verdict)
 
 
 def kl_gate(kl: float, n: int, max_kl: float) -> GateResult:

@@ -7,6 +7,7 @@ request, so all of them follow at once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -14,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from deploy import audit
 from deploy.registry import check_kept, get_release, is_quarantined, lock_head
-from deploy.tables import AuditEntry, Canary, Head, Release
+from deploy.rollout import Plan
+from deploy.tables import AuditEntry, Canary, CanaryUser, Head, Proposal, Release
 from infra.errors import ConflictError, InvalidRequestError, NotFoundError
 from infra.events import DeploymentChanged
 from infra.log import outbox
@@ -45,14 +47,16 @@ def unit_interval(canary_id: int, user_id: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def assign(session: Session, user_id: str) -> Assignment:
-    """Return the release that a user gets under the present head."""
+def assignments(session: Session, user_ids: Iterable[str]) -> dict[str, Assignment]:
+    """Return the release that each of some users gets under the present head."""
     head = read(session)
     if head.challenger is None or head.canary_id is None:
-        return _assignment(session, head.champion, "champion", 1.0, None)
-    if unit_interval(head.canary_id, user_id) < head.share:
-        return _assignment(session, head.challenger, "challenger", head.share, head.canary_id)
-    return _assignment(session, head.champion, "champion", 1.0 - head.share, head.canary_id)
+        champion = _assignment(session, head.champion, "champion", 1.0, None)
+        return dict.fromkeys(user_ids, champion)
+    canary_id, share = head.canary_id, head.share
+    challenger = _assignment(session, head.challenger, "challenger", share, canary_id)
+    champion = _assignment(session, head.champion, "champion", 1.0 - share, canary_id)
+    return {user_id: challenger if unit_interval(canary_id, user_id) < share else champion for user_id in user_ids}
 
 
 def pinned(session: Session, name: str) -> Assignment:
@@ -72,13 +76,12 @@ def open_canary(
     session: Session,
     *,
     challenger: str,
-    share: float,
-    alpha: float,
+    plan: Plan,
     gates: list[dict[str, object]],
     actor: str,
     reason: str,
 ) -> Canary:
-    """Let `challenger` meet a share of the users.
+    """Let `challenger` meet a share of the users, the first of the plan's.
 
     Raises
     ------
@@ -94,7 +97,7 @@ def open_canary(
         raise ConflictError(
             f"Canary {head.canary_id} ({head.challenger}) is open; decide it first.", code="canary_open"
         )
-    canary = Canary(champion=head.champion, challenger=challenger, share=share, alpha=alpha, gates=gates)
+    canary = Canary(champion=head.champion, challenger=challenger, plan=plan.model_dump(mode="json"), gates=gates)
     session.add(canary)
     session.flush()
     _swap(
@@ -106,9 +109,26 @@ def open_canary(
         release=challenger,
         challenger=challenger,
         canary=canary,
-        share=share,
+        share=plan.steps[0],
     )
     return canary
+
+
+def step_canary(session: Session, canary_id: int, share: float, *, actor: str, reason: str) -> None:
+    """Let another share of the users meet the challenger."""
+    head = read(session)
+    canary = _open(session, head, canary_id)
+    _swap(
+        session,
+        head,
+        "canary_stepped",
+        actor,
+        reason,
+        release=canary.challenger,
+        challenger=canary.challenger,
+        canary=canary,
+        share=share,
+    )
 
 
 def close_canary(
@@ -122,11 +142,9 @@ def close_canary(
         Code ``canary_closed`` where it was decided before.
     """
     head = read(session)
-    if head.canary_id != canary_id:
-        raise ConflictError(f"Canary {canary_id} is no longer open.", code="canary_closed")
-    canary = session.get_one(Canary, canary_id)
-    canary.decision, canary.reason, canary.evidence = decision, reason, evidence
-    canary.closed_at = sa.func.now()
+    canary = _open(session, head, canary_id)
+    _close(session, canary, decision, reason)
+    canary.evidence = evidence
     champion = canary.challenger if decision == "promote" else canary.champion
     action = CANARY_ACTIONS.get(decision, "canary_ended")
     _swap(session, head, action, actor, reason, release=canary.challenger, champion=champion)
@@ -144,8 +162,7 @@ def move_champion(session: Session, release: str, *, action: str, actor: str, re
     IntegrityError
         Code ``adapter_deleted``.
     """
-    if not reason.strip():
-        raise InvalidRequestError("A reason is needed.", code="reason_missing", param="reason")
+    check_reason(reason)
     lock_head(session)
     check_kept(session, release)
     head = read(session)
@@ -153,8 +170,7 @@ def move_champion(session: Session, release: str, *, action: str, actor: str, re
     aborted = None
     if head.canary_id is not None:
         canary = session.get_one(Canary, head.canary_id)
-        canary.decision = "promote" if canary.challenger == release else "aborted"
-        canary.reason, canary.closed_at = reason, sa.func.now()
+        _close(session, canary, "promote" if canary.challenger == release else "aborted", reason)
         aborted = canary.challenger if canary.decision == "aborted" else None
     elif head.champion == release:
         raise ConflictError(f"{release} is the champion already.", code="already_champion")
@@ -162,6 +178,36 @@ def move_champion(session: Session, release: str, *, action: str, actor: str, re
     _swap(session, head, action, actor, reason, release=subject, champion=release)
     if aborted is not None and aborted != subject:
         _announce(session, read(session), "canary_ended", aborted, reason)
+
+
+def moved_by_another() -> ConflictError:
+    """Return the error of who comes second."""
+    return ConflictError(
+        "The deployment was changed by somebody else at the same time; look, then try again.", code="head_moved"
+    )
+
+
+def check_reason(reason: str) -> None:
+    """Refuse an act without a reason.
+
+    Raises
+    ------
+    InvalidRequestError
+        Code ``reason_missing``.
+    """
+    if not reason.strip():
+        raise InvalidRequestError("A reason is needed.", code="reason_missing", param="reason")
+
+
+def _open(session: Session, head: Head, canary_id: int) -> Canary:
+    if head.canary_id != canary_id:
+        raise ConflictError(f"Canary {canary_id} is no longer open.", code="canary_closed")
+    return session.get_one(Canary, canary_id)
+
+
+def _close(session: Session, canary: Canary, decision: str, reason: str) -> None:
+    canary.decision, canary.reason, canary.closed_at = decision, reason, sa.func.now()
+    session.execute(sa.delete(CanaryUser).where(CanaryUser.canary_id == canary.id))
 
 
 def previous_champion(session: Session) -> str:
@@ -206,10 +252,14 @@ def _swap(
     }
     moved = session.execute(sa.update(Head).where(Head.id == HEAD_ID, Head.version == head.version).values(**after))
     if moved.rowcount != 1:  # type: ignore[attr-defined]
-        raise ConflictError(
-            "The deployment was changed by somebody else at the same time; look, then try again.",
-            code="head_moved",
-        )
+        raise moved_by_another()
+    # What was proposed for whom this is about, or who comes or goes with it, has been decided by the act.
+    concerned = {release, before["challenger"], after["champion"]} - {None}
+    session.execute(
+        sa.update(Proposal)
+        .where(Proposal.release.in_(concerned), Proposal.closed_at.is_(None))
+        .values(closed_at=sa.func.now(), outcome=action)
+    )
     subject = str(challenger or after["champion"])
     audit.write(session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after)
     _announce(session, read(session), action, release, reason)

@@ -1,8 +1,7 @@
-"""The reconciler: keeps the engine holding exactly the releases that the head names.
+"""The reconciler: keeps every replica holding exactly the releases that are wanted, and has each prove it.
 
-Serving is a desired state. A runtime load is gone after the engine's restart, so the reconciler looks every
-second, loads what is missing under its immutable name (files checked by digest first), and unloads adapters
-that nothing refers to any more.
+Serving is a desired state. A runtime load reaches only the replica that answers it and is gone after its
+restart, so each replica is looked at every second, on its own: one that hangs keeps no other waiting.
 """
 
 from __future__ import annotations
@@ -13,93 +12,83 @@ import threading
 
 import sqlalchemy as sa
 
-from deploy import head, registry
-from deploy.runs import TrainingRun
-from deploy.store import open_store
-from deploy.tables import Release
+from deploy import serving
+from deploy.replica import ReplicaKeeper
+from deploy.tables import Attestation, Replica
 from infra.db import DATABASE_AWAY, Sessions, connect
-from infra.engine import EngineClient
 from infra.errors import EverloopError
+from infra.fleet import addresses
 from infra.process import run_until_stopped
-from infra.settings import BASE_MODEL_NAME, Settings, load
+from infra.settings import Settings, load
 
 log = logging.getLogger("everloop.reconciler")
 
-INTERVAL_S = 1.0
-# An answer begun on a release may still be running when the head moves: keep what nobody wants for so many rounds.
-KEEP_ROUNDS = 1800
+INTERVAL_S = 0.5
 
 
 class Reconciler:
-    """Compares what is served with what should be, and mends the difference."""
+    """Compares what is served with what should be, on every replica, and mends the difference."""
 
-    def __init__(self, sessions: Sessions, settings: Settings, engine_url: str) -> None:
+    def __init__(self, sessions: Sessions, settings: Settings) -> None:
         self.sessions = sessions
         self.settings = settings
-        self.engine_url = engine_url
-        self._idle_rounds: dict[str, int] = {}
+        self.keepers: dict[str, ReplicaKeeper] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def run(self, stop: threading.Event) -> None:
-        """Reconcile every second until told to stop."""
+        """Reconcile until told to stop."""
+        asyncio.run(self._run(stop))
+
+    async def _run(self, stop: threading.Event) -> None:
         while not stop.is_set():
+            urls = await addresses(self.settings)
+            for url in self._tasks.keys() - set(urls):
+                self._tasks.pop(url).cancel()
             try:
-                asyncio.run(self.reconcile())
+                await asyncio.to_thread(self._forget_others, urls)
+            except DATABASE_AWAY as error:
+                log.warning("%s", type(error).__name__)
+            for url in urls:
+                if url not in self._tasks or self._tasks[url].done():
+                    self._tasks[url] = asyncio.create_task(self._keep(url))
+            await asyncio.to_thread(stop.wait, INTERVAL_S)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _keep(self, url: str) -> None:
+        while True:
+            try:
+                await self.reconcile(url)
             except (EverloopError, *DATABASE_AWAY) as error:
-                log.warning("%s: %s", type(error).__name__, error)
-            stop.wait(INTERVAL_S)
+                log.warning("%s: %s: %s", url, type(error).__name__, error)
+            except Exception:
+                log.exception("%s", url)
+            await asyncio.sleep(INTERVAL_S)
 
-    async def reconcile(self) -> list[str]:
-        """Make one round; return the names that were loaded."""
+    async def reconcile(self, url: str) -> list[str]:
+        """Make one round at a replica; return the releases that were proved in it."""
+        keeper = self.keepers.setdefault(url, ReplicaKeeper(self.sessions, self.settings, url))
+        return await keeper.keep(await asyncio.to_thread(self._wanted))
+
+    def _wanted(self) -> list[str]:
         with self.sessions() as session:
-            current = head.read(session)
-            # The champion first: a challenger that cannot be loaded must not keep it from most users.
-            wanted = [n for n in (current.champion, current.challenger) if n and n != BASE_MODEL_NAME]
-        loaded = []
-        async with EngineClient(self.engine_url) as engine:
-            served = set(await engine.models())
-            for name in wanted:
-                if name in served:
-                    continue
-                try:
-                    await load_release(self.sessions, self.settings, engine, name)
-                    loaded.append(name)
-                except EverloopError as error:
-                    log.error("%s is not served: %s [%s]", name, error.message, error.code)
-            for name in self._expired(served.difference(wanted)):
-                await engine.unload_adapter(name)
-                log.info("unloaded %s", name)
-        return loaded
+            return serving.wanted(session)
 
-    def _expired(self, unwanted: set[str]) -> list[str]:
-        """Return releases that nobody has wanted for long; names that are not ours are left alone.
-
-        A run that has not ended wants its own: it is judged before the head names it.
-        """
-        with self.sessions() as session:
-            ours = unwanted.intersection(
-                session.scalars(sa.select(Release.name).where(Release.adapter_digest.is_not(None)))
-            )
-            at_once = [name for name in ours if registry.is_quarantined(session, name)]
-            judged = session.scalars(sa.select(TrainingRun.release).where(TrainingRun.status == "running")).all()
-        self._idle_rounds = {name: self._idle_rounds.get(name, 0) + 1 for name in ours.difference(judged)}
-        return at_once + [n for n, rounds in self._idle_rounds.items() if rounds > KEEP_ROUNDS and n not in at_once]
-
-
-async def load_release(sessions: Sessions, settings: Settings, engine: EngineClient, name: str) -> None:
-    """Load a release's adapter into the engine, after checking its base model and its files."""
-    with sessions() as session:
-        digest = registry.check_servable(session, settings, name)
-    if digest is None:
-        return
-    await engine.load_adapter(name, open_store(settings).fetch(digest))
-    log.info("loaded %s", name)
+    def _forget_others(self, urls: list[str]) -> None:
+        """Take replicas out of the tables that are not named, or found, any more, as since an earlier start."""
+        self.keepers = {url: keeper for url, keeper in self.keepers.items() if url in urls}
+        with self.sessions.begin() as session:
+            if session.scalar(sa.select(sa.exists().where(Replica.url.not_in(urls)))):
+                session.execute(sa.delete(Attestation).where(Attestation.replica.not_in(urls)))
+                session.execute(sa.delete(Replica).where(Replica.url.not_in(urls)))
 
 
 def main() -> None:
     """Run the reconciler as a process."""
     settings = load()
-    sessions = connect(settings.need("database_url"), pool_size=2)
-    run_until_stopped("reconciler", Reconciler(sessions, settings, settings.need("engine_url")).run)
+    sessions = connect(settings.need("database_url"), pool_size=4)
+    run_until_stopped("reconciler", Reconciler(sessions, settings).run)
 
 
 if __name__ == "__main__":

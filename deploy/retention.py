@@ -24,7 +24,7 @@ from infra.settings import BASE_MODEL_NAME, Settings
 
 log = logging.getLogger("everloop.retention")
 
-ACTOR = "retention"
+ACTOR = f"{audit.PLATFORM}retention"
 LEFTOVERS_AGE_S = 86_400.0
 Move = tuple[str, str]
 

@@ -9,8 +9,8 @@ from fastapi import Request
 V4_BITS, V6_BITS = 24, 48
 
 
-def address_block(request: Request) -> str | None:
-    """Return the /24 (or, for IPv6, /48) network of the client; None for private addresses.
+def client_address(request: Request) -> str:
+    """Return the address of the client, as far as it can be known.
 
     Behind proxies that the settings trust, the client is the last address that the outermost of them saw.
     """
@@ -19,7 +19,12 @@ def address_block(request: Request) -> str | None:
     if trusted:
         forwarded = [part.strip() for part in request.headers.get("x-forwarded-for", "").split(",") if part.strip()]
         client = forwarded[-trusted] if len(forwarded) >= trusted else client
-    return block_of(client)
+    return client
+
+
+def address_block(request: Request) -> str | None:
+    """Return the /24 (or, for IPv6, /48) network of the client; None for private addresses."""
+    return block_of(client_address(request))
 
 
 def block_of(address: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -10,12 +11,13 @@ from sqlalchemy.orm import Session
 
 from feedback.tables import User
 from infra import sealing
-from infra.errors import InvalidRequestError, UnavailableError
+from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 from infra.sealing import SubjectKey
 from infra.tables import SubjectKeyRow
 
 TOMBSTONE = "forgotten_"
 MEET_TRIES = 3
+IN_FLUX = "user_in_flux"
 
 
 def refuse_tombstone(user_id: str) -> None:
@@ -59,31 +61,82 @@ def key_of(session: Session, user_id: str) -> SubjectKey | None:
     return keys_of(session, [user_id]).get(user_id)
 
 
-def keys_of(session: Session, user_ids: Iterable[str]) -> dict[str, SubjectKey]:
-    """Return the keys of those users who exist; see :func:`key_of`."""
+def keys_of(session: Session, user_ids: Iterable[str], *, wait: bool = True) -> dict[str, SubjectKey]:
+    """Return the keys of those users who exist; see :func:`key_of`.
+
+    Parameters
+    ----------
+    wait
+        Whether to wait for who is being forgotten now; otherwise they are left out.
+    """
+    return {user_id: key for user_id, key, _ in _locked(session, user_ids, wait)}
+
+
+def _locked(session: Session, user_ids: Iterable[str], wait: bool) -> list[tuple[str, SubjectKey, bool | None]]:
+    """Return who exists of some users, with their keys and what they said, and keep them until the transaction
+    ends.
+
+    In the order of names, so that two who wait for each other's rows cannot be.
+    """
     rows = session.execute(
-        sa.select(User.user_id, User.key_id, SubjectKeyRow.key)
+        sa.select(User.user_id, User.key_id, SubjectKeyRow.key, User.learn)
         .join(SubjectKeyRow, SubjectKeyRow.key_id == User.key_id)
-        .where(User.user_id.in_(set(user_ids)), SubjectKeyRow.key.is_not(None))
-        .with_for_update(of=User, key_share=True, read=True)
+        .where(User.user_id.in_(sorted(set(user_ids))), SubjectKeyRow.key.is_not(None))
+        .order_by(User.user_id)
+        .with_for_update(of=User, key_share=True, read=True, skip_locked=not wait)
     )
-    return {user_id: SubjectKey(key_id, key) for user_id, key_id, key in rows if key is not None}
+    return [(user_id, SubjectKey(key_id, key), learn) for user_id, key_id, key, learn in rows if key is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """A user's key, and what they said about being learned from (None: nothing)."""
+
+    key: SubjectKey
+    learn: bool | None
+
+
+def meet_many(session: Session, user_ids: Iterable[str], *, wait: bool = True) -> dict[str, Met | EverloopError]:
+    """Return users, who exist from now on and are not forgotten before this transaction ends.
+
+    Of one who cannot be met the error stands there: ``user_reserved``, or ``user_in_flux`` where the user is being
+    forgotten just now, again and again if it was to `wait`.
+    """
+    found: dict[str, Met | EverloopError] = {}
+    wanted = set()
+    for user_id in set(user_ids):
+        try:
+            refuse_tombstone(user_id)
+            wanted.add(user_id)
+        except InvalidRequestError as error:
+            found[user_id] = error
+    for _ in range(MEET_TRIES):
+        found |= {user_id: Met(key, learn) for user_id, key, learn in _locked(session, wanted - found.keys(), wait)}
+        if not (missing := wanted - found.keys()):
+            return found
+        # Who is being forgotten now is gone when the lock is had: they begin anew.
+        ensure(session, missing)
+    found |= {user_id: Met(key, learn) for user_id, key, learn in _locked(session, wanted - found.keys(), wait)}
+    return {**{user_id: in_flux() for user_id in wanted}, **found}
+
+
+def in_flux() -> UnavailableError:
+    """Return the error of who speaks while they are being forgotten."""
+    return UnavailableError("This user is being forgotten just now; try again in a moment.", code=IN_FLUX)
 
 
 def meet(session: Session, user_id: str) -> SubjectKey:
-    """Return the key of a user, who exists from now on and is not forgotten before this transaction ends.
+    """Return the key of one user; see :func:`meet_many`.
 
     Raises
     ------
-    UnavailableError
-        Code ``user_in_flux`` where the user is being forgotten again and again just now.
+    InvalidRequestError, UnavailableError
+        Codes ``user_reserved`` and ``user_in_flux``.
     """
-    for _ in range(MEET_TRIES):
-        ensure(session, [user_id])
-        # Who was being forgotten when `ensure` looked is gone when the lock is had: they begin anew.
-        if (key := key_of(session, user_id)) is not None:
-            return key
-    raise UnavailableError("This user is being forgotten just now; try again in a moment.", code="user_in_flux")
+    met = meet_many(session, [user_id])[user_id]
+    if isinstance(met, EverloopError):
+        raise met
+    return met.key
 
 
 def may_learn(session: Session, user_id: str, default: bool) -> bool:

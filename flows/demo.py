@@ -12,11 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from deploy import head
+from deploy import canary
 from deploy.gates import difference_interval
 from deploy.runs import TrainingRun
 from deploy.tables import Canary
-from deploy.votes import weigh
 from feedback.tables import Feedback, ReceiptFate, ReceiptRun, ReceiptUse
 from flows import accounting
 from flows.follow import run_night
@@ -163,18 +162,17 @@ class Demo:
 
     def _decision(self, canary_id: int) -> tuple[str, str] | None:
         with self.sessions() as session:
-            canary = session.get_one(Canary, canary_id)
-            return (canary.decision, canary.reason or "") if canary.decision else None
+            found = session.get_one(Canary, canary_id)
+            return (found.decision, found.reason or "") if found.decision else None
 
     def _give_up(self, canary_id: int) -> tuple[str, str]:
         """End a canary that the day did not decide, as an operator would; the champion stays."""
         try:
             with self.sessions.begin() as session:
-                evidence = weigh(session, session.get_one(Canary, canary_id), self.settle_s)
-                reason = f"undecided at the end of the demo's day: {evidence.sentence()}"
-                head.close_canary(
-                    session, canary_id, decision="hold", evidence=evidence.as_dict(), actor="demo", reason=reason
-                )
+                found = session.get_one(Canary, canary_id)
+                current = canary.recompute(session, found)
+                reason = f"undecided at the end of the demo's day: {current.sentence()}"
+                canary.close(session, found, current, "hold", actor="demo", reason=reason)
             return "hold", reason
         except ConflictError:  # the watcher decided in this moment
             return self._decision(canary_id) or ("hold", "closed by somebody else")

@@ -13,6 +13,7 @@ import deploy.erasure
 import deploy.retention
 import feedback.erasure
 import trainer.erasure
+from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
 from feedback import partitions, projection
 from feedback.tables import Erasure
 from infra.db import DATABASE_AWAY, Sessions, advisory_lock, connect
@@ -51,7 +52,7 @@ class Ledger:
         """Run everything until told to stop."""
         threads = [
             threading.Thread(target=self._whole_process, args=(run, stop), daemon=True)
-            for run in (*(consumer.run for consumer in self.consumers), self.keep_house)
+            for run in (*(consumer.run for consumer in self.consumers), self.keep_house, self.watch_canary)
         ]
         for thread in threads:
             thread.start()
@@ -77,6 +78,18 @@ class Ledger:
             policy = session.get_one(Erasure, event.erasure_id).policy
             in_service = deploy.erasure.mark(session, in_training["runs_marked"], policy)
             feedback.erasure.report(session, event.erasure_id, "deploy", in_service)
+
+    def watch_canary(self, stop: threading.Event) -> None:
+        """Look at the open canary once a second, while no flow does: whoever opened it, it is watched at once."""
+        watch = Watch(self.sessions, self.settings)
+        while not stop.is_set():
+            try:
+                with advisory_lock(self.sessions, WATCH_LOCK) as held:
+                    if held:
+                        watch.look()
+            except (EverloopError, *DATABASE_AWAY) as error:
+                log.warning("canary: %s; trying again", type(error).__name__)
+            stop.wait(LOOK_EVERY_S)
 
     def keep_house(self, stop: threading.Event) -> None:
         """Make partitions ahead of time, prune the log and the adapters' files, once a minute."""

@@ -9,16 +9,13 @@ from prefect import flow
 from prefect.deployments import run_deployment
 
 from deploy import head
-from deploy.tables import Canary
-from deploy.votes import weigh
-from infra.db import Sessions, advisory_lock, connect
-from infra.errors import ConflictError, InvalidRequestError
-from infra.settings import Settings, load
+from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
+from infra.db import advisory_lock, connect
+from infra.errors import InvalidRequestError
+from infra.settings import load
 
 NIGHTLY = "nightly/everloop"
 WATCH = "watch-canary/everloop"
-LOOK_EVERY_S = 1.0
-ACTOR = "watch-canary"
 
 
 @flow(name="nightly", log_prints=True)  # type: ignore[untyped-decorator]
@@ -30,7 +27,7 @@ def nightly(
     Parameters
     ----------
     canary_share
-        Share of users who meet the candidate; the setting's, if unset.
+        The only share of users who meet the candidate; the setting's steps, if unset.
     config
         The recipe and its settings, instead of the file that `training_config` names.
     min_new_signals
@@ -46,7 +43,7 @@ def nightly(
     try:
         if config is None and settings.training_config_file:
             given = read_toml(settings.training_config_file)
-        night = Night(sessions, settings, given, canary_share or settings.canary_share, min_new_signals)
+        night = Night(sessions, settings, given, canary_share, min_new_signals)
     except InvalidRequestError as error:
         with sessions.begin() as session:
             note_refusal(session, given, error)
@@ -65,39 +62,13 @@ def watch_canary() -> str:
     """Look at the open canary after every vote until it is decided or out of time."""
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=2)
-    with advisory_lock(sessions, "watch-canary") as held:
+    with advisory_lock(sessions, WATCH_LOCK) as held:
         if not held:
             return "watched by another run"
+        watch = Watch(sessions, settings)
         while True:
-            outcome = look(sessions, settings)
+            outcome = watch.look()
             if outcome is not None:
                 print(outcome)
                 return outcome
             time.sleep(LOOK_EVERY_S)
-
-
-def look(sessions: Sessions, settings: Settings) -> str | None:
-    """Look at the open canary once; return how it ended, or None while it is undecided."""
-    try:
-        return _look(sessions, settings)
-    except ConflictError as error:  # an operator was quicker; nothing of ours is committed
-        return error.message
-
-
-def _look(sessions: Sessions, settings: Settings) -> str | None:
-    with sessions.begin() as session:
-        canary_id = head.read(session).canary_id
-        if canary_id is None:
-            return "no canary is open"
-        canary = session.get_one(Canary, canary_id)
-        evidence = weigh(session, canary, settings.canary_settle_s)
-        decision: str = evidence.decision
-        if decision == "hold":
-            if time.time() - canary.opened_at.timestamp() < settings.canary_max_s:
-                return None
-            decision = "expired"
-        reason = evidence.sentence()
-        head.close_canary(
-            session, canary_id, decision=decision, evidence=evidence.as_dict(), actor=ACTOR, reason=reason
-        )
-        return f"canary {canary_id}: {decision}: {reason}"

@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 2.0
 YES, NO = "Yes", "No"
 RUN_PREFIX, LATEST = "run/", "latest"  # adapters that are still being trained: run/ID@VERSION, or run/ID@latest
 MODEL_GONE = "release_loading"
+_STARTED_AT = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _NUM_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
@@ -57,7 +58,7 @@ class EngineClient:
             trust_env=False,
             verify=_trusted(),
         )
-        self._num_streams = 0
+        self.num_streams = 0
         self._stream_ended_s = -math.inf
         self._yes_no_ids: list[int] = []
 
@@ -74,7 +75,7 @@ class EngineClient:
     @property
     def idle_s(self) -> float:
         """Seconds since the last chat stream through this client ended; 0 while one is open."""
-        return 0.0 if self._num_streams else time.monotonic() - self._stream_ended_s
+        return 0.0 if self.num_streams else time.monotonic() - self._stream_ended_s
 
     @asynccontextmanager
     async def stream_chat(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
@@ -101,11 +102,11 @@ class EngineClient:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        self._num_streams += 1
+        self.num_streams += 1
         try:
             yield
         finally:
-            self._num_streams -= 1
+            self.num_streams -= 1
             self._stream_ended_s = time.monotonic()
 
     async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -163,13 +164,21 @@ class EngineClient:
 
     async def num_requests(self) -> int:
         """Return how many sequences the engine works on or has in its queue, whoever asked for them."""
+        return int(sum(float(value) for value in _NUM_REQUESTS.findall(await self._metrics())))
+
+    async def _metrics(self) -> str:
         try:
             response = await self._http.get("/metrics", timeout=5.0)
         except httpx.TransportError as error:
             raise _unavailable() from error
         if response.status_code != 200:
             raise _refusal(response)
-        return int(sum(float(value) for value in _NUM_REQUESTS.findall(response.text)))
+        return response.text
+
+    async def started_at_s(self) -> float | None:
+        """Return when the engine's process began (seconds since 1970): another time is another life of it."""
+        found = _STARTED_AT.search(await self._metrics())
+        return float(found[1]) if found else None
 
     async def logprobs_are_processed(self, model: str) -> bool:
         """Tell whether reported log-probabilities are those that answers are sampled from.
@@ -223,8 +232,11 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             data = line.removeprefix(b"data: ")
             if data == b"[DONE]":
                 return
-            chunk = json.loads(data)
-            if "error" in chunk:
+            try:
+                chunk = json.loads(data)
+            except ValueError as error:
+                raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
+            if "error" in chunk or "choices" not in chunk:
                 raise EngineError("The engine broke off the answer.", code="engine_failed")
             yield chunk
     except httpx.TransportError as error:
@@ -265,7 +277,7 @@ def _refusal(response: httpx.Response) -> EverloopError:
     if response.status_code == 404:
         # The release is gone from the engine (it restarted); the reconciler is loading it again.
         return UnavailableError("The engine is loading the release; try again.", code=MODEL_GONE)
-    if response.status_code in (429, 500, 503):
+    if response.status_code in (429, 500, 502, 503, 504):
         return UnavailableError("The engine is overloaded or failing; try again.", code="engine_unavailable")
     return EngineError(f"The engine answered {response.status_code}: {message}")
 

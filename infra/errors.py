@@ -87,4 +87,6 @@ class SetupError(EverloopError):
 class IntegrityError(EverloopError):
     """Something is not what its digest or its probe says it should be."""
 
+    status = 409
+    type = "invalid_request_error"
     code = "integrity"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,7 @@ from pydantic_settings import (
 DEFAULT_HOME = "~/.local/share/everloop"
 BASE_MODEL_NAME = "base"
 ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Settings(BaseSettings):
@@ -36,6 +37,12 @@ class Settings(BaseSettings):
     kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
     kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
     engine_url: str | None = Field(None, description="Address of a vLLM server; embedded if unset.")
+    engine_replicas: tuple[str, ...] = Field(
+        (), description="Addresses of further vLLM servers that serve the same base model."
+    )
+    engine_discovery: str | None = Field(
+        None, description="Address of vLLM servers whose host name stands for all of them, as a headless service's."
+    )
     reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
@@ -110,10 +117,42 @@ class Settings(BaseSettings):
     min_backbone_pairs: int = Field(60, ge=2, description="With fewer comparisons no reward backbone is trained.")
     time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")
     min_new_signals: int = Field(20, ge=1, description="A night with fewer new signals trains nothing.")
-    canary_share: float = Field(0.2, gt=0, lt=1, description="Share of users who meet a candidate.")
-    canary_alpha: float = Field(0.05, gt=0, lt=1, description="Chance of promoting a worse candidate.")
+    autonomy: Literal["observe", "propose", "canary", "auto"] = Field(
+        "auto", description="What the platform does by itself; `everloop autonomy` sets another for the deployment."
+    )
+    gate_overrides: Literal["none", "inconclusive", "any"] = Field(
+        "inconclusive", description="Which gates an operator may override to let a candidate meet people."
+    )
+    canary_steps: tuple[Share, ...] = Field(
+        (0.05, 0.25, 0.5), min_length=1, description="Shares of users who meet a candidate, in turn."
+    )
+    canary_step_users: int = Field(
+        10, ge=1, description="Users who have met a candidate before more do, and before it may be promoted."
+    )
+    canary_step_s: float = Field(60.0, ge=0, description="Least length of a step.")
+    canary_alpha: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Chance that any candidate since a promotion is promoted that is no better.",
+    )
     canary_settle_s: float = Field(30.0, ge=0, description="Time an answer has to end and to be voted on.")
     canary_max_s: float = Field(86_400.0, gt=0, description="A canary undecided for this long ends.")
+
+    @field_validator("engine_url", "engine_replicas", "engine_discovery")
+    @classmethod
+    def _without_slash(cls, value: Any) -> Any:
+        """An address is also a name in the tables: one spelling of it."""
+        if isinstance(value, tuple):
+            return tuple(url.rstrip("/") for url in value)
+        return value.rstrip("/") if isinstance(value, str) else value
+
+    @field_validator("canary_steps")
+    @classmethod
+    def _rising(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError("Steps must rise: who met the candidate keeps meeting it.")
+        return steps
 
     @classmethod
     def settings_customise_sources(

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from sqlalchemy.orm import Session
 
 from deploy import head, registry
-from deploy.tables import Adapter
+from deploy.rollout import Plan
+from deploy.tables import Adapter, Attestation, Replica
 from infra.db import Sessions
 from infra.errors import EverloopError
 
@@ -77,7 +78,8 @@ def make_adapter(directory: Path, *, weights: dict[str, Any] | None = None, seed
     return directory
 
 
-CANARY: dict[str, Any] = {"share": 0.5, "alpha": 0.05, "gates": [], "actor": "test", "reason": "a test"}
+PLAN = Plan(steps=(0.5,), alpha=0.05, candidate=1, step_users=1, step_s=0.0, max_s=3600.0)
+CANARY = {"plan": PLAN, "gates": [], "actor": "test", "reason": "a test"}
 
 
 def promote(database: Sessions, name: str) -> None:
@@ -96,3 +98,10 @@ def refusal(kind: type[EverloopError], call: Callable[..., Any], *args: Any, **o
 def adapter_of(session: Session, name: str) -> Adapter:
     """Return the row of a release's adapter."""
     return session.get_one(Adapter, registry.get_release(session, name).adapter_digest)
+
+
+def serve(session: Session, name: str, problem: str | None = None) -> None:
+    """Have the one replica serve a release, or not, as far as the tables tell."""
+    session.merge(Replica(url="http://one", is_up=True, spoiled={}))
+    session.flush()
+    session.merge(Attestation(release=name, replica="http://one", served_as=name, probe=[], problem=problem))

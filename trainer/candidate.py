@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy import audit, gates, head, registry
+from sqlalchemy.orm import Session
+
+from deploy import audit, autonomy, canary, gating, head, registry, serving
 from deploy.gates import GateResult
-from deploy.reconciler import load_release
 from deploy.store import open_store
 from deploy.tables import Release
 from infra.db import DATABASE_AWAY, LockLostError, Sessions
@@ -26,7 +28,7 @@ from trainer.rollout import Sample, sample_served
 from trainer.training import Registrable
 from trainer.verify import Verification
 
-ACTOR = "nightly"
+ACTOR = f"{audit.PLATFORM}nightly"
 
 
 class Candidate:
@@ -41,7 +43,7 @@ class Candidate:
         self.record = record
         self.ready = ready
 
-    def stand(self, found: Registrable, verification: Verification, canary_share: float) -> dict[str, Any]:
+    def stand(self, found: Registrable, verification: Verification, canary_share: float | None) -> dict[str, Any]:
         """Register, judge, and open a canary where it passes; return how the run ended.
 
         Where anything fails on the way, nothing stays registered.
@@ -61,12 +63,18 @@ class Candidate:
     def _judge(self, release: Release, found: Registrable, verification: Verification) -> list[GateResult]:
         questions = Questions.of(self.ready.data, verification, self.config)
         self.record.phase("gates", 2 * questions.number)
-        results = judge.judge(
-            self.sessions, self.settings, release, self.ready, self._sampler(release.name), questions, verification
+        evidence = judge.gather(
+            self.sessions, self.settings, release, self.ready, self._sampler(), questions, verification
         )
-        results.append(gates.kl_gate(found.kl, found.num_measured, self.config.max_kl))
-        if len(found.golds_gained) > 1:
-            results.append(gates.gold_gate(found.golds_gained))
+        results = gating.judge(
+            replace(
+                evidence,
+                kl=found.kl,
+                num_measured=found.num_measured,
+                max_kl=self.config.max_kl,
+                golds_gained=found.golds_gained,
+            )
+        )
         self.record.set_aside.update(verification.pop_faults())
         for result in results:
             self.record.metric(phase="gates", **result.as_dict())
@@ -74,28 +82,30 @@ class Candidate:
             registry.write_card(session, self.settings, release.name, results)
         return results
 
-    def _sampler(self, release: str) -> Sampler:
-        """Return what samples for the gates, and counts over all that it is asked."""
+    def _sampler(self) -> Sampler:
+        """Return what samples for the gates, and counts over all that it is asked.
+
+        In an engine that was started anew the reconciler loads what is judged, as it does what is served.
+        """
         num_asked = 0
 
-        async def restore(engine: EngineClient) -> None:
-            # The head does not name it yet, so nobody else loads it into an engine that was started anew.
-            if release not in await engine.models():
-                await load_release(self.sessions, self.settings, engine, release)
-
-        def sample(model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]:
+        def sample(
+            model: str, prompts: list[Messages], num_samples: int, seed: int, max_tokens: int | None = None
+        ) -> list[list[Sample]]:
             nonlocal num_asked
             before = num_asked
             num_asked += len(prompts)
+            with self.sessions() as session:
+                name = serving.served_as(session, model, self.settings.need("engine_url"))
+            config = self.config.model_copy(update={"max_answer_tokens": max_tokens}) if max_tokens else self.config
             return sample_served(
                 self.settings,
-                self.config,
-                model,
+                config,
+                name,
                 prompts,
                 num_samples,
                 seed,
                 on_done=lambda done: self.record.progress(before + done),
-                restore=restore,
             )
 
         return sample
@@ -139,7 +149,7 @@ class Candidate:
             self.record.update(session, release=release.name)
         return release
 
-    def _end(self, release: Release, share: float, results: list[GateResult]) -> dict[str, Any]:
+    def _end(self, release: Release, share: float | None, results: list[GateResult]) -> dict[str, Any]:
         """End the run as held, or with a canary, in one transaction: none is open that no run tells of."""
         outcome: dict[str, Any] = {"release": release.name, "gates": [result.as_dict() for result in results]}
         with self.sessions.begin() as session:
@@ -151,17 +161,27 @@ class Candidate:
                 registry.check_servable(session, self.settings, release.name)
                 if head.read(session).champion != self.ready.champion:
                     raise ConflictError("The champion changed during the run.", code="head_moved")
-                canary = head.open_canary(
+                reason = f"{self.record.run_id} passed its gates"
+                if not autonomy.may(session, self.settings, "canary"):
+                    return self._left_to_an_operator(session, release, reason, outcome)
+                opened = head.open_canary(
                     session,
                     challenger=release.name,
-                    share=share,
-                    alpha=self.settings.canary_alpha,
+                    plan=canary.plan(session, self.settings, outcome["gates"], share),
                     gates=outcome["gates"],
                     actor=ACTOR,
-                    reason=f"{self.record.run_id} passed its gates",
+                    reason=reason,
                 )
-                return self.record.finish("canary", session, canary_id=canary.id, **outcome)
+                return self.record.finish("canary", session, canary_id=opened.id, **outcome)
         return self._held_for_erasure()
+
+    def _left_to_an_operator(
+        self, session: Session, release: Release, reason: str, outcome: dict[str, Any]
+    ) -> dict[str, Any]:
+        level = autonomy.level(session, self.settings)
+        autonomy.propose(session, self.settings, "canary", release.name, actor=ACTOR, reason=reason)
+        told = f"it passed its gates; at the level `{level}` an operator opens its canary"
+        return self.record.finish("held", session, reason=told, code=f"autonomy_{level}", **outcome)
 
 
 def take_back(record: RunRecord, settings: Settings, name: str) -> None:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
 
-from deploy import attest, gates, registry
+from deploy import behaviour, gates, registry, serving
 from deploy.gates import GateResult
-from deploy.reconciler import load_release
-from deploy.tables import Release
+from deploy.gating import Arms, Evidence
+from deploy.tables import Attestation, Release
 from infra.db import Sessions
 from infra.engine import EngineClient
+from infra.errors import UnavailableError
 from infra.settings import Settings
-from reward.style import num_words
 from trainer import skills
 from trainer.config import RunConfig
 from trainer.prepared import Prepared
 from trainer.recipe import Messages
-from trainer.rollout import Sample, patiently
+from trainer.rollout import PATIENCE_S, Sample, patiently
 from trainer.snapshot import Snapshot
 from trainer.verify import Task, Verification
 
 GATE_TASKS_SEED = 7
+BEHAVIOUR_TOKENS = 24  # how an answer begins tells
+NUM_TIMED, TIMED_TOKENS = 8, 16
+LOOK_EVERY_S = 0.2
 
 
 class Sampler(Protocol):
     """Samples answers of a model, as it is served."""
 
-    def __call__(self, model: str, prompts: list[Messages], num_samples: int, seed: int) -> list[list[Sample]]: ...
+    def __call__(
+        self, model: str, prompts: list[Messages], num_samples: int, seed: int, max_tokens: int | None = None
+    ) -> list[list[Sample]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class Questions:
         return len(self.prompts) + len(self.tasks)
 
 
-def judge(
+def gather(
     sessions: Sessions,
     settings: Settings,
     release: Release,
@@ -74,45 +80,93 @@ def judge(
     sample: Sampler,
     questions: Questions,
     verification: Verification,
-) -> list[GateResult]:
-    """Hold a candidate against the champion, as both are really served."""
+) -> Evidence:
+    """Ask candidate and champion, as both are really served; return what gates look at."""
     prompts, references = questions.prompts, questions.references
-    probe = asyncio.run(_attest(sessions, settings, release, ready.champion))
+    attested, champion_probe = _attested(sessions, release.name, ready.champion)
     arms = [sample(name, prompts, 1, seed) for name, seed in ((release.name, 2), (ready.champion, 3))]
     # A prompt that the engine refused (one that leaves no room to answer) judges neither.
     answered = [i for i in range(len(prompts)) if all(arm[i] for arm in arms)]
     prompts, references = [prompts[i] for i in answered], [references[i] for i in answered]
-    new, old = ([arm[i] for i in answered] for arm in arms)
-    pairs = [[mine[0].text, theirs[0].text] for mine, theirs in zip(new, old, strict=True)]
-    rewards = ready.reward.score(prompts, pairs, references)
-    scores = [[reward[arm] for reward in rewards] for arm in (0, 1)]
-    low, high = ready.data.well_rated_words(tail=0.0)
+    new, old = ([arm[i][0].text for i in answered] for arm in arms)
+    rewards = ready.reward.score(prompts, [list(pair) for pair in zip(new, old, strict=True)], references)
     able = [
         skills.measure(verification, questions.tasks, partial(sample, name, num_samples=1, seed=seed))
-        for name, seed in ((ready.champion, 4), (release.name, 5))
+        for name, seed in ((release.name, 5), (ready.champion, 4))
     ]
-    return [
-        gates.attestation_gate("base", probe.differs_from_base, len(probe.probe)),
-        gates.attestation_gate("champion", probe.differs_from_champion, len(probe.probe)),
-        gates.win_rate_gate(scores[0], scores[1]),
-        gates.length_gate([num_words(g[0].text) for g in new], low, max(high, _median_words(old))),
-        *gates.skill_gates(*able),
-    ]
+    return Evidence(
+        attested=attested,
+        champion_probe=champion_probe,
+        rewards=([pair[0] for pair in rewards], [pair[1] for pair in rewards]),
+        answers=(new, old),
+        words=ready.data.well_rated_words(tail=0.0),
+        skills=(able[0], able[1]),
+        behaviour=_behaviour(sample, release.name, ready.champion),
+        seconds_per_token=asyncio.run(_seconds_per_token(sessions, settings, release.name, ready.champion)),
+    )
 
 
-async def _attest(sessions: Sessions, settings: Settings, release: Release, champion: str) -> attest.ProbeResult:
+def _behaviour(sample: Sampler, release: str, champion: str) -> dict[str, Arms]:
+    """Return for each probe of behaviour where the two went wrong; what the engine refused judges neither."""
+    asked = [question for probe in behaviour.PROBES.values() for question in probe.questions]
+    prompts = [[{"role": "user", "content": question}] for question in asked]
+    answers = [
+        [group[0].text if group else None for group in sample(name, prompts, 1, 6, BEHAVIOUR_TOKENS)]
+        for name in (release, champion)
+    ]
+    told = {question: pair for question, *pair in zip(asked, *answers, strict=True) if None not in pair}
+    return {
+        name: (
+            [float(probe.went_wrong(told[q][0])) for q in probe.questions if q in told],
+            [float(probe.went_wrong(told[q][1])) for q in probe.questions if q in told],
+        )
+        for name, probe in behaviour.PROBES.items()
+    }
+
+
+async def _seconds_per_token(sessions: Sessions, settings: Settings, release: str, champion: str) -> Arms:
+    """Time both, in turn, on the replica that runs sample from."""
     url = settings.need("engine_url")
+    with sessions() as session:
+        names = [serving.served_as(session, name, url) for name in (release, champion)]
+    seconds: tuple[list[float], list[float]] = ([], [])
     async with EngineClient(url, timeout_s=settings.engine_timeout_s) as engine:
+        for number in range(NUM_TIMED):
+            for name, found in zip(names, seconds, strict=True):
+                payload: dict[str, Any] = {
+                    "model": name,
+                    "messages": [{"role": "user", "content": f"Count to {number + 90}."}],
+                    "max_tokens": TIMED_TOKENS,
+                    "ignore_eos": True,
+                    "temperature": 0,
+                }
+                began_s = time.perf_counter()
+                await patiently(partial(engine.chat, payload))
+                found.append((time.perf_counter() - began_s) / TIMED_TOKENS)
+    return seconds
 
-        async def compared() -> attest.ProbeResult:
-            if release.name not in await engine.models():
-                await load_release(sessions, settings, engine, release.name)
-            return await attest.compare(engine, release.name, champion)
 
-        result = await patiently(compared)
-    with sessions.begin() as session:
-        attest.save(session, registry.get_release(session, release.name), url, result)
-    return result
+def _attested(sessions: Sessions, release: str, champion: str) -> tuple[list[Attestation], list[float] | None]:
+    """Wait until every replica has shown what it serves as the candidate; return it, and the champion's probe.
+
+    Raises
+    ------
+    UnavailableError
+        Code ``release_not_ready``: no replica, or not every one, has shown anything for long.
+    """
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        with sessions() as session:
+            shown = serving.verdicts(session, release)
+            if shown is not None:
+                other = registry.get_release(session, champion)
+                return shown, other.probe if other.adapter_digest else None
+        if time.monotonic() > deadline_s:
+            raise UnavailableError(
+                f"Not every replica has shown what it serves as {release}; is the reconciler running?",
+                code="release_not_ready",
+            )
+        time.sleep(LOOK_EVERY_S)
 
 
 def failing(results: list[GateResult]) -> str | None:
@@ -120,8 +174,3 @@ def failing(results: list[GateResult]) -> str | None:
     verdict = gates.overall(results)
     names: list[Any] = [result.gate for result in results if result.verdict != "pass"]
     return None if verdict == "pass" else f"gates {verdict}: {', '.join(names)}"
-
-
-def _median_words(groups: list[list[Sample]]) -> float:
-    ordered = sorted(num_words(group[0].text) for group in groups)
-    return float(ordered[len(ordered) // 2]) if ordered else 0.0

@@ -44,7 +44,7 @@ class Night:
     given
         The recipe and its settings, as far as they differ from the defaults.
     canary_share
-        Share of users who meet the candidate.
+        The only share of users who meet the candidate; the setting's steps, if unset.
     min_new_signals
         Signals since the last run without which there is none; the setting's, if unset.
 
@@ -59,7 +59,7 @@ class Night:
         sessions: Sessions,
         settings: Settings,
         given: Mapping[str, Any],
-        canary_share: float,
+        canary_share: float | None = None,
         min_new_signals: int | None = None,
     ) -> None:
         self.sessions = sessions

@@ -18,12 +18,22 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 @app.command()
 def serving(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each variant, interleaved.")] = 5,
+    first_tokens: Annotated[int, typer.Option("--first-tokens", min=20, help="Requests of each, in turn.")] = 200,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=2, help="Length of the load before a null engine.")
+    ] = 20.0,
     json_path: JsonPath = None,
 ) -> None:
-    """Tokens per second of the running stack: base, adapter, gateway."""
-    from agent import bench
+    """The running stack: base, gateway, one adapter, four mixed; and what the gateway costs by itself."""
+    from flows.bench import gateway
+    from flows.bench.serving import serving as measure
 
-    result = bench.serving(load(), runs)
+    settings = load()
+    result = measure(settings, runs)
+    result |= {"first_token": (first := gateway.first_tokens(settings, first_tokens))}
+    result |= {"null_engine": (null := gateway.null_engine(seconds))}
+    result |= {name: first[name] for name in ("ttft_added_p50_ms", "ttft_added_p99_ms")}
+    result["null_engine_rps"] = null["null_engine_rps"]
     report.write_json(json_path, result)
     if json_path != "-":
         table = Table("16 concurrent streams", "tokens/s (median)", "ratio", "runs", box=None)
@@ -31,6 +41,7 @@ def serving(
             ratio = f"{row['ratio']:.2f} of {row['of']}" if row["of"] else ""
             table.add_row(variant, f"{row['tokens_per_s']:.0f}", ratio, str(row["runs"]))
         report.output.print(table)
+        report.print_fields(None, {"first_token": first, "null_engine": null})
 
 
 @app.command()
@@ -175,3 +186,30 @@ def rollouts(
 
     stop_on_sigterm()
     report.print_fields(json_path, measure(seconds, runs))
+
+
+@app.command()
+def canary(
+    canaries: Annotated[int, typer.Option("--canaries", min=20, help="Simulated canaries a row.")] = 2000,
+    pairs: Annotated[int, typer.Option("--pairs", min=50, help="Most pairs of votes in each.")] = 4000,
+    alpha: Annotated[float, typer.Option("--alpha", min=0.001, max=0.5)] = 0.05,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """How often canaries err with a look after every vote, and after how many pairs of votes they decide."""
+    from flows.bench.canary import measure
+
+    report.print_fields(json_path, measure(canaries, pairs, alpha, seed))
+
+
+@app.command()
+def swap(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Promotions, each rolled back.")] = 5,
+    json_path: JsonPath = None,
+) -> None:
+    """Change the champion and put it back under eight streams: how soon it is seen, and whether a request fails."""
+    from flows.bench.swap import measure
+    from infra.stack.cli import stop_on_sigterm
+
+    stop_on_sigterm()
+    report.print_fields(json_path, measure(rounds))

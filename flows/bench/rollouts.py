@@ -34,7 +34,7 @@ def measure(seconds: float, runs: int) -> dict[str, Any]:
     """
     prompts = [[{"role": "user", "content": prompt}] for prompt in read_prompts(BUILT_IN_PROMPTS)]
     found: dict[str, list[dict[str, Any]]] = {"alone": [], "throttled": [], "unthrottled": []}
-    with own_stack({"postgres", "broker", "engine", "api"}) as (settings, _, _):
+    with own_stack({"postgres", "broker", "engine", "reconciler", "api"}) as (settings, _, _):
         url = settings.need("engine_url")
         with report.Phase("loads", runs * len(found)) as phase:
             for number in range(runs):

@@ -32,8 +32,16 @@ def log_stack() -> AbstractContextManager[tuple[Settings, Sessions, Supervisor]]
 
 
 @contextmanager
-def own_stack(only: Collection[str] | None = None) -> Iterator[tuple[Settings, Sessions, Supervisor]]:
-    """Start a stack (or only some parts of it), hand it over, stop it, and remove all that it wrote."""
+def own_stack(
+    only: Collection[str] | None = None, engine_url: str | None = None
+) -> Iterator[tuple[Settings, Sessions, Supervisor]]:
+    """Start a stack (or only some parts of it), hand it over, stop it, and remove all that it wrote.
+
+    Parameters
+    ----------
+    engine_url
+        An engine to be used instead of its own.
+    """
     own = load(recorded_addresses=False)
     with tempfile.TemporaryDirectory(prefix="everloop-bench-") as directory:
         home = Path(directory)
@@ -41,13 +49,16 @@ def own_stack(only: Collection[str] | None = None) -> Iterator[tuple[Settings, S
         for name in ADDRESSES:
             os.environ.pop(f"EVERLOOP_{name}", None)
         os.environ["EVERLOOP_HOME"] = str(home)
+        if engine_url is not None:
+            os.environ["EVERLOOP_ENGINE_URL"] = engine_url
         if own.base_model is None and own.base_model_dir.exists():
             (home / "models").symlink_to(own.base_model_dir.parent)
-        settings = embedded.up(Settings(home=home), report.say, only=only)
+        settings = embedded.up(Settings(home=home, engine_url=engine_url), report.say, only=only)
         try:
             yield settings, connect(settings.need("database_url")), Supervisor(settings)
         finally:
             embedded.down(settings)
+            os.environ.pop("EVERLOOP_ENGINE_URL", None)
 
 
 def user_of(number: int) -> str:

@@ -115,6 +115,9 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     supervisor.start(*names & {"reward", "flows"})
     say("api: waiting")
     _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/metrics"), timeout_s=60)
+    if {"api", "reconciler"} <= names:
+        say("engine: proving what it serves")
+        _wait("The assistant", supervisor, "reconciler", lambda: _serves(settings), timeout_s=60)
     return settings
 
 
@@ -245,6 +248,15 @@ def _database_answers(settings: Settings) -> bool:
         return True
     except psycopg.OperationalError:
         return False
+
+
+def _serves(settings: Settings) -> bool:
+    """Tell whether any release is proved to be served."""
+    try:
+        models = httpx.get(f"{settings.public_url}/v1/models", timeout=5, trust_env=False).json()["data"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+    return len(models) > 1  # the assistant itself is always listed
 
 
 def _answers(url: str) -> bool:

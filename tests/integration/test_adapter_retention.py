@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from deploy import head, registry, retention
 from deploy.runs import TrainingRun
 from deploy.store import open_store
-from deploy.tables import Adapter, AuditEntry
+from deploy.tables import Adapter, AuditEntry, Canary
 from infra.errors import IntegrityError
 from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal
 
@@ -57,7 +57,7 @@ def test_files_that_nothing_needs_go_and_their_history_stays(database, settings,
 
 def test_what_an_open_canary_or_a_running_run_uses_stays(database, settings, registered, aged):
     challenger, judged, was_champion = registered(seed=0), registered(seed=1), registered(seed=2)
-    parent = registered(seed=3)
+    parent, other = registered(seed=3), registered(seed=5)
     child = registered(seed=4, started_from=parent)
     promote(database, was_champion)
     with database.begin() as session:
@@ -67,11 +67,14 @@ def test_what_an_open_canary_or_a_running_run_uses_stays(database, settings, reg
     promote(database, child)
     with database.begin() as session:
         canary_id = head.open_canary(session, challenger=challenger, **CANARY).id
+        unwatched = Canary(champion="base", challenger=other, plan={}, gates=[])
+        session.add(unwatched)  # one that the head does not name, and nobody has closed
     assert aged().releases == []
     with database.begin() as session:
         head.close_canary(session, canary_id, decision="rollback", evidence={}, actor="test", reason="worse")
         session.get_one(TrainingRun, "run_1").status = "held"
-    assert aged().releases == [challenger, judged, was_champion], "the champion's parent is needed still"
+        session.get_one(Canary, unwatched.id).closed_at = sa.func.now()
+    assert aged().releases == [challenger, judged, was_champion, other], "the champion's parent is needed still"
 
 
 def test_a_crash_between_the_decision_and_the_deletion_is_made_good_by_the_next_round(
@@ -101,17 +104,23 @@ def test_an_adapter_that_no_row_names_is_told_and_left_alone(database, settings,
     assert retention.prune(database, settings).orphans == [digest] and digest in open_store(settings).digests()
 
 
-def test_no_promotion_comes_between_the_decision_and_its_being_written(database, registered):
-    """Whoever promotes waits for the head, and then finds the files deleted."""
+def open_canary(database, name):
+    with database.begin() as session:
+        head.open_canary(session, challenger=name, **CANARY)
+
+
+@pytest.mark.parametrize("move", [promote, open_canary])
+def test_nobody_is_promoted_or_tried_between_the_decision_and_its_being_written(database, registered, move):
+    """Whoever moves the head waits for it, and then finds the files deleted."""
     name = registered()
     with ThreadPoolExecutor(1) as pool:
         with database.begin() as session:
             registry.lock_head(session)
-            promoting = pool.submit(promote, database, name)
+            moving = pool.submit(move, database, name)
             with pytest.raises(TimeoutError):
-                promoting.result(timeout=0.5)
+                moving.result(timeout=0.5)
             session.execute(sa.update(Adapter).values(files_deleted_at=sa.func.now()))
-        assert refusal(IntegrityError, promoting.result, timeout=10) == "adapter_deleted"
+        assert refusal(IntegrityError, moving.result, timeout=10) == "adapter_deleted"
 
 
 def test_retention_decides_under_the_heads_lock(database, settings, registered, aged):

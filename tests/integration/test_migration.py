@@ -7,6 +7,7 @@ from alembic import command
 from alembic.config import Config
 
 import infra
+from deploy.tables import Adapter
 from feedback import users
 from feedback.acceptance import accept
 from feedback.signals import read_signal
@@ -39,6 +40,8 @@ FIRST = """
                                    'user_id', 'user-' || n % 3, 'kind', 'thumb', 'value', 1))
     FROM generate_series(1, 30) AS n;
     INSERT INTO consumed_events (consumer, event_id) SELECT 'reward', 'ev_' || n FROM generate_series(1, 28) AS n;
+    INSERT INTO adapters (digest, path, base_digest, manifest, created_at)
+    VALUES (repeat('a', 64), '/somewhere', repeat('b', 64), '{}', '2026-01-01');
 """
 
 
@@ -64,4 +67,6 @@ def test_the_first_versions_data_survives_the_upgrade(empty_database):
         assert all(event.slot == event.episode_id for event in opened)
         signal = {"episode_id": one.id, "user": one.user_id, "kind": "rating", "value": 5, "idempotency_key": "new"}
         assert accept(session, read_signal.validate_python(signal)).kind == "rating"
+        adapter = session.get_one(Adapter, "a" * 64)
+        assert adapter.stored_at == adapter.created_at and adapter.files_deleted_at is None, "it is as old as it is"
     sessions.kw["bind"].dispose()

@@ -4,10 +4,11 @@ import pytest
 import sqlalchemy as sa
 
 from deploy import head, registry
+from deploy.canary import Watch
 from deploy.store import open_store
-from deploy.tables import Adapter, Release
+from deploy.tables import Adapter, Canary, Release
 from infra.errors import ConflictError, EverloopError, IntegrityError, NotFoundError, SetupError
-from tests.adapters import adapter_of, make_adapter, make_base, promote, refusal
+from tests.adapters import CANARY, adapter_of, make_adapter, make_base, promote, refusal
 
 
 def test_an_adapter_is_registered_once_under_its_digest(database, settings, registered):
@@ -63,6 +64,21 @@ def test_after_a_change_of_the_base_model_no_adapter_of_the_old_one_is_used(
         assert refusal(SetupError, registry.verified_path, session, other, old) == "model_weights_missing"
 
 
+def test_a_canary_whose_base_model_was_changed_ends(database, settings, registered, tmp_path):
+    champion, challenger = registered(seed=0), registered(seed=1)
+    promote(database, champion)
+    with database.begin() as session:
+        canary_id = head.open_canary(session, challenger=challenger, **CANARY).id
+    watch = Watch(database, settings)
+    assert watch.look() is None
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert "another base model" in watch.look()
+    with database() as session:
+        assert session.get_one(Canary, canary_id).decision == "unservable"
+        assert (head.read(session).champion, head.read(session).challenger) == (champion, None)
+
+
 def test_a_row_that_names_another_place_is_refused_by_the_database(database, registered):
     registered()
     with database() as session, pytest.raises(sa.exc.IntegrityError, match="ck_adapters_digest"):
@@ -108,7 +124,7 @@ def test_aliases_are_what_the_head_names_now(database, registered):
         assert refusal(NotFoundError, registry.get_release, session, "challenger") == "release_not_found"
     promote(database, first)
     with database.begin() as session:
-        head.open_canary(session, challenger=second, share=0.5, alpha=0.05, gates=[], actor="test", reason="a test")
+        head.open_canary(session, challenger=second, **CANARY)
     with database() as session:
         assert registry.get_release(session, "champion").name == first
         assert registry.get_release(session, "challenger").name == second

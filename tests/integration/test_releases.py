@@ -15,7 +15,7 @@ from deploy.runs import TrainingRun
 from deploy.store import open_store
 from deploy.tables import Adapter, AuditEntry, Release
 from infra.errors import EverloopError, IntegrityError
-from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal
+from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal, serve
 from tests.conftest import EVERLOOP
 
 
@@ -105,6 +105,9 @@ def test_an_adapter_from_outside_is_imported_shown_promoted_and_pruned(database,
     with database() as session:
         entry = session.scalars(sa.select(AuditEntry).where(AuditEntry.action == "imported")).one()
         assert (entry.subject, entry.reason) == ("kind", "from a friend") and entry.actor
+    with database.begin() as session:
+        for served in ("kind", "base"):
+            serve(session, served)
     assert everloop("promote", "kind", "--reason", "try it")[0] == 0
     assert "[already_champion]" in everloop("promote", "champion", "--reason", "again")[2]
     status, out, _ = everloop("releases", "list", "--json", "-")
@@ -138,6 +141,9 @@ def test_what_must_not_be_imported_is_refused_in_one_sentence(database, everloop
 
 def test_promotion_and_rollback_refuse_what_cannot_be_served(database, everloop, registered, settings, tmp_path):
     name, other = registered(seed=0), registered(seed=1)
+    with database.begin() as session:
+        for served in (name, other, "base"):
+            serve(session, served)
     assert everloop("promote", name, "--reason", "a test")[0] == 0
     assert everloop("promote", other, "--reason", "a test")[0] == 0
     with database() as session:

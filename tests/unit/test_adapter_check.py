@@ -59,6 +59,7 @@ def test_links_and_directories_are_refused(tmp_path, base):
         assert refusal(linked, base) == "adapter_unsafe"
     (tmp_path / "link").symlink_to(source)
     assert refusal(tmp_path / "link", base) == "adapter_unsafe"
+    assert refusal(tmp_path / "nothing", base) == "adapter_incomplete"
     (source / "default").mkdir()
     assert refusal(source, base) == "adapter_unsafe"
 
@@ -122,6 +123,28 @@ def test_ranks_per_module_are_read_as_the_engine_does(tmp_path, base):
     assert config.rank_of("model.layers.0.self_attn.my_q_proj") == 4
     assert config.rank_of("model.layers.0.mlp.experts.base_layer") == 3
     assert config.rank_of("model.layers.0.mlp.experts") == 4
+
+
+def test_fused_experts_are_read_as_peft_writes_them(tmp_path, base):
+    """As of a Qwen3-MoE with 4 experts: gate and up are one parameter, of twice the rank."""
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    shapes = {
+        f"{experts}.base_layer.lora_A.weight": (32, 8),
+        f"{experts}.base_layer.lora_B.weight": (24, 32),
+        f"{experts}.lora_A.weight": (16, 12),
+        f"{experts}.lora_B.weight": (8, 16),
+    }
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "v_proj.weight"]}
+    config["rank_pattern"] = {".*\\.gate_up_proj": 8}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    weights |= {name: weight for name, weight in tensors().items() if "v_proj" in name}
+    check_adapter(make_adapter(tmp_path, weights=weights, **config), base, 8)
+    assert refusal(tmp_path, base, max_rank=4) == "adapter_rank_too_large"
+    weights[f"{experts}.lora_B.weight"] = np.zeros((100, 16), np.float32)
+    assert refusal(make_adapter(tmp_path, weights=weights, **config), base) == "adapter_of_another_base"
+    weights[f"{experts}.lora_B.weight"] = np.zeros((8, 18), np.float32)
+    weights[f"{experts}.lora_A.weight"] = np.zeros((18, 12), np.float32)
+    assert refusal(make_adapter(tmp_path, weights=weights, **config), base) == "adapter_config_invalid"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from feedback import intake
 from feedback.acceptance import Accepted
 from feedback.intake import Intake
 from feedback.signals import read_signal
+from infra import together
 from infra.errors import EverloopError, UnavailableError
 
 
@@ -23,7 +24,7 @@ class Database:
     def __init__(self, monkeypatch):
         self.together = []
         self.away = False
-        monkeypatch.setattr(intake, "transaction", lambda sessions: self)
+        monkeypatch.setattr(together, "transaction", lambda sessions: self)
         monkeypatch.setattr(intake, "accept_many", self.accept_many)
 
     def __enter__(self):
@@ -85,7 +86,7 @@ def test_with_the_database_away_everybody_is_told_and_the_intake_goes_on(databas
 
 
 def test_too_many_waiting_are_refused_at_once(database, monkeypatch):
-    monkeypatch.setattr(intake, "MAX_WAITING", 3)
+    monkeypatch.setattr(together, "MAX_WAITING", 3)
 
     async def work(running):
         return await asyncio.gather(*(running.give([signal(n)]) for n in range(6)), return_exceptions=True)

@@ -1,350 +1,234 @@
-"""Rollouts: people first, versions told apart, what is too old made anew."""
+"""The canary as a state machine: steps, decisions, guardrails, holds, the budget; refusals; assignment."""
 
-import asyncio
-import logging
-import threading
-from contextlib import closing
-from functools import partial
+import math
 
-import httpx
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from infra.engine import MODEL_GONE, EngineClient
-from infra.errors import EverloopError, UnavailableError
-from trainer import grpo, rollout
-from trainer import throttle as throttle_module
-from trainer.grpo import Rollouts
-from trainer.policy import ServedPolicy
-from trainer.recipe import resolve
-from trainer.recipes import grpo as grpo_recipe
-from trainer.rollout import Sample, Sampling, sample
-from trainer.throttle import Throttle
+from deploy.head import unit_interval
+from deploy.refusals import is_refusal
+from deploy.rollout import BETTER, MAX_RATIO, WORSE, Event, Guardrail, Plan, Rollout, replay
 
-ASK = [{"role": "user", "content": "Why?"}]
+FAILED = Guardrail(name="failed", margin=0.02, alpha_share=0.1)
 
 
-def prompts_of(*texts):
-    return [[{"role": "user", "content": text}] for text in texts]
+def plan(**options):
+    defaults = {
+        "steps": (0.5,),
+        "alpha": 0.1,  # of which the first candidate has half
+        "candidate": 1,
+        "step_users": 3,
+        "step_s": 0.0,
+        "max_s": 1000.0,
+        "guardrails": (FAILED,),
+    }
+    return Plan(**(defaults | options))
 
 
-class Engine:
-    """Answers after a moment; `others` sequences of other people are there too."""
-
-    def __init__(self, others=lambda: 0, takes_s=0.02):
-        self.others = others
-        self.takes_s = takes_s
-        self.in_flight = 0
-        self.most = 0
-        self.asked = []
-
-    async def num_requests(self):
-        return self.in_flight + self.others()
-
-    async def chat(self, payload):
-        self.asked.append(payload)
-        self.in_flight += 1
-        self.most = max(self.most, self.in_flight)
-        try:
-            await asyncio.sleep(self.takes_s)
-        finally:
-            self.in_flight -= 1
-        choice = {
-            "message": {"content": "So."},
-            "finish_reason": "stop",
-            "token_ids": [5, 2],
-            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
-        }
-        return {"choices": [choice], "prompt_token_ids": [1, 7]}
+def votes(champion, challenger, at_s=0.0):
+    """Return a trial and a vote of each user, arm by arm in turn."""
+    events = []
+    for pair in zip(champion, challenger, strict=True):
+        for arm, good in zip(("champion", "challenger"), pair, strict=True):
+            events += [Event(at_s, "trial", arm), Event(at_s, "vote", arm, good=bool(good))]
+    return events
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(throttle_module, "LOOK_EVERY_S", 0.001)
-    monkeypatch.setattr(throttle_module, "QUIET_S", 0.05)
+def draw(rate, n, seed):
+    return np.random.default_rng(seed).random(n) < rate
 
 
-def run(engine, num_prompts, throttle, **more):
-    options = {"num_samples": 2, "sampling": Sampling(8), "seed": 3, **more}
-    return asyncio.run(sample(engine, "base", [ASK] * num_prompts, throttle=throttle, **options))
+def test_a_better_challenger_is_promoted_a_worse_one_rolled_back():
+    low, high = draw(0.15, 200, 1), draw(0.6, 200, 2)
+    better, worse = replay(plan(), votes(low, high)), replay(plan(), votes(high, low))
+    assert (better.decision, better.because) == ("promote", BETTER)
+    assert (worse.decision, worse.because) == ("rollback", WORSE)
+    assert better.tests[BETTER].highest >= 20 and worse.tests[WORSE].highest >= worse.plan.limit(WORSE)
 
 
-def test_a_sample_has_the_ids_and_log_probabilities_that_the_engine_used():
-    engine = Engine()
-    found = run(engine, 1, None, sampling=Sampling(8, 0.7, 0.9, 40))
-    assert found == [[Sample("So.", "stop", (1, 7), (5, 2), (-0.5, -0.25), "base")] * 2]
-    payload, other = engine.asked
-    assert payload["seed"] != other["seed"]
-    assert payload["logprobs"] and payload["return_token_ids"]
-    assert (payload["temperature"], payload["top_p"], payload["top_k"]) == (0.7, 0.9, 40)
-    assert not Sampling(8, 0.7).is_plain and not Sampling(8, top_k=4).is_plain and Sampling(8).is_plain
+def test_without_votes_or_without_traffic_it_holds():
+    one_sided = [Event(1.0, "vote", "challenger", good=True) for _ in range(200)]
+    assert replay(plan(), one_sided).decision is None
+    assert replay(plan(), []).decision is None
 
 
-def test_alone_the_engine_is_filled_and_beside_people_it_is_left_to_them(quick):
-    alone, busy = Engine(), Engine(lambda: 1)
-    run(alone, 12, Throttle(8, 2))
-    assert alone.most == 8
-    run(busy, 12, Throttle(8, 2))
-    assert busy.most == 2 and len(busy.asked) == 24
+def test_no_promotion_before_enough_users_have_met_it():
+    bad, good = [0] * 12, [1] * 12
+    assert replay(plan(), votes(bad, good)).decision == "promote"
+    assert replay(plan(step_users=13), votes(bad, good)).decision is None
 
 
-def test_what_is_in_flight_when_somebody_asks_makes_room_and_is_asked_for_again(quick):
-    engine = Engine(takes_s=0.1)
-    throttle = Throttle(8, 2)
+def test_out_of_time_it_ends_without_promotion():
+    ended = replay(plan(), [Event(999.0, "tick"), Event(1000.0, "tick"), *votes([0] * 30, [1] * 30, 1001.0)])
+    assert (ended.decision, ended.because) == ("expired", "time")
 
-    async def scene():
-        found = asyncio.create_task(
-            sample(engine, "base", [ASK] * 4, num_samples=2, sampling=Sampling(8), seed=3, throttle=throttle)
+
+def test_a_guardrail_rolls_back_what_people_like():
+    events = []
+    for number in range(40):
+        flags = frozenset({"failed"} if number % 2 else ())
+        events += [Event(0.0, "trial", "champion"), Event(0.0, "trial", "challenger", flags)]
+    ended = replay(plan(), [*votes([1] * 3, [1] * 3), *events])
+    assert (ended.decision, ended.because) == ("rollback", "failed")
+    assert "guardrail failed" in ended.sentence()
+
+
+def test_what_happens_as_often_to_the_champions_users_is_no_harm():
+    both = [
+        Event(0.0, "trial", arm, frozenset({"failed"})) for _ in range(300) for arm in ("champion", "challenger")
+    ]
+    assert replay(plan(), both).decision is None
+
+
+def test_steps_go_up_with_users_and_time_and_not_in_doubt():
+    three = plan(steps=(0.05, 0.25, 0.5), step_s=10.0)
+    users = [Event(1.0, "trial", "challenger") for _ in range(30)]
+    rollout = replay(three, [*users, Event(1.0, "tick")])
+    assert rollout.share == 0.05  # enough users, too soon
+    assert not rollout.is_due(9.0) and rollout.is_due(10.0)
+    rollout.apply(Event(10.0, "tick"))
+    assert rollout.share == 0.25
+    rollout.apply(Event(30.0, "tick"))
+    assert rollout.share == 0.25  # time alone is not enough
+    for event in [*votes([1] * 3, [1] * 3, 40.0), Event(40.0, "tick")]:
+        rollout.apply(event)
+    assert rollout.share == 0.5
+    doubtful = replay(three, [*users, *([Event(2.0, "vote", "champion", good=True)] * 200)])
+    while doubtful.tests[WORSE].e <= math.sqrt(doubtful.tests[WORSE].limit):
+        doubtful.apply(Event(3.0, "vote", "challenger", good=False))
+    doubtful.apply(Event(100.0, "tick"))
+    assert doubtful.decision is None and doubtful.share == 0.05
+
+
+def test_one_of_the_challengers_trials_stands_beside_as_many_as_the_share_says():
+    assert [plan(steps=(share,)).ratio(0) for share in (0.05, 0.25, 0.5, 0.9)] == [19, 3, 1, 1]
+    assert plan(steps=(0.001,)).ratio(0) == MAX_RATIO
+    rollout = replay(plan(steps=(0.25,)), [Event(0.0, "vote", "champion", good=True)] * 5)
+    rollout.apply(Event(0.0, "vote", "challenger", good=True))
+    assert rollout.num_pairs == 1
+    rollout.apply(Event(0.0, "vote", "challenger", good=True))
+    assert rollout.num_pairs == 1  # two of the champion's votes are left, three are needed
+
+
+def test_more_of_the_champions_votes_beside_one_make_it_decide_sooner():
+    def pairs(share):
+        ratio, found = plan(steps=(share,)).ratio(0), []
+        for seed in range(60):
+            rng = np.random.default_rng(seed)
+            rollout = Rollout(plan(steps=(share,)))
+            while rollout.decision is None:
+                for good in rng.random(ratio) < 0.5:
+                    rollout.apply(Event(0.0, "vote", "champion", good=bool(good)))
+                rollout.apply(Event(0.0, "trial", "challenger"))
+                rollout.apply(Event(0.0, "vote", "challenger", good=bool(rng.random() < 0.8)))
+            found.append(rollout.num_pairs)
+        return np.median(found)
+
+    assert pairs(0.05) < 0.8 * pairs(0.5)
+
+
+def test_held_it_counts_on_and_decides_when_it_is_resumed():
+    events = [Event(0.0, "hold"), *votes([0] * 12, [1] * 12)]
+    held = replay(plan(), events)
+    assert held.decision is None and held.num_pairs == 12 and "held" in held.sentence()
+    held.apply(Event(5.0, "resume"))
+    assert held.decision == "promote"
+
+
+def test_harm_ends_a_promotion_that_waits_for_an_operator_and_nothing_ends_a_rollback():
+    waiting = replay(plan(), votes([0] * 12, [1] * 12))
+    assert waiting.decision == "promote"
+    for event in votes([1] * 60, [0] * 60):
+        waiting.apply(event)
+    assert waiting.decision == "rollback"
+    for event in votes([0] * 400, [1] * 400):
+        waiting.apply(event)
+    assert waiting.decision == "rollback"
+
+
+def test_candidates_in_a_row_never_spend_more_than_alpha_in_all():
+    spent = [plan(candidate=number).candidate_alpha for number in range(1, 2000)]
+    assert spent[:3] == pytest.approx([0.05, 0.1 / 6, 0.1 / 12]) and sum(spent) < 0.1
+    first = plan(guardrails=(FAILED, Guardrail(name="slow", margin=0.1, alpha_share=0.3)))
+    parts = [1 / first.limit(name) for name in (WORSE, "failed", "slow")]
+    assert sum(parts) == pytest.approx(0.05) and 1 / first.limit(BETTER) == pytest.approx(0.05)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.sampled_from([0.05, 0.25, 0.5]))
+@settings(max_examples=40)
+def test_the_same_events_give_the_same_decision_however_they_are_cut(seed, p_a, p_b, share):
+    rng = np.random.default_rng(seed)
+    events = []
+    for number in range(120):
+        arm = "challenger" if rng.random() < share else "champion"
+        flags = frozenset({"failed"} if rng.random() < 0.05 else ())
+        events.append(Event(float(number), "trial", arm, flags))
+        events.append(
+            Event(float(number), "vote", arm, good=bool(rng.random() < (p_b if arm != "champion" else p_a)))
         )
-        await asyncio.sleep(0.03)
-        assert engine.in_flight == 8
-        engine.others = lambda: 1
-        await asyncio.sleep(0.03)
-        assert engine.in_flight == 2
-        engine.others = lambda: 0
-        return await found
-
-    assert [len(group) for group in asyncio.run(scene())] == [2] * 4
-    seeds = [payload["seed"] for payload in engine.asked]
-    assert throttle.num_given_up == 6 and len(seeds) == 14 and len(set(seeds)) == 8
-
-
-def test_a_run_that_samples_twice_at_once_does_not_take_itself_for_somebody_else(quick):
-    engine, throttles = Engine(), [Throttle(8, 2), Throttle(8, 2)]
-
-    async def scene():
-        ask = {"num_samples": 2, "sampling": Sampling(8), "seed": 3}
-        await asyncio.gather(*(sample(engine, "base", [ASK] * 12, throttle=one, **ask) for one in throttles))
-
-    asyncio.run(scene())
-    assert engine.most == 16 and [throttle.num_given_up for throttle in throttles] == [0, 0]
-
-
-def test_sampling_that_is_cancelled_leaves_nothing_in_flight(quick):
-    engine = Engine(lambda: 1, takes_s=30.0)
-
-    async def scene():
-        found = asyncio.create_task(sample(engine, "base", [ASK], num_samples=2, sampling=Sampling(8), seed=3))
-        await asyncio.sleep(0.03)
-        found.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await found
-        await asyncio.sleep(0.01)
-
-    asyncio.run(scene())
-    assert engine.asked and engine.in_flight == 0
-
-
-def test_when_people_leave_the_engine_is_filled_again(quick):
-    async def scene():
-        gate = Throttle(8, 2)
-        await gate.look(Engine(lambda: 1))
-        assert gate.limit == 2
-        await asyncio.sleep(0.06)
-        return gate.limit
-
-    assert asyncio.run(scene()) == 8
-
-
-def test_an_engine_that_does_not_tell_its_queue_holds_nothing_back(quick):
-    class Silent(Engine):
-        async def num_requests(self):
-            raise EverloopError("There are no metrics.", code="engine_error")
-
-    engine = Silent()
-    assert len(run(engine, 6, Throttle(4, 1))) == 6 and engine.most == 4
-
-
-class Restarted(Engine):
-    """Is away for the first requests."""
-
-    def __init__(self, refusals):
-        super().__init__()
-        self.refusals = refusals
-
-    async def chat(self, payload):
-        if self.refusals:
-            self.refusals -= 1
-            raise UnavailableError("The engine does not answer.", code="engine_unavailable")
-        return await super().chat(payload)
-
-
-def test_a_run_outlives_an_engine_that_is_started_anew(quick, monkeypatch):
-    monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
-    assert len(run(Restarted(5), 3, None)) == 3
-    monkeypatch.setattr(rollout, "patiently", partial(rollout.patiently, patience_s=0.0))
-    with pytest.raises(UnavailableError):
-        run(Restarted(5), 3, None)
-
-
-class Forgetful(Engine):
-    """Was started anew, and has lost what it is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.is_restored = False
-
-    async def chat(self, payload):
-        if not self.is_restored:
-            raise UnavailableError("The engine is loading the release.", code=MODEL_GONE)
-        return await super().chat(payload)
-
-
-def test_a_run_gives_the_engine_its_own_version_again(quick, monkeypatch):
-    monkeypatch.setattr(rollout, "ASK_AGAIN_S", 0.001)
-    asked = []
-
-    async def restore(engine):
-        asked.append(engine)
-        if len(asked) == 1:  # it is away again
-            raise UnavailableError("The engine does not answer.", code="engine_unavailable")
-        engine.is_restored = True
-
-    engine = Forgetful()
-    assert len(run(engine, 3, None, restore=restore)) == 3 and set(asked) == {engine}
-
-
-METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
-vllm:num_requests_running{engine="0",model_name="base"} 3.0
-vllm:num_requests_waiting{engine="0",model_name="base"} 2.0
-vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 2.0
-"""
-
-
-def client(handler):
-    engine = EngineClient("http://engine")
-    engine._http = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(handler))
-    return engine
-
-
-def test_the_engines_queue_is_read_from_its_metrics():
-    engine = client(lambda request: httpx.Response(200, text=METRICS))
-    assert asyncio.run(engine.num_requests()) == 5
-
-
-@pytest.mark.parametrize(("logprob", "is_processed"), [(0.0, True), (-2.3, False)])
-def test_whether_log_probabilities_are_processed_is_seen_from_one_token(logprob, is_processed):
-    body = {"choices": [{"logprobs": {"token_logprobs": [logprob]}}]}
-    engine = client(lambda request: httpx.Response(200, json=body))
-    assert asyncio.run(engine.logprobs_are_processed("base")) is is_processed
-
-
-class Policy(ServedPolicy):
-    """Versions without an engine."""
-
-    def __init__(self):
-        self.version, self.run_id, self.engine_url = 1, "r", "http://engine"
-
-
-class Asked:
-    """Samples of whichever version is asked; remembers."""
-
-    def __init__(self, before=lambda: None):
-        self.calls = []
-        self.before = before
-
-    def __call__(self, model, prompts, seed):
-        self.before()
-        self.calls.append((model, [p[0]["content"] for p in prompts], threading.current_thread().name))
-        return [[Sample(f"{p[0]['content']} {n}", "stop", model=model) for n in range(2)] for p in prompts]
-
-
-def rollouts(policy, ask, prompts, ahead=0, max_lag=4):
-    return Rollouts(policy, ask, num_samples=2, prompts=prompts, batch_prompts=2, ahead=ahead, max_lag=max_lag)
-
-
-def test_without_looking_ahead_samples_are_of_the_newest_version():
-    policy, ask = Policy(), Asked()
-    prompts = prompts_of("a", "b", "c", "d")
-    with closing(rollouts(policy, ask, prompts)) as found:
-        found.batch(prompts[:2])
-        policy.version = 2
-        assert {one.model for group in found.batch(prompts[2:]) for one in group} == {"run/r@2"}
-    assert [texts for _, texts, _ in ask.calls] == [["a", "b"], ["c", "d"]]
-
-
-def test_looking_ahead_samples_while_the_policy_trains_and_what_is_too_old_is_made_anew():
-    policy, ask = Policy(), Asked()
-    prompts = prompts_of(*"abcdef")
-    with closing(rollouts(policy, ask, prompts, ahead=2, max_lag=1)) as found:
-        found.batch(prompts[:2])
-        found._pending[-1][1].result()  # both batches ahead were sampled of version 1
-        policy.version = 2
-        assert {policy.lag(one.model) for group in found.batch(prompts[2:4]) for one in group} == {1}
-        assert found.num_dropped == 0
-        policy.version = 3
-        assert {policy.lag(one.model) for group in found.batch(prompts[4:]) for one in group} == {0}
-        assert found.num_dropped == 4
-    assert [texts for _, texts, _ in ask.calls] == [["a", "b"], ["c", "d"], ["e", "f"], ["e", "f"]]
-    assert ask.calls[1][2] != ask.calls[0][2] == ask.calls[3][2]
-
-
-def test_a_run_that_goes_on_looks_ahead_from_where_it_is():
-    policy, ask = Policy(), Asked()
-    prompts = prompts_of(*"abcdef")
-    with closing(rollouts(policy, ask, prompts, ahead=1)) as found:
-        found.batch(prompts[2:4])
-        found._pending[-1][1].result()
-        found.batch(prompts[4:])
-    assert [texts for _, texts, _ in ask.calls] == [["c", "d"], ["e", "f"]]
-
-
-def test_no_two_batches_and_no_two_versions_are_sampled_with_the_same_seeds(monkeypatch):
-    seeds = []
-
-    async def sampled(engine, model, prompts, *, seed, **_):
-        seeds.append(seed)
-        return [[]]
-
-    monkeypatch.setattr(grpo, "sample", sampled)
-    ask = grpo.sampler(Policy(), Sampling(8), 2, 5)
-    for model, number in (("run/r@1", 1), ("run/r@1", 2), ("run/r@2", 1), ("run/r@1", 1)):
-        ask(model, [ASK], number)
-    assert len(set(seeds)) == 3 and seeds[0] == seeds[3]
-
-
-def test_log_probabilities_from_before_the_temperature_end_a_run_that_weighs_by_them(monkeypatch):
-    class Raw(EngineClient):
-        async def logprobs_are_processed(self, model):
-            return False
-
-    async def sampled(*_, **__):
-        return [[]]
-
-    monkeypatch.setattr(grpo, "sample", sampled)
-    monkeypatch.setattr(grpo, "EngineClient", Raw)
-    assert grpo.sampler(Policy(), Sampling(8), 2, 5)("run/r@1", [ASK], 1) == [[]]
-    with pytest.raises(EverloopError) as refused:
-        grpo.sampler(Policy(), Sampling(8, temperature=0.7), 2, 5)("run/r@1", [ASK], 1)
-    assert refused.value.code == "logprobs_not_processed"
-
-
-def test_prompts_that_were_not_expected_are_sampled_when_asked_for():
-    policy, ask = Policy(), Asked()
-    prompts = prompts_of("a", "b", "c", "d")
-    with closing(rollouts(policy, ask, prompts, ahead=1)) as found:
-        found.batch(prompts[:2])
-        other = prompts_of("x", "y")
-        assert [group[0].text for group in found.batch(other)] == ["x 0", "y 0"]
-
-
-def test_a_prompt_without_answers_ends_the_training_with_that_reason():
-    policy = Policy()
-    with (
-        closing(rollouts(policy, lambda *_: [[], []], prompts_of("a", "b"))) as found,
-        pytest.raises(EverloopError) as refused,
-    ):
-        found.batch(prompts_of("a", "b"))
-    assert refused.value.code == "prompt_refused"
-
-
-def test_what_people_write_stays_out_of_the_log_where_no_reward_is_a_number(caplog):
-    log = logging.getLogger("trl.trainer.grpo_trainer")
-    log.warning("All reward functions returned None for the following kwargs:\n{'prompt': 'secret'}")
-    log.warning("Something else.")
-    assert [record.message for record in caplog.records] == ["Something else."]
-
-
-def test_grpo_asks_for_what_its_steps_take_and_no_more():
-    config = resolve({"recipe": "grpo", "batch_rows": 8, "samples_per_prompt": 4, "epochs": 1.5})[1]
-    asked = grpo_recipe._asked(prompts_of(*"abcdef"), config)  # two prompts a step: 4.5 steps, which are 5
-    assert asked == prompts_of(*"abcdefabcd")
+    whole = replay(plan(steps=(share,)), events)
+    parts = replay(plan(steps=(share,)), events[:77])
+    for event in events[77:]:
+        parts.apply(event)
+    assert whole.evidence() == parts.evidence() and whole.sentence() == parts.sentence()
+    again = Plan.model_validate(whole.plan.model_dump(mode="json"))
+    assert replay(again, events).evidence() == whole.evidence()
+
+
+@pytest.mark.parametrize(
+    ("answer", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("As an AI language model, I do not have opinions.", True),
+        ("I am unable to open links.", True),
+        ("It’s inappropriate to say so.", True),
+        ("Sorrow is a feeling. A can opener opens cans.", False),
+        ("Boil the egg for eight minutes. " * 20 + "I cannot say more.", False),
+    ],
+)
+def test_refusals_are_told_by_how_they_begin(answer, refuses):
+    assert is_refusal(answer) is refuses
+
+
+@given(st.integers(1, 10**6), st.text(min_size=1, max_size=40))
+def test_assignment_is_sticky(canary_id, user):
+    assert unit_interval(canary_id, user) == unit_interval(canary_id, user)
+    assert 0 <= unit_interval(canary_id, user) < 1
+
+
+def test_assignment_follows_the_share_and_is_independent_between_canaries():
+    users = [f"u{i}" for i in range(4000)]
+    first = np.array([unit_interval(1, u) < 0.2 for u in users])
+    second = np.array([unit_interval(2, u) < 0.2 for u in users])
+    assert first.mean() == pytest.approx(0.2, abs=0.02)
+    assert (first & second).mean() == pytest.approx(0.04, abs=0.012)
+
+
+def test_who_has_waited_for_ten_blocks_is_left_out_so_that_drift_harms_nobody():
+    """Both arms are as good at every moment, and the moments change; one arm has nine users of ten."""
+    decisions = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        rollout = Rollout(plan(steps=(0.9,), alpha=0.05))
+        for number in range(3000):
+            arm = "challenger" if rng.random() < 0.9 else "champion"
+            good = bool(rng.random() < 0.8 - 0.3 * number / 3000)
+            rollout.apply(Event(0.0, "trial", arm))
+            rollout.apply(Event(0.0, "vote", arm, good=good))
+        decisions.append(rollout.decision)
+    assert sum(decision is not None for decision in decisions) <= 4  # 5 % of 40, and two standard errors
+    assert len(rollout.votes.waiting["challenger"]) <= 10
+
+
+def test_time_ends_a_decision_that_nobody_acted_on():
+    waiting = replay(plan(), votes([0] * 12, [1] * 12))
+    assert waiting.decision == "promote" and not waiting.is_due(999.0) and waiting.is_due(1000.0)
+    waiting.apply(Event(1000.0, "tick"))
+    assert waiting.decision == "expired"
+
+
+def test_steps_must_rise():
+    with pytest.raises(ValueError, match="rise"):
+        plan(steps=(0.5, 0.05))

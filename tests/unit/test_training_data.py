@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from deploy.attest import ProbeResult
+from deploy import gating
 from deploy.tables import Release
 from infra.errors import IntegrityError, InvalidRequestError
 from trainer import judge, snapshot
@@ -162,27 +162,30 @@ def test_a_prompt_that_the_engine_refuses_has_no_samples_and_the_others_have():
 
 
 def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
-    async def attested(*_):
-        return ProbeResult(probe=[0.0], differs_from_base=1.0, differs_from_champion=1.0)
-
     class Reward:
         def score(self, prompts, answers, references):
             assert references == ["Answer 0.", "Answer 2."]
             return [[float(len(text)) for text in group] for group in answers]
 
-    def sample_of(model, prompts, num_samples, seed):
+    def sample_of(model, prompts, num_samples, seed, max_tokens=None):
         text = "Longer." if model == "r1" else "Short."
         return [[] if n == 1 else [Sample(text, "stop")] for n in range(len(prompts))]
 
-    monkeypatch.setattr(judge, "_attest", attested)
+    async def timed(*_):
+        return [0.1], [0.1]
+
+    monkeypatch.setattr(judge, "_attested", lambda *_: ([], None))
+    monkeypatch.setattr(judge, "_seconds_per_token", timed)
     data = Snapshot(gate=[example(f"Answer {n}.", prompt=f"Why {n}?") for n in range(3)])
     ready = Prepared(data, Reward(), "base", "base", 1)
     with closing(Verification([], 1.0)) as verification:
         questions = judge.Questions.of(data, verification, RunConfig())
         assert questions.number == 3
-        results = judge.judge(None, None, Release(name="r1"), ready, sample_of, questions, verification)
-    gates = {result.gate: result for result in results}
+        evidence = judge.gather(None, None, Release(name="r1"), ready, sample_of, questions, verification)
+    gates = {result.gate: result for result in gating.judge(evidence)}
     assert (gates["win_rate"].n, gates["win_rate"].value) == (2, 1.0)
+    assert evidence.answers == (["Longer."] * 2, ["Short."] * 2)
+    assert gates["refusal"].n == 11 and gates["sycophancy"].verdict == "pass"  # one of the questions was refused
 
 
 def test_people_compare_by_correcting_by_preferring_and_by_liking_one_and_not_the_other():

@@ -1,0 +1,141 @@
+"""The book of turns: who gets which release, and the episode that came of it, as many together as have come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import anyio.to_thread
+from sqlalchemy.orm import Session
+
+from deploy import head
+from deploy.head import Assignment
+from feedback import episodes, users
+from feedback.episodes import Recording
+from infra.db import Sessions, transaction
+from infra.errors import EverloopError, NotFoundError, UnavailableError
+from infra.sealing import SubjectKey
+from infra.settings import ASSISTANT_MODEL
+from infra.together import Together
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asks which model; `trial` is the version of a run in progress that is meant, if one is."""
+
+    user: str
+    model: str
+    trial: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a user gets, the key that seals their words, and whether the turn may be learned from."""
+
+    assignment: Assignment
+    key: SubjectKey
+    may_learn: bool
+
+
+class Book:
+    """Begins and ends the turns of one API process in the database."""
+
+    def __init__(self, sessions: Sessions, learn_by_default: bool) -> None:
+        self.sessions = sessions
+        self.learn_by_default = learn_by_default
+        self._beginnings: Together[Asked, Begun] = Together(sessions, "beginnings", self._begin)
+        self._endings: Together[tuple[Recording, SubjectKey], bool] = Together(sessions, "endings", _end)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Write what comes for the length of the block."""
+        async with self._beginnings.running(), self._endings.running():
+            yield self
+
+    async def begin(self, asked: Asked) -> Begun:
+        """Choose a release for a user, who exists from now on.
+
+        Raises
+        ------
+        NotFoundError
+            Code ``model_not_found``.
+        UnavailableError
+        """
+        try:
+            return await self._beginnings.give(asked)
+        except UnavailableError as error:
+            if error.code != users.IN_FLUX:
+                raise
+            # Who is being forgotten keeps nobody else waiting.
+            return await anyio.to_thread.run_sync(self._begin_alone, asked)
+
+    async def end(self, recording: Recording, key: SubjectKey) -> bool:
+        """Write an episode and its event; return False where its user was forgotten meanwhile."""
+        try:
+            return await self._endings.give((recording, key))
+        except UnavailableError as error:
+            if error.code != users.IN_FLUX:
+                raise
+            return await anyio.to_thread.run_sync(self._end_alone, recording, key)
+
+    def _begin_alone(self, asked: Asked) -> Begun:
+        with transaction(self.sessions) as session:
+            (begun,) = self._begin(session, [asked], wait=True)
+            if isinstance(begun, EverloopError):
+                raise begun
+            return begun
+
+    def _end_alone(self, recording: Recording, key: SubjectKey) -> bool:
+        with transaction(self.sessions) as session:
+            return episodes.record(session, recording, key)
+
+    def _begin(
+        self, session: Session, requests: Sequence[Asked], *, wait: bool = False
+    ) -> list[Begun | EverloopError]:
+        met = users.meet_many(session, [asked.user for asked in requests], wait=wait)
+        assigned = head.assignments(session, {asked.user for asked in requests})
+
+        def one(asked: Asked) -> Begun | EverloopError:
+            user = met[asked.user]
+            if isinstance(user, EverloopError):
+                return user
+            try:
+                assignment = _assignment(session, asked, assigned[asked.user])
+            except NotFoundError:
+                return unknown_model(asked.model)
+            return Begun(assignment, user.key, self.learn_by_default if user.learn is None else user.learn)
+
+        return [one(asked) for asked in requests]
+
+
+def _assignment(session: Session, asked: Asked, usual: Assignment) -> Assignment:
+    if asked.trial is not None:
+        return Assignment(asked.trial, None, "pinned", 1.0, None)
+    return usual if asked.model == ASSISTANT_MODEL else head.pinned(session, asked.model)
+
+
+def _end(session: Session, endings: Sequence[tuple[Recording, SubjectKey]]) -> list[bool | EverloopError]:
+    now = users.keys_of(session, {recording.user_id for recording, _ in endings}, wait=False)
+    outcomes: list[bool | EverloopError] = []
+    written = []
+    for recording, key in endings:
+        known = now.get(recording.user_id)
+        if known is None:  # forgotten, or being so
+            outcomes.append(users.in_flux())
+            continue
+        outcomes.append(known.key_id == key.key_id)
+        if outcomes[-1]:
+            written.append((recording, None))
+    episodes.record_many(session, written, now)
+    return outcomes
+
+
+def unknown_model(name: str) -> NotFoundError:
+    """Return the error of who asks for a model that is not served."""
+    return NotFoundError(
+        f"The model {name!r} does not exist. Use {ASSISTANT_MODEL!r}, or a release that GET /v1/models lists.",
+        code="model_not_found",
+        param="model",
+    )

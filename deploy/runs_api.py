@@ -1,0 +1,67 @@
+"""``/v1/runs``: what is trained, and ending it; the page ``/runs``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+
+from deploy import runs
+from deploy.api import STATIC_DIR, Reasoned, by_operator
+from deploy.runs import TrainingRun
+from infra.db import transaction
+
+pages = APIRouter()
+router = APIRouter(prefix="/v1", tags=["deployment"])
+
+
+class RunView(BaseModel):
+    """A training run."""
+
+    id: str
+    recipe: str
+    status: str
+    phase: str
+    phase_done: int
+    phase_total: int
+    seconds_left: float | None
+    release: str | None
+    reason: str
+    code: str
+    cancel_requested: bool
+    is_stopped: bool = Field(description="Whether nobody works on a running run: the next one goes on with it.")
+    started_at: datetime
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, run: TrainingRun, is_training: bool) -> RunView:
+        """Return a run as it is shown."""
+        result = run.result or {}
+        told: dict[str, Any] = {name: str(result.get(name, "")) for name in ("reason", "code")}
+        told["is_stopped"] = run.status == "running" and not is_training
+        return cls(**told, **{name: getattr(run, name) for name in cls.model_fields if name not in told})
+
+
+@pages.get("/runs", include_in_schema=False)
+def runs_page() -> FileResponse:
+    """Serve the page of training runs."""
+    return FileResponse(STATIC_DIR / "runs.html")
+
+
+@router.get("/runs")
+def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20) -> list[RunView]:
+    """Return training runs, the newest first."""
+    with transaction(request.app.state.sessions) as session:
+        is_training = runs.is_training(session)
+        return [RunView.of(run, is_training) for run in runs.newest(session, limit)]
+
+
+@router.post("/runs/{run_id}/cancel", status_code=202)
+def cancel_run(run_id: str, body: Reasoned, request: Request) -> RunView:
+    """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
+    with by_operator(request) as (session, actor):
+        runs.request_cancel(session, run_id, actor=actor, reason=body.reason)
+        return RunView.of(session.get_one(TrainingRun, run_id), runs.is_training(session))

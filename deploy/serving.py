@@ -1,0 +1,192 @@
+"""What replicas are to hold, what they have proved, and waiting until they have: the tables behind the hot swap."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from deploy import head, registry
+from deploy.runs import TrainingRun
+from deploy.tables import Attestation, Replica, WantedRelease
+from infra.db import Sessions, transaction
+from infra.errors import ConflictError, UnavailableError
+from infra.settings import BASE_MODEL_NAME
+
+log = logging.getLogger("everloop.serving")
+
+READY_TIMEOUT_S = 30.0
+SEEN_WITHIN = timedelta(minutes=2)
+WANTED_FOR = timedelta(minutes=10)
+POLL_S = 0.05
+READ_EVERY_S = 0.25
+
+
+def wanted(session: Session) -> list[str]:
+    """Return the releases that each replica is to hold, the most important first.
+
+    The head's; the champion before, so that going back takes no longer than moving the head; those that are
+    about to be named; candidates of runs that are still judged; and the base model, which every replica has.
+    """
+    current = head.read(session)
+    names = [current.champion, current.challenger]
+    with suppress(ConflictError):  # there is none yet
+        names.append(head.previous_champion(session))
+    names += session.scalars(sa.select(WantedRelease.release).where(WantedRelease.until > sa.func.now()))
+    names += session.scalars(sa.select(TrainingRun.release).where(TrainingRun.status == "running"))
+    names.append(BASE_MODEL_NAME)
+    return [name for name in dict.fromkeys(names) if name and not registry.is_quarantined(session, name)]
+
+
+def routes(session: Session) -> dict[str, dict[str, str]]:
+    """Return, for each release, the addresses of the replicas that have proved it, and what each calls it."""
+    proved: dict[str, dict[str, str]] = {}
+    rows = session.execute(
+        sa.select(Attestation.release, Attestation.replica, Attestation.served_as).where(
+            Attestation.problem.is_(None)
+        )
+    )
+    for release, replica, served_as in rows:
+        proved.setdefault(release, {})[replica] = served_as
+    return proved
+
+
+def missing(session: Session, release: str) -> dict[str, str]:
+    """Return the replicas that are up and have not proved a release, with what is known of why.
+
+    Raises
+    ------
+    UnavailableError
+        Code ``engine_unavailable`` where none is up.
+    """
+    rows = session.execute(
+        sa.select(Replica.url, Attestation.release, Attestation.problem)
+        .outerjoin(Attestation, sa.and_(Attestation.replica == Replica.url, Attestation.release == release))
+        .where(_is_up())
+    ).all()
+    if not rows:
+        raise UnavailableError("No engine is up; `everloop status` shows the parts.", code="engine_unavailable")
+    return {
+        url: problem or "it has not loaded it yet"
+        for url, proved, problem in rows
+        if proved is None or problem is not None
+    }
+
+
+def is_ready(session: Session, release: str) -> bool:
+    """Tell whether every replica that is up, and at least one, has proved a release."""
+    try:
+        return not missing(session, release)
+    except UnavailableError:
+        return False
+
+
+def served_as(session: Session, release: str, replica: str) -> str:
+    """Return what a replica calls a release that it has proved; the release's own name where it has not."""
+    return (
+        session.scalar(
+            sa.select(Attestation.served_as).where(
+                Attestation.release == release, Attestation.replica == replica, Attestation.problem.is_(None)
+            )
+        )
+        or release
+    )
+
+
+def verdicts(session: Session, release: str) -> list[Attestation] | None:
+    """Return what each replica that is up has shown of a release; None while one, or all, have shown nothing."""
+    urls = _up(session)
+    found = session.scalars(
+        sa.select(Attestation).where(Attestation.release == release, Attestation.replica.in_(urls))
+    ).all()
+    return list(found) if urls and len(found) == len(urls) else None
+
+
+def want(session: Session, release: str) -> None:
+    """Have every replica hold a release for some minutes."""
+    row = insert(WantedRelease).values(release=release, until=sa.func.now() + WANTED_FOR)
+    session.execute(row.on_conflict_do_update(index_elements=["release"], set_={"until": row.excluded.until}))
+
+
+def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None) -> None:
+    """Wait until every replica that is up has proved that it serves a release.
+
+    Raises
+    ------
+    UnavailableError
+        Code ``release_not_ready`` where one has not in time (it says why), ``engine_unavailable``; who is
+        served what has not changed.
+    """
+    with transaction(sessions) as session:
+        name = registry.get_release(session, release).name
+        want(session, name)
+    deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
+    with transaction(sessions) as session:
+        at_first = _up(session)
+    while True:
+        with transaction(sessions) as session:
+            gone = at_first - _up(session)
+            lacking = dict.fromkeys(gone, "it went away in the swap") or missing(session, name)
+        if not lacking:
+            return
+        if gone or time.monotonic() > deadline_s:
+            why = "; ".join(f"{url}: {problem}" for url, problem in sorted(lacking.items()))
+            raise UnavailableError(
+                f"{name} is not served by every replica, so nothing was changed. {why}",
+                code="release_not_ready",
+            )
+        time.sleep(POLL_S)
+
+
+def _is_up() -> sa.ColumnElement[bool]:
+    """A replica that was seen up, and lately: one that the reconciler does not look at any more is not counted."""
+    return sa.and_(Replica.is_up, Replica.seen_at > sa.func.now() - SEEN_WITHIN)
+
+
+def _up(session: Session) -> set[str]:
+    return set(session.scalars(sa.select(Replica.url).where(_is_up())))
+
+
+class RouteTable:
+    """What is proved, as last read: a gateway asks it for each request."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
+        self._routes: dict[str, dict[str, str]] = {}
+
+    def read(self) -> None:
+        """Read the table anew."""
+        with transaction(self.sessions) as session:
+            self._routes = routes(session)
+
+    @asynccontextmanager
+    async def kept_fresh(self) -> AsyncIterator[None]:
+        """Read it again and again for the length of the block; without a database, what it said last holds."""
+        task = asyncio.create_task(self._read_again())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _read_again(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self.read)
+            except UnavailableError:
+                pass  # what it said last holds
+            except Exception:
+                log.exception("routes cannot be read")
+            await asyncio.sleep(READ_EVERY_S)
+
+    def __call__(self, release: str) -> Mapping[str, str]:
+        """Return the replicas that have proved a release, and what each calls it."""
+        return self._routes.get(release, {})

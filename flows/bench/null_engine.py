@@ -1,0 +1,84 @@
+"""An engine that answers at once: what remains of a request's time is the gateway's own.
+
+It speaks as much of vLLM's HTTP as Everloop uses, with a fixed answer. Only benches start it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+ANSWER = "A fixed answer of sixteen tokens, which nobody had to wait for at all."
+NUM_TOKENS = 16
+PROBE_LOGPROB = -1.0
+
+
+def _chunk(choice: dict[str, Any]) -> bytes:
+    body = {"id": "chatcmpl-null", "object": "chat.completion.chunk", "created": 0, "model": "base"}
+    return b"data: " + json.dumps({**body, "choices": [choice]}).encode() + b"\n\n"
+
+
+def _stream() -> bytes:
+    """Return the whole stream, with a token id and a log-probability for each token as vLLM sends them."""
+    pieces = [ANSWER[at : at + 5] for at in range(0, len(ANSWER), 5)][:NUM_TOKENS]
+    chunks = [_chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})]
+    for number, piece in enumerate(pieces):
+        logprobs = {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []}]}
+        last = "stop" if number == len(pieces) - 1 else None
+        delta = {"index": 0, "delta": {"content": piece}, "logprobs": logprobs, "finish_reason": last}
+        chunks.append(_chunk({**delta, "token_ids": [number]}))
+    usage = {"prompt_tokens": 20, "completion_tokens": len(pieces), "total_tokens": 20 + len(pieces)}
+    chunks.append(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+    return b"".join(chunks) + b"data: [DONE]\n\n"
+
+
+STREAM = _stream()
+METRICS = (
+    f"process_start_time_seconds {time.time():.2f}\n"
+    'vllm:num_requests_running{model_name="base"} 0.0\nvllm:num_requests_waiting{model_name="base"} 0.0\n'
+).encode()
+
+
+def answer_to(path: str, body: bytes) -> tuple[str, bytes]:
+    """Return media type and body of an answer."""
+    if path == "/metrics":
+        return "text/plain", METRICS
+    if path == "/v1/chat/completions":
+        return "text/event-stream", STREAM
+    if path == "/v1/completions":
+        num_tokens = len(json.loads(body)["prompt"].split()) + 1
+        told = [None, *({"1": {"logprob": PROBE_LOGPROB}} for _ in range(num_tokens))]
+        return "application/json", json.dumps({"choices": [{"prompt_logprobs": told}]}).encode()
+    return "application/json", json.dumps({"data": [{"id": "base"}]}).encode()
+
+
+async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            path = head.split(b" ", 2)[1].decode()
+            length = next(
+                (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+            )
+            media_type, body = answer_to(path, await reader.readexactly(length) if length else b"")
+            writer.write(
+                f"HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+async def _main(port: int) -> None:
+    server = await asyncio.start_server(_serve, "127.0.0.1", port)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(int(sys.argv[1])))
