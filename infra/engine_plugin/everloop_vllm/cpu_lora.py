@@ -133,9 +133,11 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
             stacks = self._stacks[key] = stacks_of(lora_a_stacked, lora_b_stacked, x.dtype)
         if not stacks.refresh(plan.used):
             return
-        inputs, products = plan.collect(x), plan.buffer(stacks.width, y.dtype)
-        for block in plan.blocks:
-            stacks.multiply(block.of(inputs), block.slots, scale, block.of(products))
+        hidden = plan.buffers("hidden", stacks.hidden_width, stacks.hidden_dtype)
+        products = plan.buffers("products", stacks.width, y.dtype)
+        parts = zip(plan.blocks, plan.collect(x), hidden.parts, products.parts, strict=True)
+        for block, inputs, between, out in parts:
+            stacks.multiply(inputs, block.slots, scale, between, out)
         plan.add(y, products)
 
 

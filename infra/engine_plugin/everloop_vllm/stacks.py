@@ -69,14 +69,27 @@ class Presence:
 class AdapterStacks(Presence, ABC):
     """One layer's adapters, copied per slot when first used.
 
+    Attributes
+    ----------
+    width, hidden_width : int
+        Columns of the products: O, and those between A and B (at least R).
+    hidden_dtype : torch.dtype
+        What is kept between A and B.
+
     Parameters
     ----------
     stacks_a, stacks_b : tuple of Tensor
         vLLM's buffers, one per slice: (S, 1, rank, I) and (S, 1, width, rank).
     """
 
+    hidden_dtype: torch.dtype
+    hidden_width: int
+    _packed_a: Tensor
+    _packed_b: Tensor
+
     def __init__(self, stacks_a: tuple[Tensor, ...], stacks_b: tuple[Tensor, ...]) -> None:
         super().__init__(stacks_a, stacks_b)
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.num_slots, self.width = stacks_a[0].size(0), sum(stack.size(2) for stack in stacks_b)
         self.rank, self.inputs = sum(stack.size(2) for stack in stacks_a), stacks_a[0].size(3)
 
@@ -91,15 +104,27 @@ class AdapterStacks(Presence, ABC):
         """Keep A, (R, I), and B, (O, R), of a slot."""
 
     @abstractmethod
-    def multiply(self, inputs: Tensor, slots: slice, scale: float, out: Tensor) -> None:
-        """Set ``out``, (N, P, O), to ``scale`` times ``inputs``, (N, P, I), through N slots."""
+    def multiply(self, inputs: Tensor, slots: tuple[int, int], scale: float, hidden: Tensor, out: Tensor) -> None:
+        """Set ``out``, (N, P, O), to ``scale`` times ``inputs``, (N, P, I), through N slots.
+
+        ``hidden``, (N, P, hidden_width), is overwritten.
+        """
+
+    def packed(self, slots: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the copies of A and of B of a range of slots."""
+        if slots not in self._views:
+            self._views[slots] = self._packed_a[slice(*slots)], self._packed_b[slice(*slots)]
+        return self._views[slots]
 
 
 class FloatStacks(AdapterStacks):
     """Float32 copies: on any CPU faster than small products of half precision."""
 
+    hidden_dtype = torch.float32
+
     def __init__(self, stacks_a: tuple[Tensor, ...], stacks_b: tuple[Tensor, ...]) -> None:
         super().__init__(stacks_a, stacks_b)
+        self.hidden_width = self.rank
         # Memory that no slot was copied to is never touched, so unused slots take none.
         self._packed_a = torch.zeros(self.num_slots, self.inputs, self.rank)
         self._packed_b = torch.zeros(self.num_slots, self.rank, self.width)
@@ -109,10 +134,13 @@ class FloatStacks(AdapterStacks):
         self._packed_a[slot] = a.t()
         self._packed_b[slot] = b.t()
 
-    def multiply(self, inputs: Tensor, slots: slice, scale: float, out: Tensor) -> None:
+    def multiply(self, inputs: Tensor, slots: tuple[int, int], scale: float, hidden: Tensor, out: Tensor) -> None:
         """Multiply in float32; only the result is rounded."""
-        hidden = torch.bmm(inputs.float(), self._packed_a[slots])
-        out.copy_(torch.bmm(hidden.mul_(scale) if scale != 1.0 else hidden, self._packed_b[slots]))
+        a, b = self.packed(slots)
+        torch.bmm(inputs.float(), a, out=hidden)
+        if scale != 1.0:
+            hidden.mul_(scale)
+        out.copy_(torch.bmm(hidden, b))
 
 
 class PackedStacks(AdapterStacks):
@@ -122,11 +150,13 @@ class PackedStacks(AdapterStacks):
     rounded to bfloat16.
     """
 
+    hidden_dtype = torch.bfloat16
+
     def __init__(self, stacks_a: tuple[Tensor, ...], stacks_b: tuple[Tensor, ...]) -> None:
         super().__init__(stacks_a, stacks_b)
-        self._tiled_rank = -(-self.rank // TILE) * TILE
-        self._packed_a = torch.zeros(self.num_slots, self._tiled_rank, self.inputs, dtype=torch.bfloat16)
-        self._packed_b = torch.zeros(self.num_slots, self.width, self._tiled_rank, dtype=torch.bfloat16)
+        self.hidden_width = -(-self.rank // TILE) * TILE
+        self._packed_a = torch.zeros(self.num_slots, self.hidden_width, self.inputs, dtype=torch.bfloat16)
+        self._packed_b = torch.zeros(self.num_slots, self.width, self.hidden_width, dtype=torch.bfloat16)
         self._bmm = torch.ops._C.bmm_cpu.default
 
     @staticmethod
@@ -138,17 +168,17 @@ class PackedStacks(AdapterStacks):
 
     def store(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Fill the rank up to whole tiles with zeros, and pack."""
-        fill = self._tiled_rank - self.rank
+        fill = self.hidden_width - self.rank
         self._packed_a[slot] = torch.ops._C.convert_weight_packed(torch.nn.functional.pad(a, (0, 0, 0, fill)))
         self._packed_b[slot] = torch.ops._C.convert_weight_packed(torch.nn.functional.pad(b, (0, fill)))
 
-    def multiply(self, inputs: Tensor, slots: slice, scale: float, out: Tensor) -> None:
+    def multiply(self, inputs: Tensor, slots: tuple[int, int], scale: float, hidden: Tensor, out: Tensor) -> None:
         """Multiply in bfloat16 with float32 sums."""
-        hidden = inputs.new_empty(*inputs.shape[:2], self._tiled_rank)
-        self._bmm(hidden, inputs, self._packed_a[slots], True, None)
+        a, b = self.packed(slots)
+        self._bmm(hidden, inputs, a, True, None)
         if scale != 1.0:
             hidden.mul_(scale)
-        self._bmm(out, hidden, self._packed_b[slots], True, None)
+        self._bmm(out, hidden, b, True, None)
 
 
 def stacks_of(stacks_a: tuple[Tensor, ...], stacks_b: tuple[Tensor, ...], dtype: torch.dtype) -> AdapterStacks:

@@ -7,7 +7,9 @@ out from it is worked out here, once. Shapes use T rows (tokens) and O output wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +20,35 @@ MAX_PADDING = 2.0
 """Positions per row up to which groups are padded to one size and multiplied in one call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Positions that one batched product serves.
 
     Attributes
     ----------
-    slots : slice
-        The adapter slots, one matrix of the batch each; those in between may be unused.
+    slots : tuple of int
+        First adapter slot, and the one after the last; those in between may be unused.
     start, stop : int
         The positions, an equal number for each slot.
-    batch : int
-        Number of slots.
     """
 
-    slots: slice
+    slots: tuple[int, int]
     start: int
     stop: int
-    batch: int
 
     def of(self, values: Tensor) -> Tensor:
-        """Return this block's positions of ``values`` as (batch, positions each, width)."""
-        return values[self.start : self.stop].unflatten(0, (self.batch, -1))
+        """Return this block's positions of ``values`` as (slots, positions each, width)."""
+        return values[self.start : self.stop].unflatten(0, (self.slots[1] - self.slots[0], -1))
+
+
+class Buffers(NamedTuple):
+    """A buffer with a row for each position, and its views.
+
+    Making views anew in each layer would cost as much there as a small product.
+    """
+
+    padded: Tensor  # one row more than there are positions
+    whole: Tensor
+    parts: tuple[Tensor, ...]  # one for each block
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class StepPlan:
     blocks: tuple[Block, ...]
     gather: Tensor | None = None
     scatter: Tensor | None = None
-    _buffers: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _buffers: dict[tuple[str, int, torch.dtype], Buffers] = field(default_factory=dict)
 
     @classmethod
     def of(cls, indices: Tensor) -> StepPlan:
@@ -74,15 +83,15 @@ class StepPlan:
         rows, groups, size = RowPlan.of(indices)
         used = tuple(slot for slot, _, _ in groups)
         if rows is None or not used:
-            blocks = (Block(slice(used[0], used[0] + 1), 0, size, 1),) if used else ()
+            blocks = (Block((used[0], used[0] + 1), 0, size),) if used else ()
             return cls(size, used, blocks)
         first, batch = used[0], used[-1] - used[0] + 1
         longest = max(stop - start for _, start, stop in groups)
         if batch * longest <= MAX_PADDING * rows.numel():
-            blocks = (Block(slice(first, first + batch), 0, batch * longest, batch),)
+            blocks = (Block((first, first + batch), 0, batch * longest),)
             starts = [(slot - first) * longest for slot in used]
         else:
-            blocks = tuple(Block(slice(slot, slot + 1), start, stop, 1) for slot, start, stop in groups)
+            blocks = tuple(Block((slot, slot + 1), start, stop) for slot, start, stop in groups)
             starts = [start for _, start, _ in groups]
         spans = zip(starts, groups, strict=True)
         positions = torch.cat([torch.arange(at, at + stop - start) for at, (_, start, stop) in spans])
@@ -90,28 +99,28 @@ class StepPlan:
         scatter = torch.full((size,), blocks[-1].stop).index_copy_(0, rows, positions)
         return cls(size, used, blocks, gather, scatter)
 
-    def collect(self, values: Tensor) -> Tensor:
-        """Return ``values`` of all rows at their positions."""
-        return values if self.gather is None else values.index_select(0, self.gather)
+    def collect(self, values: Tensor) -> Sequence[Tensor]:
+        """Return ``values``, (T, width), of all rows at their positions, in one part for each block."""
+        if self.gather is None:
+            return (values.unsqueeze(0),)
+        values = values.index_select(0, self.gather)
+        return [block.of(values) for block in self.blocks]
 
-    def buffer(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised buffer, (positions, width), that lasts as long as the plan.
-
-        Allocating anew in each layer costs as much there as a small product.
-        """
-        return self._padded(width, dtype)[:-1]
-
-    def add(self, target: Tensor, products: Tensor) -> None:
-        """Add a filled :meth:`buffer` to the rows of ``target``, shape (T, O)."""
-        if self.scatter is not None:
-            products = self._padded(products.size(1), products.dtype).index_select(0, self.scatter)
-        target.add_(products)
-
-    def _padded(self, width: int, dtype: torch.dtype) -> Tensor:
-        key = width, dtype
+    def buffers(self, role: str, width: int, dtype: torch.dtype) -> Buffers:
+        """Return buffers that last as long as the plan; layers share those of one role, width and dtype."""
+        key = role, width, dtype
         if key not in self._buffers:
-            # Minus zero is the number that changes no other when added, not even the sign of a zero.
             positions = self.blocks[-1].stop
-            self._buffers[key] = torch.empty(positions + 1, width, dtype=dtype)
-            self._buffers[key][positions] = -0.0
+            padded = torch.empty(positions + 1, width, dtype=dtype)
+            # Minus zero is the number that changes no other when added, not even the sign of a zero.
+            padded[positions] = -0.0
+            whole = padded[:-1]
+            self._buffers[key] = Buffers(padded, whole, tuple(block.of(whole) for block in self.blocks))
         return self._buffers[key]
+
+    def add(self, target: Tensor, products: Buffers) -> None:
+        """Add filled buffers to the rows of ``target``, shape (T, O)."""
+        if self.scatter is None:
+            target.add_(products.whole)
+        else:
+            target.add_(products.padded.index_select(0, self.scatter))
