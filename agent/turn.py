@@ -126,9 +126,11 @@ class Turn:
         finally:
             # The client may be gone and this task cancelled: the episode is written all the same.
             with anyio.CancelScope(shield=True):
-                await self._stream.__aexit__(None, None, None)
-                recording.latency_ms = self._elapsed_ms()
-                await self.book.end(recording, self._key)
+                try:
+                    await self._stream.__aexit__(None, None, None)
+                finally:
+                    recording.latency_ms = self._elapsed_ms()
+                    await self.book.end(recording, self._key)
 
     def _take(self, event: dict[str, Any]) -> str:
         recording = self.recording

@@ -7,8 +7,8 @@ import math
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ class EngineClient:
                 if response.status_code != 200:
                     await response.aread()
                     raise _refusal(response)
-                yield _chunks(response)
+                # Closed here: a generator that is left to itself closes beside us, and each breaks the other.
+                async with aclosing(_chunks(response)) as chunks:
+                    yield chunks
             finally:
                 await response.aclose()
 
@@ -224,35 +226,41 @@ class EngineClient:
         return body if isinstance(body, dict) else {}
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     try:
-        async for line in _lines(response):
-            if not line.startswith(b"data: "):
-                continue
-            data = line.removeprefix(b"data: ")
-            if data == b"[DONE]":
-                return
-            try:
-                chunk = json.loads(data)
-            except ValueError as error:
-                raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
-            if "error" in chunk or "choices" not in chunk:
-                raise EngineError("The engine broke off the answer.", code="engine_failed")
-            yield chunk
+        async with aclosing(_lines(response)) as lines:
+            async for line in lines:
+                if not line.startswith(b"data: "):
+                    continue
+                data = line.removeprefix(b"data: ")
+                if data == b"[DONE]":
+                    return
+                yield _chunk(data)
     except httpx.TransportError as error:
         raise EngineError("The engine went away in mid-answer.", code="engine_failed") from error
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+def _chunk(data: bytes) -> dict[str, Any]:
+    try:
+        chunk: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
+    if "error" in chunk or "choices" not in chunk:
+        raise EngineError("The engine broke off the answer.", code="engine_failed")
+    return chunk
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Yield the lines of an event stream.
 
     httpx's own lines also end at U+2028, U+0085 and others that an answer may hold as they are, within its JSON.
     """
     rest = b""
-    async for block in response.aiter_bytes():
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            yield line.rstrip(b"\r")
+    async with aclosing(response.aiter_bytes()) as blocks:  # type: ignore[type-var]
+        async for block in blocks:
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                yield line.rstrip(b"\r")
     yield rest
 
 
