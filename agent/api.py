@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer. The response's ``id`` is the episode's id."""
     state = request.app.state
     turn = Turn(state.book, state.fleet, state.settings, body)
-    if not await _unless_gone(request, turn.begin):
-        return Response(status_code=499)
+    await turn.begin()
     if body.stream:
         return ClosingStream(
             _server_sent_events(turn),
@@ -100,10 +99,8 @@ async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-async def _unless_gone(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
-    """Do something for a client; one that hangs up ends it. Return whether it was done."""
-    done = False
-    error: EverloopError | None = None
+async def _whole_answer(turn: Turn, request: Request) -> Response:
+    """Collect the answer; a client that hangs up stops the engine."""
     async with anyio.create_task_group() as tasks:
 
         async def watch_client() -> None:
@@ -112,26 +109,16 @@ async def _unless_gone(request: Request, work: Callable[[], Awaitable[None]]) ->
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(watch_client)
+        error: EverloopError | None = None
         try:
-            await work()
-            done = True
-        except EverloopError as caught:  # a task group would wrap it
+            async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
+                async for _ in deltas:
+                    pass
+        except EverloopError as caught:
             error = caught
         tasks.cancel_scope.cancel()
     if error is not None:
         raise error
-    return done
-
-
-async def _whole_answer(turn: Turn, request: Request) -> Response:
-    """Collect the answer; a client that hangs up stops the engine."""
-
-    async def collect() -> None:
-        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
-            async for _ in deltas:
-                pass
-
-    await _unless_gone(request, collect)
     recording = turn.recording
     if recording.status == "interrupted":
         return Response(status_code=499)
