@@ -66,7 +66,7 @@ def build_app(settings: Settings) -> FastAPI:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
         routes = RouteTable(app.state.sessions)
-        async with routes.kept_fresh(), Fleet(settings, routes).running() as fleet:
+        async with routes.kept_fresh(), Fleet(settings, routes, routes.read).running() as fleet:
             app.state.fleet = fleet
             evaluator = SelfEvaluator(app.state.sessions, fleet, settings)
             async with (

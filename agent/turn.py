@@ -52,7 +52,7 @@ class Turn:
         trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
         begun = await self.book.begin(Asked(self.body.user, self.body.model, trial))
         assignment, self._key = begun.assignment, begun.key
-        if assignment.arm == "pinned" and trial is None and not self.fleet.routes(assignment.release):
+        if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
             raise unknown_model(assignment.release)
         messages = [message.model_dump() for message in self.body.messages]
         self.recording = Recording(

@@ -107,13 +107,15 @@ class Fleet:
 
     Parameters
     ----------
-    routes
-        Who may serve what.
+    routes, refresh
+        Who may serve what, as last read; and to read it anew, where nobody may: a release is named as soon as it is
+        proved.
     """
 
-    def __init__(self, settings: Settings, routes: Routes) -> None:
+    def __init__(self, settings: Settings, routes: Routes, refresh: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
         self.routes = routes
+        self.refresh = refresh
         self.replicas: dict[str, Replica] = {}
 
     @asynccontextmanager
@@ -167,9 +169,11 @@ class Fleet:
             raise problem
         return sorted(found)
 
-    def serves(self, release: str) -> bool:
-        """Tell whether any replica that is well has proved that it holds a release."""
-        return any(url in self.replicas and self.replicas[url].is_well for url in self.routes(release))
+    async def proved(self, release: str) -> Mapping[str, str]:
+        """Return the replicas that have proved a release, and what each calls it."""
+        if not self.routes(release):
+            await asyncio.to_thread(self.refresh)
+        return self.routes(release)
 
     async def p_yes(self, release: str, messages: Sequence[dict[str, Any]]) -> float:
         """Ask a replica for the probability of Yes (:meth:`infra.engine.EngineClient.p_yes`)."""
@@ -229,7 +233,7 @@ class Fleet:
         ask: Callable[[Replica, str], Awaitable[T]],
         routes: Mapping[str, str] | None = None,
     ) -> T:
-        names = self.routes(release) if routes is None else routes
+        names = await self.proved(release) if routes is None else routes
         problem: EverloopError | None = None
         for replica in self._ranked(names, affinity):
             try:

@@ -166,6 +166,13 @@ def test_nobody_is_asked_who_has_not_proved_the_release(tmp_path):
     assert refused(engines, routes={URLS[0]: "run/x@1"}) == "release_loading"
 
 
+def test_a_release_that_was_proved_a_moment_ago_is_found(engines):
+    proved = {}
+    engines.fleet.routes = lambda release: proved
+    engines.fleet.refresh = lambda: proved.update({URLS[1]: "r1"})
+    assert engines.ask() == WHOLE and engines.asked == [(URLS[1], "r1")]
+
+
 def test_one_that_is_away_is_left_out_until_it_answers_again(engines):
     engines.busy[URLS[0]] = None
     asyncio.run(look(engines))
