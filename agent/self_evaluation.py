@@ -21,6 +21,7 @@ from feedback.episodes import Recording
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError
 from infra.fleet import Fleet
+from infra.process import in_background
 from infra.settings import Settings
 
 log = logging.getLogger("everloop.agent")
@@ -60,13 +61,8 @@ class SelfEvaluator:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Evaluate what is offered for the length of the block; what still waits at its end is left."""
-        task = asyncio.create_task(self._evaluate_all())
-        try:
+        async with in_background(self._evaluate_all()):
             yield self
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     async def offer(self, recording: Recording) -> None:
         """Take an answer whose episode is written; return at once.

@@ -104,7 +104,7 @@ def newest(session: Session, limit: int) -> list[Canary]:
 
 
 def gates_before(session: Session, release: str) -> list[dict[str, Any]]:
-    """Return the gates that a release was judged by, in its run or an earlier canary; none where it never was."""
+    """Return the gates that a release was judged by in its run; none where it never was."""
     run = session.scalars(
         sa.select(TrainingRun.result["gates"]).where(
             TrainingRun.release == release, TrainingRun.result["gates"].is_not(None)

@@ -18,6 +18,7 @@ from deploy.runs import TrainingRun
 from deploy.tables import Attestation, Replica, WantedRelease
 from infra.db import Sessions, transaction
 from infra.errors import ConflictError, UnavailableError
+from infra.process import in_background
 from infra.settings import BASE_MODEL_NAME
 
 log = logging.getLogger("everloop.serving")
@@ -169,13 +170,8 @@ class RouteTable:
     @asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
         """Read it again and again for the length of the block; without a database, what it said last holds."""
-        task = asyncio.create_task(self._read_again())
-        try:
+        async with in_background(self._read_again()):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def _read_again(self) -> None:
         while True:

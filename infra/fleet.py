@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from infra.engine import MODEL_GONE, EngineClient, EngineError
 from infra.errors import EverloopError, UnavailableError
+from infra.process import in_background
 from infra.settings import Settings
 
 log = logging.getLogger("everloop.fleet")
@@ -122,13 +123,10 @@ class Fleet:
     async def running(self) -> AsyncIterator[Self]:
         """Watch the replicas for the length of the block."""
         await self._find()
-        task = asyncio.create_task(self._watch())
         try:
-            yield self
+            async with in_background(self._watch()):
+                yield self
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             for replica in self.replicas.values():
                 await replica.client.close()
 

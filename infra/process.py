@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -39,3 +42,15 @@ def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None
         logging.shutdown()
         os._exit(1)
     logging.getLogger(f"everloop.{name}").info("stopped")
+
+
+@asynccontextmanager
+async def in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Let something run beside the block, and end it with the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError, UnavailableError
+from infra.process import in_background
 
 log = logging.getLogger("everloop.together")
 
@@ -50,13 +51,8 @@ class Together(Generic[Request, Outcome]):
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Do what comes for the length of the block."""
-        task = asyncio.create_task(self._act_on_all())
-        try:
+        async with in_background(self._act_on_all()):
             yield self
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     async def give(self, request: Request) -> Outcome:
         """Have a request done; when this returns, it is committed.

@@ -202,9 +202,8 @@ class Night:
             data = collect.take(session, redactor, after_seq=seen or 0, through_seq=through)
             start_from = registry.clean_ancestor(session, current.champion)
             check_shape(self.config, self.settings, registry.config_of(session, start_from))
-            registry.verified_path(
-                session, self.settings, start_from
-            )  # a wrong one is told before it is sampled from
+            # A wrong one is told before it is sampled from.
+            registry.verified_path(session, self.settings, start_from)
         self.record.update(last_signal_seq=data.last_signal_seq)
         must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
         if data.num_new_signals < self.min_new_signals and not must_retrain:
