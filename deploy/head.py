@@ -229,6 +229,22 @@ def previous_champion(session: Session) -> str:
     return str(before)
 
 
+def check_was_champion(session: Session, release: str) -> None:
+    """Refuse to go back to what nobody was ever served as champion.
+
+    Raises
+    ------
+    ConflictError
+        Code ``never_champion``.
+    """
+    former = AuditEntry.details["before"]["champion"].astext == release
+    if not session.scalar(sa.select(sa.exists().where(former))):
+        raise ConflictError(
+            f"{release} has never been the champion, so there is no going back to it; promote it instead.",
+            code="never_champion",
+        )
+
+
 def _swap(
     session: Session,
     head: Head,

@@ -18,7 +18,9 @@ from deploy import audit, canary, head, registry, serving
 from deploy.tables import Canary
 from infra.db import Sessions, transaction
 from infra.errors import ConflictError
-from infra.settings import Settings
+from infra.settings import BASE_MODEL_NAME, Settings
+
+NEVER_JUDGED = {"gate": "never_judged", "verdict": "inconclusive"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,32 @@ class Operator:
 
         Raises
         ------
+        ConflictError
+            Code ``gates_not_passed`` (:func:`override_gates`).
         UnavailableError
             Code ``release_not_ready`` where not every replica that is up serves it: nothing has changed.
         """
-        return self._move(release, "promoted_by_hand", reason)
+        head.check_reason(reason)
+        target, seen = self._make_ready(release)
+        with self._moving(target, seen) as session:
+            override_gates(session, self.settings, target, actor=self.name, reason=reason)
+            head.move_champion(session, target, action="promoted_by_hand", actor=self.name, reason=reason)
+        return seen, target
 
     def roll_back(self, to: str | None, reason: str) -> tuple[str, str]:
-        """Go back to a release, the champion before if none is named; return the champions before and after."""
-        return self._move(to, "rolled_back_by_hand", reason)
+        """Go back to a former champion, the one before if none is named; return the champions before and after.
+
+        Raises
+        ------
+        ConflictError
+            Code ``never_champion``.
+        """
+        head.check_reason(reason)
+        target, seen = self._make_ready(to, seen_anew=False)
+        with self._moving(target, seen) as session:
+            head.check_was_champion(session, target)
+            head.move_champion(session, target, action="rolled_back_by_hand", actor=self.name, reason=reason)
+        return seen, target
 
     def try_out(self, release: str, reason: str, share: float | None = None) -> Canary:
         """Open a canary of a release (:func:`try_out`) once every replica that is up serves it."""
@@ -67,24 +87,23 @@ class Operator:
             session.refresh(opened)
             return opened
 
-    def _move(self, release: str | None, action: str, reason: str) -> tuple[str, str]:
-        head.check_reason(reason)
-        target, seen = self._make_ready(release)
+    @contextmanager
+    def _moving(self, target: str, seen: str) -> Iterator[Session]:
+        """Open a transaction that may move the head, which must be as it was seen."""
         with self.acting() as session:
             registry.lock_head(session)
             if head.read(session).champion != seen:
                 raise head.moved_by_another()
             registry.check_servable(session, self.settings, target)
-            head.move_champion(session, target, action=action, actor=self.name, reason=reason)
-        return seen, target
+            yield session
 
-    def _make_ready(self, release: str | None) -> tuple[str, str]:
+    def _make_ready(self, release: str | None, *, seen_anew: bool = True) -> tuple[str, str]:
         """Have every replica serve a release, the champion before if none is named; return it and the champion."""
         with transaction(self.sessions) as session:
             target = registry.get_release(session, release or head.previous_champion(session)).name
             registry.verified_path(session, self.settings, target)
             champion = head.read(session).champion
-        serving.make_ready(self.sessions, target)
+        serving.make_ready(self.sessions, target, seen_anew=seen_anew)
         return target, champion
 
 
@@ -104,14 +123,29 @@ def try_out(
         Code ``gates_not_passed`` where the setting lets nobody override what they said.
     """
     registry.check_servable(session, settings, release)
+    gates = override_gates(session, settings, release, actor=actor, reason=reason)
+    plan = canary.plan(session, settings, gates, share)
+    return head.open_canary(session, challenger=release, plan=plan, gates=gates, actor=actor, reason=reason)
+
+
+def override_gates(
+    session: Session, settings: Settings, release: str, *, actor: str, reason: str
+) -> list[dict[str, Any]]:
+    """Return the gates that a release was judged by; who goes past one that did not pass is written down.
+
+    Raises
+    ------
+    ConflictError
+        Code ``gates_not_passed`` where the setting lets nobody go past it.
+    """
     gates = canary.gates_before(session, release)
-    overridden = _overridden(gates, settings.gate_overrides)
-    if overridden:
+    if release == BASE_MODEL_NAME:  # what every release is judged against
+        return gates
+    if overridden := _overridden(gates or [NEVER_JUDGED], settings.gate_overrides):
         audit.write(
             session, actor=actor, action="gates_overridden", subject=release, reason=reason, gates=overridden
         )
-    plan = canary.plan(session, settings, gates, share)
-    return head.open_canary(session, challenger=release, plan=plan, gates=gates, actor=actor, reason=reason)
+    return gates
 
 
 def _overridden(gates: Sequence[Mapping[str, Any]], allowed: str) -> list[str]:

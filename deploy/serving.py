@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -59,8 +59,13 @@ def routes(session: Session) -> dict[str, dict[str, str]]:
     return proved
 
 
-def missing(session: Session, release: str) -> dict[str, str]:
+def missing(session: Session, release: str, seen_after: datetime | None = None) -> dict[str, str]:
     """Return the replicas that are up and have not proved a release, with what is known of why.
+
+    Parameters
+    ----------
+    seen_after
+        Whoever was not looked at since then counts as one that has not.
 
     Raises
     ------
@@ -68,17 +73,19 @@ def missing(session: Session, release: str) -> dict[str, str]:
         Code ``engine_unavailable`` where none is up.
     """
     rows = session.execute(
-        sa.select(Replica.url, Attestation.release, Attestation.problem)
+        sa.select(Replica.url, Replica.seen_at, Attestation.release, Attestation.problem)
         .outerjoin(Attestation, sa.and_(Attestation.replica == Replica.url, Attestation.release == release))
         .where(_is_up())
     ).all()
     if not rows:
         raise UnavailableError("No engine is up; `everloop status` shows the parts.", code="engine_unavailable")
-    return {
-        url: problem or "it has not loaded it yet"
-        for url, proved, problem in rows
-        if proved is None or problem is not None
-    }
+    lacking = {}
+    for url, seen_at, proved, problem in rows:
+        if proved is None or problem is not None:
+            lacking[url] = problem or "it has not loaded it yet"
+        elif seen_after is not None and seen_at <= seen_after:
+            lacking[url] = "it has not been looked at since"
+    return lacking
 
 
 def is_ready(session: Session, release: str) -> bool:
@@ -116,8 +123,14 @@ def want(session: Session, release: str) -> None:
     session.execute(row.on_conflict_do_update(index_elements=["release"], set_={"until": row.excluded.until}))
 
 
-def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None) -> None:
+def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None, *, seen_anew: bool = True) -> None:
     """Wait until every replica that is up has proved that it serves a release.
+
+    Parameters
+    ----------
+    seen_anew
+        Whether each must have been looked at since this was asked. What was proved says nothing of an engine that
+        died a moment ago; going back, one does not wait for that.
 
     Raises
     ------
@@ -128,13 +141,13 @@ def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None)
     with transaction(sessions) as session:
         name = registry.get_release(session, release).name
         want(session, name)
-    deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
-    with transaction(sessions) as session:
         at_first = _up(session)
+        asked_at = session.scalar(sa.select(sa.func.clock_timestamp())) if seen_anew else None
+    deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
     while True:
         with transaction(sessions) as session:
             gone = at_first - _up(session)
-            lacking = dict.fromkeys(gone, "it went away in the swap") or missing(session, name)
+            lacking = dict.fromkeys(gone, "it went away in the swap") or missing(session, name, asked_at)
         if not lacking:
             return
         if gone or time.monotonic() > deadline_s:

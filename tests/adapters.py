@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from safetensors.numpy import save_file
 from sqlalchemy.orm import Session
 
@@ -101,7 +103,8 @@ def adapter_of(session: Session, name: str) -> Adapter:
 
 
 def serve(session: Session, name: str, problem: str | None = None) -> None:
-    """Have the one replica serve a release, or not, as far as the tables tell."""
-    session.merge(Replica(url="http://one", is_up=True, spoiled={}))
+    """Have the one replica serve a release, or not, as far as the tables tell; it is seen all the time."""
+    always = sa.func.now() + timedelta(hours=1)
+    session.merge(Replica(url="http://one", is_up=True, spoiled={}, seen_at=always))
     session.flush()
     session.merge(Attestation(release=name, replica="http://one", served_as=name, probe=[], problem=problem))

@@ -10,11 +10,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from agent.app import _everloop_error
-from deploy import erasure, head, lineage, registry, releases_api
+from deploy import erasure, head, lineage, registry, releases_api, serving
+from deploy.promotion import Operator
 from deploy.runs import TrainingRun
 from deploy.store import open_store
-from deploy.tables import Adapter, AuditEntry, Release
-from infra.errors import EverloopError, IntegrityError
+from deploy.tables import Adapter, AuditEntry, Release, Replica
+from infra.errors import ConflictError, EverloopError, IntegrityError, UnavailableError
 from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal, serve
 from tests.conftest import EVERLOOP
 
@@ -159,3 +160,65 @@ def test_promotion_and_rollback_refuse_what_cannot_be_served(database, everloop,
     with database() as session:
         assert head.read(session).champion == other, "nothing moved"
     assert everloop("promote", "base", "--reason", "begin anew")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("verdict", "allowed", "refused"),
+    [
+        ("pass", "none", False),
+        (None, "none", True),
+        (None, "inconclusive", False),
+        ("fail", "inconclusive", True),
+        ("fail", "any", False),
+    ],
+)
+def test_who_promotes_by_hand_goes_past_gates_only_where_the_setting_allows_it(
+    database, registered, settings, verdict, allowed, refused
+):
+    name = registered(seed=0, run_id="run_1")
+    gates = {"gates": [{"gate": "win_rate", "verdict": verdict}]}
+    with database.begin() as session:
+        serve(session, name)
+        if verdict is not None:
+            session.add(
+                TrainingRun(
+                    id="run_1", recipe="dpo", status="held", phase="gates", config={}, release=name, result=gates
+                )
+            )
+    operator = Operator(database, settings.model_copy(update={"gate_overrides": allowed}), "ann")
+    if refused:
+        assert refusal(ConflictError, operator.promote, name, "a test") == "gates_not_passed"
+    else:
+        assert operator.promote(name, "a test") == ("base", name)
+    with database() as session:
+        assert head.read(session).champion == ("base" if refused else name)
+        said = session.scalars(sa.select(AuditEntry.details).where(AuditEntry.action == "gates_overridden")).all()
+    overridden = [] if refused or verdict == "pass" else [["win_rate" if verdict else "never_judged"]]
+    assert [entry["gates"] for entry in said] == overridden
+
+
+def test_a_rollback_goes_to_former_champions_only_and_asks_no_gate(database, registered, settings):
+    former, other = registered(seed=0), registered(seed=1)
+    with database.begin() as session:
+        for served in (former, other, "base"):
+            serve(session, served)
+    promote(database, former)
+    promote(database, "base")
+    operator = Operator(database, settings.model_copy(update={"gate_overrides": "none"}), "ann")
+    assert refusal(ConflictError, operator.roll_back, other, "a test") == "never_champion"
+    with database() as session:
+        assert head.read(session).champion == "base"
+    assert operator.roll_back(former, "a test") == ("base", former)
+
+
+def test_nobody_is_promoted_who_was_proved_by_an_engine_not_seen_since(database, registered, settings, monkeypatch):
+    monkeypatch.setattr(serving, "READY_TIMEOUT_S", 0.2)
+    name = registered(seed=0)
+    with database.begin() as session:
+        serve(session, name)
+        serve(session, "base")
+        session.execute(sa.update(Replica).values(seen_at=sa.func.now()))
+    operator = Operator(database, settings, "ann")
+    assert refusal(UnavailableError, operator.promote, name, "a test") == "release_not_ready"
+    promote(database, name)
+    assert operator.roll_back("base", "a test") == (name, "base"), "who goes back does not wait"
