@@ -12,12 +12,12 @@ import contextlib
 import hashlib
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from infra.breaker import Breaker
 from infra.engine import MODEL_GONE, EngineClient, EngineError
 from infra.errors import EverloopError, UnavailableError
 from infra.process import in_background
@@ -28,44 +28,11 @@ _found_last: dict[str, list[str]] = {}
 T = TypeVar("T")
 
 LOOK_EVERY_S = 1.0
-FAILURES_TO_OPEN = 3
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 # A conversation stays with the replica that has its beginning in the cache, unless that has so much more to do.
 AFFINITY_REQUESTS = 4
 RETRIED_CODES = ("engine_failed", "engine_error", "engine_unavailable", MODEL_GONE)
 Routes = Callable[[str], Mapping[str, str]]
 """For a release: the addresses of the replicas that have proved that they hold it, and what each calls it."""
-
-
-class Breaker:
-    """Leaves a failing replica alone: after some failures in a row, for a time that doubles, then it is tried once.
-
-    Parameters
-    ----------
-    clock
-        Returns seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._closed_again_s = -math.inf
-
-    @property
-    def allows(self) -> bool:
-        """Whether a request may be tried."""
-        return self._clock() >= self._closed_again_s
-
-    def succeed(self) -> None:
-        """Note an answer."""
-        self._failures, self._closed_again_s = 0, -math.inf
-
-    def fail(self) -> None:
-        """Note a failure."""
-        self._failures += 1
-        over = self._failures - FAILURES_TO_OPEN
-        if over >= 0:
-            self._closed_again_s = self._clock() + min(FIRST_PAUSE_S * 2.0 ** min(over, 16), LONGEST_PAUSE_S)
 
 
 class Replica:
@@ -234,6 +201,9 @@ class Fleet:
         names = await self.proved(release) if routes is None else routes
         problem: EverloopError | None = None
         for replica in self._ranked(names, affinity):
+            if not replica.breaker.allows:  # another request found it failing, or is trying it, meanwhile
+                continue
+            replica.breaker.begin()
             try:
                 answer = await ask(replica, names[replica.url])
             except EverloopError as error:

@@ -121,7 +121,8 @@ class Settings(BaseSettings):
         "auto", description="What the platform does by itself; `everloop autonomy` sets another for the deployment."
     )
     gate_overrides: Literal["none", "inconclusive", "any"] = Field(
-        "inconclusive", description="Which gates an operator may override to let a candidate meet people, or to promote it."
+        "inconclusive",
+        description="Which gates an operator may override to let a candidate meet people, or to promote it.",
     )
     canary_steps: tuple[Share, ...] = Field(
         (0.05, 0.25, 0.5), min_length=1, description="Shares of users who meet a candidate, in turn."

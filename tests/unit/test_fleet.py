@@ -7,8 +7,9 @@ from collections import Counter
 import httpx
 import pytest
 
+from infra.breaker import FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breaker
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
-from infra.fleet import AFFINITY_REQUESTS, FAILURES_TO_OPEN, LONGEST_PAUSE_S, Breaker, Fleet, Replica, addresses
+from infra.fleet import AFFINITY_REQUESTS, Fleet, Replica, addresses
 from infra.settings import Settings
 
 URLS = ("http://one", "http://two", "http://three")
@@ -211,10 +212,34 @@ def test_a_breakers_pauses_double_and_end(monkeypatch):
     breaker = Breaker(lambda: now_s[0])
     pauses = []
     for _ in range(12):
+        breaker.begin()
         breaker.fail()
         pauses.append(breaker._closed_again_s - now_s[0])
+        now_s[0] = max(now_s[0], breaker._closed_again_s)
+    now_s[0] -= 1.0
     assert breaker.allows is False
     assert pauses[FAILURES_TO_OPEN - 1 : FAILURES_TO_OPEN + 2] == [1.0, 2.0, 4.0] and pauses[-1] == LONGEST_PAUSE_S
+    breaker.succeed()
+    assert breaker.allows
+
+
+def test_of_many_at_once_one_tries_a_replica_that_failed_and_those_under_way_do_not_count_twice():
+    now_s = [0.0]
+    breaker = Breaker(lambda: now_s[0])
+    for _ in range(20):  # all sent before the first failed
+        breaker.begin()
+    for _ in range(20):
+        breaker.fail()
+    assert not breaker.allows
+    now_s[0] = 1.0
+    assert breaker.allows, "twenty at once are one outage"
+    breaker.begin()
+    assert not breaker.allows, "one tries, the others wait"
+    breaker.fail()
+    now_s[0] = 2.5
+    assert not breaker.allows, "its pause has doubled"
+    now_s[0] = 3.0
+    breaker.begin()
     breaker.succeed()
     assert breaker.allows
 
