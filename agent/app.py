@@ -26,6 +26,7 @@ from agent.book import Book
 from agent.guard import Guard
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
+from deploy.canary import Follower
 from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
@@ -65,6 +66,7 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
+        app.state.canary_follower = Follower()
         routes = RouteTable(app.state.sessions)
         async with routes.kept_fresh(), Fleet(settings, routes, routes.read).running() as fleet:
             app.state.fleet = fleet

@@ -114,9 +114,11 @@ def deployment_page() -> FileResponse:
 @router.get("/deployment")
 def get_deployment(request: Request) -> DeploymentView:
     """Return the deployment head."""
-    with transaction(request.app.state.sessions) as session:
+    follower: canary.Follower = request.app.state.canary_follower
+    with follower.lock, transaction(request.app.state.sessions) as session:
         current = head.read(session)
-        rollout = canary.recompute(session, canary.get(session, current.canary_id)) if current.canary_id else None
+        found = canary.get(session, current.canary_id) if current.canary_id else None
+        rollout = follower.catch_up(session, found) if found else None
         return DeploymentView(
             version=current.version,
             champion=current.champion,

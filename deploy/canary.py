@@ -5,9 +5,10 @@ The decision itself is :mod:`deploy.rollout`; what it rests on is :mod:`deploy.j
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -119,20 +120,40 @@ def recompute(session: Session, canary: Canary) -> Rollout:
 
 
 @dataclass(slots=True)
-class Watch:
-    """Looks at the open canary again and again; keeps what it has computed between looks.
+class Follower:
+    """Keeps what it has computed of a canary, so that only new events are computed.
 
     Attributes
     ----------
     canary_id, num_events
         Of which canary, and after how many of its events, `rollout` is.
+    lock
+        To be held while its rollout is used, where threads share it.
     """
 
-    sessions: Sessions
-    settings: Settings
     canary_id: int | None = None
     num_events: int = 0
     rollout: Rollout | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def catch_up(self, session: Session, canary: Canary) -> Rollout:
+        """Return a canary as its log has it by now."""
+        if self.rollout is None or self.canary_id != canary.id:
+            self.canary_id, self.num_events = canary.id, 0
+            self.rollout = Rollout(Plan.model_validate(canary.plan))
+        for event in journal.read(session, canary.id, self.num_events):
+            self.rollout.apply(event)
+            self.num_events += 1
+        return self.rollout
+
+
+@dataclass(slots=True)
+class Watch:
+    """Looks at the open canary again and again."""
+
+    sessions: Sessions
+    settings: Settings
+    follower: Follower = field(default_factory=Follower)
 
     def look(self) -> str | None:
         """Look once, and do what is decided; return how the canary ended, or None while it is open."""
@@ -140,7 +161,7 @@ class Watch:
             with self.sessions.begin() as session:
                 return self._look(session)
         except Exception as error:
-            self.rollout = None  # what it has computed rests on events that were not committed
+            self.follower = Follower()  # what it has computed rests on events that were not committed
             if isinstance(error, ConflictError):  # an operator was quicker
                 return error.message
             raise
@@ -156,22 +177,13 @@ class Watch:
             close(session, canary, current, "unservable", actor=ACTOR, reason=broken)
             return f"canary {canary_id}: unservable: {broken}"
         journal.collect(session, canary, self.settings.canary_settle_s)
-        current = self._catch_up(session, canary)
+        current = self.follower.catch_up(session, canary)
         elapsed_s = time.time() - canary.opened_at.timestamp()
         may_step = autonomy.may(session, self.settings, "canary")
         if current.is_due(elapsed_s, may_step=may_step):
             journal.append(session, canary_id, [Event(elapsed_s, "tick")])
-            current = self._catch_up(session, canary)
+            current = self.follower.catch_up(session, canary)
         return act(session, self.settings, canary, current)
-
-    def _catch_up(self, session: Session, canary: Canary) -> Rollout:
-        if self.rollout is None or self.canary_id != canary.id:
-            self.canary_id, self.num_events = canary.id, 0
-            self.rollout = Rollout(Plan.model_validate(canary.plan))
-        for event in journal.read(session, canary.id, self.num_events):
-            self.rollout.apply(event)
-            self.num_events += 1
-        return self.rollout
 
 
 def _unservable(session: Session, settings: Settings, challenger: str) -> str | None:
