@@ -12,6 +12,7 @@ from infra.errors import IntegrityError, UnavailableError
 from infra.settings import Settings
 from tests.adapters import make_adapter
 
+MISSING = "S3 is tested after .venv/bin/pip install --no-deps -r infra/requirements/s3.txt"
 SECRET = "a-secret-that-nobody-sees"
 
 
@@ -19,10 +20,8 @@ class Server:
     """An S3 server that can go away and come back."""
 
     def __init__(self):
-        pytest.importorskip("s3fs", reason="s3fs is an extra of its own: pip install s3fs")
-        self._moto = pytest.importorskip(
-            "moto.server", reason="S3 is tested where moto is: pip install moto[server]"
-        )
+        pytest.importorskip("s3fs", reason=MISSING)
+        self._moto = pytest.importorskip("moto.server", reason=MISSING)
         self._port = 0
         self.start()
 
