@@ -229,6 +229,12 @@ def previous_champion(session: Session) -> str:
     return str(before)
 
 
+def former_champions(session: Session) -> set[str]:
+    """Return the releases that were champion before some change of the head."""
+    before = AuditEntry.details["before"]["champion"].astext
+    return set(session.scalars(sa.select(before).where(before.is_not(None)).distinct()))
+
+
 def check_was_champion(session: Session, release: str) -> None:
     """Refuse to go back to what nobody was ever served as champion.
 
@@ -237,8 +243,7 @@ def check_was_champion(session: Session, release: str) -> None:
     ConflictError
         Code ``never_champion``.
     """
-    former = AuditEntry.details["before"]["champion"].astext == release
-    if not session.scalar(sa.select(sa.exists().where(former))):
+    if release not in former_champions(session):
         raise ConflictError(
             f"{release} has never been the champion, so there is no going back to it; promote it instead.",
             code="never_champion",

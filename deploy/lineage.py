@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import sqlalchemy as sa
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
+from deploy import head
 from deploy.names import CHALLENGER, CHAMPION
 from deploy.registry import ancestors, get_release
 from deploy.runs import TrainingRun
-from deploy.tables import Adapter, Canary, Head, Release
+from deploy.tables import Adapter, Canary, Release
 from infra.settings import BASE_MODEL_NAME
 
 
@@ -28,6 +29,7 @@ class ReleaseView(BaseModel):
     dataset_digest: str | None
     reward_snapshot: int | None
     started_from: str | None = Field(description="The release that it goes on from.")
+    was_champion: bool = Field(description="Whether it has been champion before, so that one can go back to it.")
     mark: str | None = Field(description="retrain-required or quarantined: it learned from somebody forgotten.")
     created_at: datetime
     files_deleted_at: datetime | None = Field(description="Since when its files are gone; its history stays.")
@@ -80,8 +82,8 @@ def releases(
     if reward_snapshot is not None:
         query = query.where(Adapter.manifest["reward_snapshot_id"].astext == str(reward_snapshot))
     rows = session.execute(query.order_by(Release.id.desc()).limit(limit))
-    aliases = _aliases(session)
-    return [ReleaseView(**_fields(release, adapter, aliases)) for release, adapter in rows]
+    now = _Now.of(session)
+    return [ReleaseView(**_fields(release, adapter, now)) for release, adapter in rows]
 
 
 def lineage(session: Session, name: str) -> LineageView:
@@ -99,7 +101,7 @@ def lineage(session: Session, name: str) -> LineageView:
     met = sa.or_(Canary.champion == release.name, Canary.challenger == release.name)
     canaries = session.scalars(sa.select(Canary).where(met).order_by(Canary.id))
     return LineageView(
-        **_fields(release, adapter, _aliases(session)),
+        **_fields(release, adapter, _Now.of(session)),
         ancestors=ancestors(session, release.name),
         descendants=descendants(session, [release.name]),
         canaries=[CanaryView.model_validate(canary, from_attributes=True) for canary in canaries],
@@ -123,22 +125,29 @@ def descendants(session: Session, names: Iterable[str]) -> list[str]:
     return list(session.scalars(sa.select(line.c.name).order_by(line.c.id)))
 
 
-def _aliases(session: Session) -> dict[str | None, str]:
-    champion, challenger = session.execute(sa.select(Head.champion, Head.challenger)).one()
-    return {challenger: CHALLENGER, champion: CHAMPION}
+class _Now(NamedTuple):
+    aliases: dict[str | None, str]
+    former_champions: set[str]
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        current = head.read(session)
+        aliases = {current.challenger: CHALLENGER, current.champion: CHAMPION}
+        return cls(aliases, head.former_champions(session))
 
 
-def _fields(release: Release, adapter: Adapter | None, aliases: dict[str | None, str]) -> dict[str, Any]:
+def _fields(release: Release, adapter: Adapter | None, now: _Now) -> dict[str, Any]:
     manifest = adapter.manifest if adapter else {}
     return {
         "name": release.name,
-        "alias": aliases.get(release.name),
+        "alias": now.aliases.get(release.name),
         "digest": release.adapter_digest,
         "base_digest": adapter.base_digest if adapter else None,
         "run": adapter.run_id if adapter else None,
         "dataset_digest": manifest.get("dataset_digest"),
         "reward_snapshot": manifest.get("reward_snapshot_id"),
         "started_from": manifest.get("started_from", BASE_MODEL_NAME) if adapter else None,
+        "was_champion": release.name in now.former_champions,
         "mark": adapter.mark if adapter else None,
         "created_at": release.created_at,
         "files_deleted_at": adapter.files_deleted_at if adapter else None,

@@ -229,7 +229,8 @@ def test_an_operator_promotes_and_rolls_back_on_the_page_with_a_reason(page, sta
     page.get_by_label("Reason").press("Enter")
     expect(page.locator("#now")).to_contain_text(f"{name} is served", timeout=30_000)
     assert stack.ask().model == name
-    page.get_by_role("button", name="Roll back").click()
+    expect(page.get_by_role("button", name=f"Roll back to {before}")).to_be_visible()
+    page.get_by_role("button", name="Roll back", exact=True).click()
     page.get_by_label("Reason").fill("too terse")
     if path := os.environ.get("EVERLOOP_SHOTS"):
         page.screenshot(path=Path(path) / "roll-back.png")
