@@ -43,9 +43,9 @@ class Evidence:
     skills
         For each skill, how right the candidate's answers to its tasks were, and the champion's.
     behaviour
-        For each probe of :mod:`deploy.behaviour`, 1 where an answer went wrong.
+        For each probe of :mod:`deploy.behaviour`, 1 where an answer went wrong; without a probe, no gate.
     seconds_per_token
-        Of answers that nobody else kept waiting.
+        Of answers that nobody else kept waiting; likewise.
     kl, num_measured, max_kl
         Distance to the base model (nats), over how many answers, and how far it may be.
     golds_gained
@@ -79,13 +79,17 @@ def _gold(evidence: Evidence) -> list[GateResult]:
     return [gates.gold_gate(evidence.golds_gained)] if len(evidence.golds_gained) > 1 else []
 
 
+def _latency(evidence: Evidence) -> list[GateResult]:
+    return [gates.latency_gate(*evidence.seconds_per_token)] if evidence.seconds_per_token[0] else []
+
+
 BUILT_IN: Mapping[str, Gate] = {
     "attestation": lambda e: gates.attestation_gates(e.attested, e.champion_probe),
     "win_rate": lambda e: [gates.win_rate_gate(*e.rewards)],
     "length": _length,
     "skills": lambda e: gates.skill_gates(e.skills[1], e.skills[0]),
     "behaviour": lambda e: [gates.behaviour_gate(name, *arms) for name, arms in e.behaviour.items()],
-    "latency": lambda e: [gates.latency_gate(*e.seconds_per_token)],
+    "latency": _latency,
     "kl": lambda e: [gates.kl_gate(e.kl, e.num_measured, e.max_kl)],
     "gold": _gold,
 }

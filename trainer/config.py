@@ -46,6 +46,10 @@ class RunConfig(BaseModel):
     verifiers: list[str] = Field(["reasoning", "instructions"], description="Whose tasks train and judge.")
     verifiable_share: float = Field(0.0, ge=0, lt=1, description="Of the prompts that get samples, share of tasks.")
     gate_tasks_per_skill: int = Field(4, ge=0, description="Tasks of each skill that judge a candidate.")
+    gate_behaviour_questions: int = Field(
+        12, ge=0, le=12, description="Questions of each probe of behaviour (refusal, sycophancy, safety)."
+    )
+    gate_timed_answers: int = Field(8, ge=0, description="Answers of each arm that are timed for the latency gate.")
     verifier_timeout_s: float = Field(5.0, gt=0, description="A verifier that takes longer is counted, and killed.")
 
     length_guard: bool = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
@@ -27,7 +28,7 @@ from trainer.verify import Task, Verification
 
 GATE_TASKS_SEED = 7
 BEHAVIOUR_TOKENS = 24  # how an answer begins tells
-NUM_TIMED, TIMED_TOKENS = 8, 16
+TIMED_TOKENS = 16
 LOOK_EVERY_S = 0.2
 
 
@@ -49,27 +50,35 @@ class Questions:
         Held-out prompts of people, and the answers that were given to them.
     tasks
         Those that judge: the same for all candidates.
+    behaviour
+        Of each probe of :mod:`deploy.behaviour`, its first.
+    num_timed
+        How many answers of each are timed, one at a time.
     """
 
     prompts: list[Messages]
     references: list[str]
     tasks: list[Task]
+    behaviour: Mapping[str, Sequence[str]]
+    num_timed: int
 
     @classmethod
     def of(cls, data: Snapshot, verification: Verification, config: RunConfig) -> Self:
-        """Return the newest held-out prompts, each once, and tasks of each skill, as many as `config` says."""
+        """Return the newest held-out prompts, each once, and what else is asked, as much of it as `config` says."""
         examples = list({json.dumps(example.messages): example for example in data.gate}.values())
         asked = examples[-config.num_gate_prompts :]
         return cls(
             [example.messages for example in asked],
             [example.answer for example in asked],
             verification.judging_tasks(config.gate_tasks_per_skill, GATE_TASKS_SEED),
+            {n: p.questions[: config.gate_behaviour_questions] for n, p in behaviour.PROBES.items()},
+            config.gate_timed_answers,
         )
 
     @property
     def number(self) -> int:
-        """How many there are."""
-        return len(self.prompts) + len(self.tasks)
+        """How many there are, without those that are timed."""
+        return len(self.prompts) + len(self.tasks) + sum(map(len, self.behaviour.values()))
 
 
 def gather(
@@ -101,14 +110,18 @@ def gather(
         answers=(new, old),
         words=ready.data.well_rated_words(tail=0.0),
         skills=(able[0], able[1]),
-        behaviour=_behaviour(sample, release.name, ready.champion),
-        seconds_per_token=asyncio.run(_seconds_per_token(sessions, settings, release.name, ready.champion)),
+        behaviour=_behaviour(sample, release.name, ready.champion, questions.behaviour),
+        seconds_per_token=asyncio.run(
+            _seconds_per_token(sessions, settings, release.name, ready.champion, questions.num_timed)
+        ),
     )
 
 
-def _behaviour(sample: Sampler, release: str, champion: str) -> dict[str, Arms]:
+def _behaviour(
+    sample: Sampler, release: str, champion: str, questions: Mapping[str, Sequence[str]]
+) -> dict[str, Arms]:
     """Return for each probe of behaviour where the two went wrong; what the engine refused judges neither."""
-    asked = [question for probe in behaviour.PROBES.values() for question in probe.questions]
+    asked = [question for some in questions.values() for question in some]
     prompts = [[{"role": "user", "content": question}] for question in asked]
     answers = [
         [group[0].text if group else None for group in sample(name, prompts, 1, 6, BEHAVIOUR_TOKENS)]
@@ -117,21 +130,24 @@ def _behaviour(sample: Sampler, release: str, champion: str) -> dict[str, Arms]:
     told = {question: pair for question, *pair in zip(asked, *answers, strict=True) if None not in pair}
     return {
         name: (
-            [float(probe.went_wrong(told[q][0])) for q in probe.questions if q in told],
-            [float(probe.went_wrong(told[q][1])) for q in probe.questions if q in told],
+            [float(behaviour.PROBES[name].went_wrong(told[q][0])) for q in some if q in told],
+            [float(behaviour.PROBES[name].went_wrong(told[q][1])) for q in some if q in told],
         )
-        for name, probe in behaviour.PROBES.items()
+        for name, some in questions.items()
+        if some
     }
 
 
-async def _seconds_per_token(sessions: Sessions, settings: Settings, release: str, champion: str) -> Arms:
+async def _seconds_per_token(
+    sessions: Sessions, settings: Settings, release: str, champion: str, num_timed: int
+) -> Arms:
     """Time both, in turn, on the replica that runs sample from."""
     url = settings.need("engine_url")
     with sessions() as session:
         names = [serving.served_as(session, name, url) for name in (release, champion)]
     seconds: tuple[list[float], list[float]] = ([], [])
     async with EngineClient(url, timeout_s=settings.engine_timeout_s) as engine:
-        for number in range(NUM_TIMED):
+        for number in range(num_timed):
             for name, found in zip(names, seconds, strict=True):
                 payload: dict[str, Any] = {
                     "model": name,

@@ -30,6 +30,7 @@ from trainer.record import CONFIG_FILE
 GIVEN = {"recipe": "dpo", "batch_rows": 2, "micro_batch_rows": 2, "max_row_tokens": 64, "checkpoint_steps": 2}
 GIVEN |= {"max_rows": 12, "num_gate_prompts": 8, "max_answer_tokens": 16}
 GIVEN |= {"gate_tasks_per_skill": 0, "checkpoints_judged": 2, "judge_prompts": 4}
+GIVEN |= {"gate_behaviour_questions": 1, "gate_timed_answers": 2}
 
 NIGHT = """
 import json, sys

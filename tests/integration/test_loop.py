@@ -49,6 +49,8 @@ SMALL = {
     "min_margin": 0.0,
     "epochs": 1.0,
     "gate_tasks_per_skill": 1,
+    "gate_behaviour_questions": 4,
+    "gate_timed_answers": 3,
     "checkpoints_judged": 2,
     "judge_prompts": 4,
 }

@@ -151,7 +151,7 @@ def test_a_slow_candidate_fails_and_noise_holds():
     assert latency_gate([0.1, 0.11, 0.1], [0.1, 0.1, 0.11]).verdict == "pass"
     assert latency_gate([0.2, 0.21, 0.2], [0.1, 0.1, 0.1]).verdict == "fail"
     assert latency_gate([0.1, 0.4, 0.2], [0.1, 0.1, 0.1]).verdict == "inconclusive"
-    assert latency_gate([], []).verdict == "inconclusive"
+    assert latency_gate([0.1], [0.1]).verdict == "inconclusive"
 
 
 def evidence(**fields):

@@ -180,8 +180,10 @@ def test_gates_judge_on_prompts_that_both_arms_answered(monkeypatch):
     ready = Prepared(data, Reward(), "base", "base", 1)
     with closing(Verification([], 1.0)) as verification:
         questions = judge.Questions.of(data, verification, RunConfig())
-        assert questions.number == 3
+        assert questions.number == 3 + 3 * 12
         evidence = judge.gather(None, None, Release(name="r1"), ready, sample_of, questions, verification)
+        few = RunConfig(gate_behaviour_questions=0, gate_timed_answers=0)
+        assert judge.Questions.of(data, verification, few).number == 3
     gates = {result.gate: result for result in gating.judge(evidence)}
     assert (gates["win_rate"].n, gates["win_rate"].value) == (2, 1.0)
     assert evidence.answers == (["Longer."] * 2, ["Short."] * 2)
