@@ -61,15 +61,15 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer. The response's ``id`` is the episode's id."""
     state = request.app.state
     turn = Turn(state.book, state.fleet, state.settings, body)
+    if not body.stream:
+        return await _whole_answer(turn, request)
     await turn.begin()
-    if body.stream:
-        return ClosingStream(
-            _server_sent_events(turn),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            background=BackgroundTask(state.self_evaluator.offer, turn.recording),
-        )
-    return await _whole_answer(turn, request)
+    return ClosingStream(
+        _server_sent_events(turn),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        background=BackgroundTask(state.self_evaluator.offer, turn.recording),
+    )
 
 
 class ClosingStream(StreamingResponse):
@@ -100,17 +100,21 @@ async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
 
 
 async def _whole_answer(turn: Turn, request: Request) -> Response:
-    """Collect the answer; a client that hangs up stops the engine."""
+    """Generate the answer; a client that hangs up, be it in the queue, stops the engine."""
+    is_gone = False
     async with anyio.create_task_group() as tasks:
 
         async def watch_client() -> None:
+            nonlocal is_gone
             while (await request.receive())["type"] != "http.disconnect":
                 pass
+            is_gone = True
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(watch_client)
         error: EverloopError | None = None
         try:
+            await turn.begin()
             async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
                 async for _ in deltas:
                     pass
@@ -119,9 +123,9 @@ async def _whole_answer(turn: Turn, request: Request) -> Response:
         tasks.cancel_scope.cancel()
     if error is not None:
         raise error
-    recording = turn.recording
-    if recording.status == "interrupted":
+    if is_gone:
         return Response(status_code=499)
+    recording = turn.recording
     used = usage(recording.num_prompt_tokens, len(recording.token_ids))
     return JSONResponse(
         completion(

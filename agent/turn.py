@@ -40,12 +40,13 @@ class Turn:
         self._started_s = time.perf_counter()
 
     async def begin(self) -> None:
-        """Choose the release and open the engine's stream.
+        """Choose the release and open the engine's stream; what is not streamed is generated in here.
 
         Raises
         ------
         EverloopError
-            Where nothing was generated; then no episode is written, but of users in a canary.
+            Where nothing was generated; then no episode is written, but of users in a canary. Of whoever hangs up
+            meanwhile there is one, interrupted and empty.
         """
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
@@ -73,21 +74,29 @@ class Turn:
                 "messages": messages,
                 "logprobs": True,
                 "return_token_ids": True,
-                "stream_options": {"include_usage": True},
+                **({"stream_options": {"include_usage": True}} if self.body.stream else {}),
                 **sampling,
             },
             affinity=self.body.user,
             # A run serves its versions on the replica that it samples from.
             routes=None if trial is None else {self.settings.need("engine_url"): trial},
+            at_once=not self.body.stream,
         )
         try:
             self._events = await self._stream.__aenter__()
         except (EngineError, UnavailableError):
             if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
-                self.recording.status = "failed"
-                self.recording.latency_ms = self._elapsed_ms()
-                await self.book.end(self.recording, self._key)
+                await self._end("failed")
             raise
+        except anyio.get_cancelled_exc_class():  # the client is gone
+            with anyio.CancelScope(shield=True):
+                await self._end("interrupted")
+            raise
+
+    async def _end(self, status: str) -> None:
+        self.recording.status = status
+        self.recording.latency_ms = self._elapsed_ms()
+        await self.book.end(self.recording, self._key)
 
     async def _version_of_run(self) -> str:
         """Return the version of a run in progress that is asked for, by number or as ``run/ID@latest``."""
@@ -112,16 +121,16 @@ class Turn:
 
         Closing it early stops the engine and writes the episode as interrupted.
         """
-        recording = self.recording
+        status = "interrupted"
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]
                 async for event in events:
                     text = self._take(event)
                     if text:
                         yield text
-            recording.status = "complete" if recording.finish_reason else "failed"
+            status = "complete" if self.recording.finish_reason else "failed"
         except EverloopError:
-            recording.status = "failed"
+            status = "failed"
             raise
         finally:
             # The client may be gone and this task cancelled: the episode is written all the same.
@@ -129,8 +138,7 @@ class Turn:
                 try:
                     await self._stream.__aexit__(None, None, None)
                 finally:
-                    recording.latency_ms = self._elapsed_ms()
-                    await self.book.end(recording, self._key)
+                    await self._end(status)
 
     def _take(self, event: dict[str, Any]) -> str:
         recording = self.recording
@@ -142,7 +150,7 @@ class Turn:
             recording.num_prompt_tokens = len(event["prompt_token_ids"])
         choice = event["choices"][0]
         text = choice["delta"].get("content") or ""
-        if recording.ttft_ms is None and text:
+        if self.body.stream and recording.ttft_ms is None and text:
             recording.ttft_ms = self._elapsed_ms()
         # Half a surrogate pair or a NUL cannot be stored.
         recording.answer += text.replace("\x00", "").encode("utf-8", "replace").decode()

@@ -18,6 +18,7 @@ import httpx
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 
 CONNECT_TIMEOUT_S = 2.0
+WHOLE_ANSWER_SILENCE = 4.0
 YES, NO = "Yes", "No"
 RUN_PREFIX, LATEST = "run/", "latest"  # adapters that are still being trained: run/ID@VERSION, or run/ID@latest
 MODEL_GONE = "release_loading"
@@ -58,6 +59,7 @@ class EngineClient:
             trust_env=False,
             verify=_trusted(),
         )
+        self._timeout_s = timeout_s
         self.num_streams = 0
         self._stream_ended_s = -math.inf
         self._yes_no_ids: list[int] = []
@@ -101,6 +103,21 @@ class EngineClient:
                     yield chunks
             finally:
                 await response.aclose()
+
+    @asynccontextmanager
+    async def chat_at_once(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """Do as :meth:`stream_chat`, with the whole answer in one chunk.
+
+        A chunk for each token, with its log-probability, costs engine and reader more than some steps of a small
+        model do: whoever does not show an answer as it comes is spared that.
+        """
+        with self._counted():
+            body = await self._post("/v1/chat/completions", payload, silence=WHOLE_ANSWER_SILENCE)
+            if not body.get("choices"):
+                raise EngineError("The engine sent what is no answer.", code="engine_failed")
+            yield _at_once(
+                {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
+            )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -212,9 +229,11 @@ class EngineClient:
         told = choice["prompt_logprobs"][len(prompt_ids) :]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids, told, strict=True)]
 
-    async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, path: str, payload: dict[str, Any], silence: float = 1.0) -> dict[str, Any]:
+        """Send, and return what came; `silence` is by how much longer than usual it may keep silent."""
+        timeout = httpx.Timeout(self._timeout_s * silence, connect=CONNECT_TIMEOUT_S)
         try:
-            response = await self._http.post(path, json=payload)
+            response = await self._http.post(path, json=payload, timeout=timeout)
         except httpx.TransportError as error:
             raise _unavailable() from error
         if response.status_code != 200:
@@ -248,6 +267,10 @@ def _chunk(data: bytes) -> dict[str, Any]:
     if "error" in chunk or "choices" not in chunk:
         raise EngineError("The engine broke off the answer.", code="engine_failed")
     return chunk
+
+
+async def _at_once(chunk: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield chunk
 
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:

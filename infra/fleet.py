@@ -152,12 +152,20 @@ class Fleet:
 
     @asynccontextmanager
     async def stream_chat(
-        self, release: str, payload: dict[str, Any], affinity: str = "", routes: Mapping[str, str] | None = None
+        self,
+        release: str,
+        payload: dict[str, Any],
+        affinity: str = "",
+        routes: Mapping[str, str] | None = None,
+        *,
+        at_once: bool = False,
     ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """Open a chat completion stream; leaving the block early makes the engine stop generating.
 
         Parameters
         ----------
+        at_once
+            Have the whole answer in one chunk; the engine stops if this is cancelled while it is opened.
         affinity
             Requests of the same key go to the same replica while that has not much more to do than others.
         routes
@@ -179,9 +187,8 @@ class Fleet:
             async def open_stream(replica: Replica, name: str) -> AsyncIterator[dict[str, Any]]:
                 attempt = contextlib.AsyncExitStack()
                 try:
-                    chunks = await attempt.enter_async_context(
-                        replica.client.stream_chat({**payload, "model": name})
-                    )
+                    chat = replica.client.chat_at_once if at_once else replica.client.stream_chat
+                    chunks = await attempt.enter_async_context(chat({**payload, "model": name}))
                     first = await _until_first_token(chunks)
                 except BaseException:
                     await attempt.aclose()

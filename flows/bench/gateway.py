@@ -62,7 +62,7 @@ async def _one(url: str, number: int, own: dict[str, Any]) -> Measured:
 
 
 def null_engine(seconds: float) -> dict[str, Any]:
-    """Send as much through the whole gateway as it takes, before an engine that answers at once.
+    """Send what the whole gateway takes, half of it streamed, before an engine that answers at once.
 
     Returns
     -------
@@ -96,6 +96,7 @@ def _null_body(number: int) -> dict[str, Any]:
         "messages": [{"role": "user", "content": content}],
         "user": f"user-{number % NULL_USERS}",
         "max_tokens": 16,
+        "stream": number % 2 == 0,
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 ANSWER = "A fixed answer of sixteen tokens, which nobody had to wait for at all."
 NUM_TOKENS = 16
+PIECES = [ANSWER[at : at + 5] for at in range(0, len(ANSWER), 5)][:NUM_TOKENS]
+USAGE = {"prompt_tokens": 20, "completion_tokens": len(PIECES), "total_tokens": 20 + len(PIECES)}
 PROBE_LOGPROB = -1.0
 
 
@@ -23,19 +25,29 @@ def _chunk(choice: dict[str, Any]) -> bytes:
 
 def _stream() -> bytes:
     """Return the whole stream, with a token id and a log-probability for each token as vLLM sends them."""
-    pieces = [ANSWER[at : at + 5] for at in range(0, len(ANSWER), 5)][:NUM_TOKENS]
     chunks = [_chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})]
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(PIECES):
         logprobs = {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []}]}
-        last = "stop" if number == len(pieces) - 1 else None
+        last = "stop" if number == len(PIECES) - 1 else None
         delta = {"index": 0, "delta": {"content": piece}, "logprobs": logprobs, "finish_reason": last}
         chunks.append(_chunk({**delta, "token_ids": [number]}))
-    usage = {"prompt_tokens": 20, "completion_tokens": len(pieces), "total_tokens": 20 + len(pieces)}
-    chunks.append(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+    chunks.append(b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n")
     return b"".join(chunks) + b"data: [DONE]\n\n"
 
 
-STREAM = _stream()
+def _at_once() -> bytes:
+    """Return the same as one answer."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(PIECES)},
+        "logprobs": {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []} for piece in PIECES]},
+        "token_ids": list(range(len(PIECES))),
+        "finish_reason": "stop",
+    }
+    return json.dumps({"choices": [choice], "usage": USAGE, "prompt_token_ids": list(range(20))}).encode()
+
+
+STREAM, AT_ONCE = _stream(), _at_once()
 METRICS = (
     f"process_start_time_seconds {time.time():.2f}\n"
     'vllm:num_requests_running{model_name="base"} 0.0\nvllm:num_requests_waiting{model_name="base"} 0.0\n'
@@ -47,7 +59,7 @@ def answer_to(path: str, body: bytes) -> tuple[str, bytes]:
     if path == "/metrics":
         return "text/plain", METRICS
     if path == "/v1/chat/completions":
-        return "text/event-stream", STREAM
+        return ("text/event-stream", STREAM) if json.loads(body).get("stream") else ("application/json", AT_ONCE)
     if path == "/v1/completions":
         num_tokens = len(json.loads(body)["prompt"].split()) + 1
         told = [None, *({"1": {"logprob": PROBE_LOGPROB}} for _ in range(num_tokens))]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import statistics
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import httpx
-
 from flows.bench.adapters import random_adapters
+from flows.bench.load_generator import load
 from infra import report
 from infra.settings import BASE_MODEL_NAME, Settings
 
@@ -18,10 +17,13 @@ NUM_STREAMS = 16
 ANSWER_TOKENS = 64
 NUM_ADAPTERS = 4
 
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 Variants = dict[str, Callable[[], Awaitable[float]]]
 
 COMPARED_WITH = {
     "gateway, base": "engine, base",
+    "gateway, base, streamed": "engine, base, streamed",
+    "engine, base, all that the gateway asks": "engine, base, streamed",
     "engine, 1 adapter": "engine, base, full length",
     "engine, 4 adapters": "engine, base, full length",
 }
@@ -37,8 +39,8 @@ def serving(settings: Settings, runs: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``variants``; and medians of ratios: ``gateway_ratio``, ``lora1_ratio`` (one adapter over the base model),
-        ``lora4_ratio`` (four adapters mixed over the base model).
+        ``variants``; and medians of ratios: ``gateway_ratio`` (whole answers), ``gateway_streamed_ratio``,
+        ``lora1_ratio`` (one adapter over the base model), ``lora4_ratio`` (four adapters mixed).
     """
     figures = asyncio.run(_measure(settings, runs))
     result: dict[str, Any] = {"streams": NUM_STREAMS, "runs": runs, "variants": {}}
@@ -52,6 +54,7 @@ def serving(settings: Settings, runs: int) -> dict[str, Any]:
             "runs": [round(v) for v in values],
         }
     result["gateway_ratio"] = result["variants"]["gateway, base"]["ratio"]
+    result["gateway_streamed_ratio"] = result["variants"]["gateway, base, streamed"]["ratio"]
     result["lora1_ratio"] = result["variants"]["engine, 1 adapter"]["ratio"]
     result["lora4_ratio"] = result["variants"]["engine, 4 adapters"]["ratio"]
     return result
@@ -60,11 +63,16 @@ def serving(settings: Settings, runs: int) -> dict[str, Any]:
 async def _measure(settings: Settings, runs: int) -> dict[str, list[float]]:
     engine, gateway = settings.need("engine_url"), settings.need("public_url")
     base = [BASE_MODEL_NAME]
+    own = {"store": False}  # a bench must teach nothing
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    asked = {**streamed, "logprobs": True, "return_token_ids": True}
     async with random_adapters(engine, settings.base_model_dir, NUM_ADAPTERS, settings.max_lora_rank) as names:
         variants: Variants = {
             "engine, base": lambda: _tokens_per_s(engine, base, {}),
-            # A bench must teach nothing.
-            "gateway, base": lambda: _tokens_per_s(gateway, base, {"store": False}),
+            "gateway, base": lambda: _tokens_per_s(gateway, base, own),
+            "engine, base, streamed": lambda: _tokens_per_s(engine, base, streamed),
+            "gateway, base, streamed": lambda: _tokens_per_s(gateway, base, {**own, **streamed}),
+            "engine, base, all that the gateway asks": lambda: _tokens_per_s(engine, base, asked),
             "engine, base, full length": lambda: _tokens_per_s(engine, base, {"ignore_eos": True}),
             "engine, 1 adapter": lambda: _tokens_per_s(engine, names[:1], {"ignore_eos": True}),
             "engine, 4 adapters": lambda: _tokens_per_s(engine, names, {"ignore_eos": True}),
@@ -87,22 +95,25 @@ async def _interleave(variants: Variants, runs: int) -> dict[str, list[float]]:
 
 async def _tokens_per_s(url: str, models: Sequence[str], options: dict[str, Any]) -> float:
     """Ask on all streams at once, the models in turn."""
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
 
-        async def one(number: int) -> int:
-            question = f"Tell me the whole story of the number {number}."
-            body = {
-                "model": models[number % len(models)],
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": ANSWER_TOKENS,
-                "temperature": 0.8,
-                "seed": number,
-                **options,
-            }
-            response = await client.post("/v1/chat/completions", json=body)
-            response.raise_for_status()
-            return int(response.json()["usage"]["completion_tokens"])
+    def body_of(number: int) -> dict[str, Any]:
+        return {
+            "model": models[number % len(models)],
+            "messages": [{"role": "user", "content": f"Tell me the whole story of the number {number}."}],
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": 0.8,
+            "seed": number,
+            **options,
+        }
 
-        started_s = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(one(number) for number in range(NUM_STREAMS))))
-        return tokens / (time.perf_counter() - started_s)
+    measured = await load(
+        url, body_of, num_connections=NUM_STREAMS, num_requests=NUM_STREAMS, num_tokens_of=_num_tokens
+    )
+    if measured.failures:
+        raise RuntimeError(measured.failures[0])
+    return measured.num_tokens / measured.seconds
+
+
+def _num_tokens(answer: bytes) -> int:
+    """Return what an answer, or its last chunk, says of its length."""
+    return int(_COMPLETION_TOKENS.findall(answer)[-1])

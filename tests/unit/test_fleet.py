@@ -133,6 +133,27 @@ def test_until_something_is_seen_of_the_answer_another_is_tried(engines, failure
     assert len(engines.asked) == 2 and engines.asked[0][0] == first
 
 
+ANSWER = {"message": {"role": "assistant", "content": "Hi"}, "token_ids": [7], "finish_reason": "stop"}
+
+
+def at_once(answer):
+    return httpx.Response(200, json=answer)
+
+
+@pytest.mark.parametrize(
+    "failure", [httpx.ReadError("gone"), httpx.Response(500, text="failing"), at_once({}), at_once({"choices": []})]
+)
+def test_a_whole_answer_comes_in_one_chunk_and_another_is_tried_until_it_comes(engines, failure):
+    for url in URLS:
+        engines.answers[url] = at_once({"choices": [ANSWER], "usage": {"prompt_tokens": 3}})
+    first = engines.fleet._ranked(dict.fromkeys(URLS, "r1"), "ada")[0].url
+    engines.answers[first] = failure
+    [chunk] = engines.ask(affinity="ada", at_once=True)
+    assert chunk["choices"][0]["delta"]["content"] == "Hi" and chunk["usage"] == {"prompt_tokens": 3}
+    assert len(engines.asked) == 2 and engines.asked[0][0] == first
+    assert all(replica.client.num_streams == 0 for replica in engines.fleet.replicas.values())
+
+
 def test_after_that_it_is_not_asked_twice(engines):
     for url in URLS:
         engines.answers[url] = [*WHOLE[:2], {"error": {"message": "out of memory"}}]
