@@ -17,6 +17,7 @@ from deploy import audit, autonomy, canary, explanation, head
 from deploy.promotion import Operator
 from feedback.addresses import client_address
 from infra.db import transaction
+from infra.errors import ConflictError
 from infra.text import CleanText
 
 ACTOR = "operator"
@@ -68,6 +69,7 @@ class DeploymentView(BaseModel):
     challenger: str | None
     share: float
     autonomy: Level
+    rolls_back_to: str | None = Field(description="Where a rollback goes if it names nothing.")
     canary_id: int | None
     evidence: dict[str, Any] | None
     sentence: str | None
@@ -125,10 +127,18 @@ def get_deployment(request: Request) -> DeploymentView:
             challenger=current.challenger,
             share=current.share,
             autonomy=autonomy.level(session, request.app.state.settings),
+            rolls_back_to=_rolls_back_to(session),
             canary_id=current.canary_id,
             evidence=rollout.evidence() if rollout else None,
             sentence=rollout.sentence() if rollout else None,
         )
+
+
+def _rolls_back_to(session: Session) -> str | None:
+    try:
+        return head.previous_champion(session)
+    except ConflictError:
+        return None
 
 
 @router.post("/deployment/promote")

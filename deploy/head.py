@@ -22,6 +22,7 @@ from infra.events import DeploymentChanged
 from infra.log import outbox
 
 HEAD_ID = 1
+PROMOTIONS = ("promoted", "promoted_by_hand")
 CANARY_ACTIONS = {"promote": "promoted", "rollback": "canary_rolled_back", "quarantined": "quarantined"}
 
 
@@ -86,7 +87,7 @@ def open_canary(
     Raises
     ------
     ConflictError
-        Code ``canary_open`` where another candidate is among users.
+        Code ``canary_open`` where another candidate is among users, ``already_champion``.
     IntegrityError
         Code ``adapter_deleted``.
     """
@@ -97,6 +98,8 @@ def open_canary(
         raise ConflictError(
             f"Canary {head.canary_id} ({head.challenger}) is open; decide it first.", code="canary_open"
         )
+    if challenger == head.champion:
+        raise ConflictError(f"{challenger} is the champion already.", code="already_champion")
     canary = Canary(champion=head.champion, challenger=challenger, plan=plan.model_dump(mode="json"), gates=gates)
     session.add(canary)
     session.flush()
@@ -211,22 +214,28 @@ def _close(session: Session, canary: Canary, decision: str, reason: str) -> None
 
 
 def previous_champion(session: Session) -> str:
-    """Return the champion before the present one, for a rollback.
+    """Return the champion that a rollback goes to: the one that the present champion was promoted over.
+
+    A rollback undoes a promotion, and another one the promotion before that: going back twice does not bring back
+    what was gone back from.
 
     Raises
     ------
     ConflictError
         Code ``nothing_to_roll_back``.
     """
-    before = session.scalars(
-        sa.select(AuditEntry.details["before"]["champion"].astext)
-        .where(AuditEntry.details["before"]["champion"].astext != read(session).champion)
-        .order_by(AuditEntry.id.desc())
-        .limit(1)
-    ).one_or_none()
-    if before is None:
-        raise ConflictError("There is no earlier champion.", code="nothing_to_roll_back")
-    return str(before)
+    before = AuditEntry.details["before"]["champion"].astext
+    after = AuditEntry.details["after"]["champion"].astext
+    promoted = sa.select(before).where(AuditEntry.action.in_(PROMOTIONS), before != after)
+    name = read(session).champion
+    seen = {name}
+    while True:
+        name = session.scalar(promoted.where(after == name).order_by(AuditEntry.id.desc()).limit(1)) or name
+        if name in seen:
+            raise ConflictError("There is no earlier champion.", code="nothing_to_roll_back")
+        if not is_quarantined(session, name):
+            return name
+        seen.add(name)
 
 
 def former_champions(session: Session) -> set[str]:

@@ -56,7 +56,8 @@ class Operator:
             Code ``release_not_ready`` where not every replica that is up serves it: nothing has changed.
         """
         head.check_reason(reason)
-        target, seen = self._make_ready(release)
+        target, seen = self._find(release)
+        serving.make_ready(self.sessions, target)
         with self._moving(target, seen) as session:
             override_gates(session, self.settings, target, actor=self.name, reason=reason)
             head.move_champion(session, target, action="promoted_by_hand", actor=self.name, reason=reason)
@@ -71,7 +72,8 @@ class Operator:
             Code ``never_champion``.
         """
         head.check_reason(reason)
-        target, seen = self._make_ready(to, seen_anew=False)
+        target, seen = self._find(to)
+        serving.make_one_ready(self.sessions, target)
         with self._moving(target, seen) as session:
             head.check_was_champion(session, target)
             head.move_champion(session, target, action="rolled_back_by_hand", actor=self.name, reason=reason)
@@ -80,7 +82,8 @@ class Operator:
     def try_out(self, release: str, reason: str, share: float | None = None) -> Canary:
         """Open a canary of a release (:func:`try_out`) once every replica that is up serves it."""
         head.check_reason(reason)
-        target, _ = self._make_ready(release)
+        target, _ = self._find(release)
+        serving.make_ready(self.sessions, target)
         with self.acting() as session:
             registry.lock_head(session)  # its files stay while they are looked at
             opened = try_out(session, self.settings, target, share=share, actor=self.name, reason=reason)
@@ -97,14 +100,12 @@ class Operator:
             registry.check_servable(session, self.settings, target)
             yield session
 
-    def _make_ready(self, release: str | None, *, seen_anew: bool = True) -> tuple[str, str]:
-        """Have every replica serve a release, the champion before if none is named; return it and the champion."""
+    def _find(self, release: str | None) -> tuple[str, str]:
+        """Return a release whose files are whole, the one to go back to if none is named; and the champion."""
         with transaction(self.sessions) as session:
             target = registry.get_release(session, release or head.previous_champion(session)).name
             registry.verified_path(session, self.settings, target)
-            champion = head.read(session).champion
-        serving.make_ready(self.sessions, target, seen_anew=seen_anew)
-        return target, champion
+            return target, head.read(session).champion
 
 
 def try_out(

@@ -96,7 +96,8 @@ def prune(
 ) -> None:
     """Delete the files of adapters that nothing serves, rolls back to or goes on from; it is done once a minute."""
     settings = load()
-    found = retention.prune(connect(settings.need("database_url"), pool_size=1), settings, dry_run=dry_run)
+    sessions = connect(settings.need("database_url"), pool_size=1)
+    found = retention.prune(sessions, settings, dry_run=dry_run, actor=getpass.getuser())
     report.print_fields(json_path, {"dry_run": dry_run, **asdict(found)})
 
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from deploy import attest, registry
+from deploy import attest, audit, registry
 from deploy.attest import Proof
 from deploy.runs import TrainingRun
 from deploy.tables import Attestation, Release, Replica
@@ -35,6 +35,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 # An answer begun on a release may still be running when the head moves: keep what nobody wants for so long.
 KEEP_S = 1800.0
 AGAIN = "~"
+ACTOR = f"{audit.PLATFORM}reconciler"
 
 
 class ReplicaKeeper:
@@ -104,15 +105,19 @@ class ReplicaKeeper:
         log.error("%s: %s is not proved: %s", self.url, name, proof.problem)
         self._wait_before(name)
         if name != BASE_MODEL_NAME:
-            await self._in_thread(self._spoil, name)
+            await self._in_thread(self._spoil, name, proof.problem)
             with suppress(EverloopError):  # nobody is sent to it in any case
                 await engine.unload_adapter(served_as)
         return []
 
-    def _spoil(self, name: str) -> None:
+    def _spoil(self, name: str, problem: str) -> None:
         with self.sessions.begin() as session:
             replica = session.get_one(Replica, self.url, with_for_update=True)
-            replica.spoiled = {**replica.spoiled, name: replica.spoiled.get(name, 0) + 1}
+            before = replica.spoiled.get(name, 0)
+            replica.spoiled = {**replica.spoiled, name: before + 1}
+            if not before:
+                reason = f"{self.url}: {problem}; it is loaded again under another name"
+                audit.write(session, actor=ACTOR, action="unproved", subject=name, reason=reason)
 
     async def _load(self, engine: EngineClient, name: str, held: list[str]) -> str:
         """Load a release under a name that has meant nothing else in this life of the engine; return that name."""

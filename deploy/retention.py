@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -15,11 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import audit
+from deploy.head import previous_champion
 from deploy.registry import lock_head, lock_out_erasures
 from deploy.runs import TrainingRun
 from deploy.store import open_store
 from deploy.tables import Adapter, AuditEntry, Canary, Head, Release
 from infra.db import Sessions
+from infra.errors import ConflictError
 from infra.settings import BASE_MODEL_NAME, Settings
 
 log = logging.getLogger("everloop.retention")
@@ -110,13 +113,15 @@ def deletable(
     return [adapter for adapter in adapters if adapter.has_files and adapter.release not in kept]
 
 
-def prune(sessions: Sessions, settings: Settings, *, dry_run: bool = False) -> Pruned:
+def prune(sessions: Sessions, settings: Settings, *, dry_run: bool = False, actor: str = ACTOR) -> Pruned:
     """Delete the files of adapters that nothing needs, and what crashes left half-written.
 
     Parameters
     ----------
     dry_run
         Only tell what would go.
+    actor
+        Who does it, for the audit log.
 
     Raises
     ------
@@ -130,7 +135,7 @@ def prune(sessions: Sessions, settings: Settings, *, dry_run: bool = False) -> P
         going = _deletable_now(session, settings)
         found.releases = [adapter.release for adapter in going]
         if not dry_run:
-            _mark(session, going)
+            _mark(session, going, actor)
     _delete_files(sessions, settings, found, dry_run)
     if found.releases and not dry_run:
         log.info("deleted the files of %s", ", ".join(found.releases))
@@ -165,6 +170,8 @@ def _in_use(session: Session) -> set[str]:
     running = TrainingRun.status == "running"
     found = {*head, *(name for canary in canaries for name in canary)}
     found.update(session.scalars(sa.select(TrainingRun.release).where(running)))
+    with suppress(ConflictError):  # there is none yet
+        found.add(previous_champion(session))
     began_at = session.scalar(sa.select(sa.func.min(TrainingRun.started_at)).where(running))
     if began_at is not None:  # a run goes on from whoever was champion when it began
         found.update(name for move in _moves(session, began_at) for name in move)
@@ -180,12 +187,12 @@ def _moves(session: Session, since: datetime | None = None) -> list[Move]:
     return [(str(old), str(new)) for old, new in session.execute(query)]
 
 
-def _mark(session: Session, going: Sequence[StoredAdapter]) -> None:
+def _mark(session: Session, going: Sequence[StoredAdapter], actor: str) -> None:
     digests = [adapter.digest for adapter in going]
     session.execute(sa.update(Adapter).where(Adapter.digest.in_(digests)).values(files_deleted_at=sa.func.now()))
     for adapter in going:
         reason = "nothing serves it, rolls back to it or goes on from it"
-        audit.write(session, actor=ACTOR, action="files_deleted", subject=adapter.release, reason=reason)
+        audit.write(session, actor=actor, action="files_deleted", subject=adapter.release, reason=reason)
 
 
 def _delete_files(sessions: Sessions, settings: Settings, found: Pruned, dry_run: bool) -> None:

@@ -123,14 +123,10 @@ def want(session: Session, release: str) -> None:
     session.execute(row.on_conflict_do_update(index_elements=["release"], set_={"until": row.excluded.until}))
 
 
-def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None, *, seen_anew: bool = True) -> None:
-    """Wait until every replica that is up has proved that it serves a release.
+def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None) -> None:
+    """Wait until every replica that is up, looked at since this was asked, has proved that it serves a release.
 
-    Parameters
-    ----------
-    seen_anew
-        Whether each must have been looked at since this was asked. What was proved says nothing of an engine that
-        died a moment ago; going back, one does not wait for that.
+    What was proved before says nothing of an engine that died a moment ago.
 
     Raises
     ------
@@ -142,7 +138,7 @@ def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None,
         name = registry.get_release(session, release).name
         want(session, name)
         at_first = _up(session)
-        asked_at = session.scalar(sa.select(sa.func.clock_timestamp())) if seen_anew else None
+        asked_at = session.scalar(sa.select(sa.func.clock_timestamp()))
     deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
     while True:
         with transaction(sessions) as session:
@@ -151,12 +147,38 @@ def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None,
         if not lacking:
             return
         if gone or time.monotonic() > deadline_s:
-            why = "; ".join(f"{url}: {problem}" for url, problem in sorted(lacking.items()))
-            raise UnavailableError(
-                f"{name} is not served by every replica, so nothing was changed. {why}",
-                code="release_not_ready",
-            )
+            raise _not_ready(name, lacking)
         time.sleep(POLL_S)
+
+
+def make_one_ready(sessions: Sessions, release: str) -> None:
+    """Wait until any replica has proved that it serves a release, as mostly one has: who goes back is in a hurry.
+
+    Replicas that have not get no request for it, so that one that is ill keeps nobody from going back.
+
+    Raises
+    ------
+    UnavailableError
+        Code ``release_not_ready``, ``engine_unavailable``; who is served what has not changed.
+    """
+    with transaction(sessions) as session:
+        want(session, release)
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        with transaction(sessions) as session:
+            lacking = missing(session, release)
+            if len(lacking) < len(_up(session)):
+                return
+        if time.monotonic() > deadline_s:
+            raise _not_ready(release, lacking)
+        time.sleep(POLL_S)
+
+
+def _not_ready(release: str, lacking: Mapping[str, str]) -> UnavailableError:
+    why = "; ".join(f"{url}: {problem}" for url, problem in sorted(lacking.items()))
+    return UnavailableError(
+        f"{release} is not served by every replica, so nothing was changed. {why}", code="release_not_ready"
+    )
 
 
 def _is_up() -> sa.ColumnElement[bool]:

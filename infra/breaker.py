@@ -36,8 +36,18 @@ class Breaker:
             self._is_tried = True
             self._pause()
 
+    def answer(self) -> None:
+        """Note that an answer has begun: others may be sent, and one more failure leaves it alone again."""
+        self._failures = min(self._failures, FAILURES_TO_OPEN - 1)
+        self._closed_again_s, self._is_tried = -math.inf, False
+
+    def abandon(self) -> None:
+        """Note that whoever tried it went away: another may try."""
+        if self._is_tried:
+            self._closed_again_s, self._is_tried = -math.inf, False
+
     def succeed(self) -> None:
-        """Note an answer."""
+        """Note a whole answer."""
         self._failures, self._closed_again_s, self._is_tried = 0, -math.inf, False
 
     def fail(self) -> None:

@@ -96,8 +96,7 @@ class EngineClient:
                 raise _unavailable() from error
             try:
                 if response.status_code != 200:
-                    await response.aread()
-                    raise _refusal(response)
+                    raise await _read_refusal(response)
                 # Closed here: a generator that is left to itself closes beside us, and each breaks the other.
                 async with aclosing(_chunks(response)) as chunks:
                     yield chunks
@@ -292,6 +291,14 @@ def _unavailable() -> UnavailableError:
         "The engine does not answer. Feedback still works; try the chat again in a few seconds.",
         code="engine_unavailable",
     )
+
+
+async def _read_refusal(response: httpx.Response) -> EverloopError:
+    try:
+        await response.aread()
+    except httpx.TransportError:
+        return _unavailable()
+    return _refusal(response)
 
 
 def _refusal(response: httpx.Response) -> EverloopError:

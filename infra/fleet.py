@@ -98,10 +98,18 @@ class Fleet:
                 await replica.client.close()
 
     async def _watch(self) -> None:
-        while True:
-            await asyncio.gather(*(replica.look() for replica in self.replicas.values()))
-            await asyncio.sleep(LOOK_EVERY_S)
-            await self._find()
+        looks: dict[str, asyncio.Task[None]] = {}  # one that hangs keeps nobody from seeing that another is down
+        try:
+            while True:
+                for url, replica in self.replicas.items():
+                    if url not in looks or looks[url].done():
+                        looks[url] = asyncio.create_task(replica.look())
+                await asyncio.sleep(LOOK_EVERY_S)
+                await self._find()
+        finally:
+            for look in looks.values():
+                look.cancel()
+            await asyncio.gather(*looks.values(), return_exceptions=True)
 
     async def _find(self) -> None:
         urls = await addresses(self.settings)
@@ -123,16 +131,12 @@ class Fleet:
 
     async def models(self) -> list[str]:
         """Return the names that any replica holds now, which need not be proved."""
-        found: set[str] = set()
-        problem: EverloopError | None = None
-        for replica in list(self.replicas.values()):
-            try:
-                found.update(await replica.client.models())
-            except EverloopError as error:
-                problem = error
-        if not found and problem is not None:
-            raise problem
-        return sorted(found)
+        asked = [replica.client.models() for replica in self.replicas.values()]
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        problems = [answer for answer in told if isinstance(answer, BaseException)]
+        if len(problems) == len(told) and problems:
+            raise problems[0]
+        return sorted({name for answer in told if not isinstance(answer, BaseException) for name in answer})
 
     async def proved(self, release: str) -> Mapping[str, str]:
         """Return the replicas that have proved a release, and what each calls it."""
@@ -193,6 +197,7 @@ class Fleet:
                 except BaseException:
                     await attempt.aclose()
                     raise
+                replica.breaker.answer()
                 stack.push_async_callback(attempt.aclose)
                 return _noting(replica, first, chunks)
 
@@ -221,6 +226,9 @@ class Fleet:
                     replica.breaker.fail()
                 log.warning("%s could not answer: %s", replica.url, error.code)
                 problem = error
+            except BaseException:
+                replica.breaker.abandon()
+                raise
             else:
                 return answer
         raise problem or self._nobody(names)

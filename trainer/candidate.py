@@ -156,6 +156,7 @@ class Candidate:
             registry.lock_out_erasures(session)
             self.record.raise_if_cancelled(session)
             if reason := judge.failing(results):
+                audit.write(session, actor=ACTOR, action="held", subject=release.name, reason=reason)
                 return self.record.finish("held", session, reason=reason, **outcome)
             if registry.clean_ancestor(session, release.name) == release.name:
                 registry.check_servable(session, self.settings, release.name)

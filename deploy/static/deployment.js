@@ -21,7 +21,7 @@ function actionsOf(release, deployment) {
   if (release.was_champion && release.name !== deployment.champion) {
     const rollback = {
       title: `Roll back to ${release.name}`, text: EVERYBODY, path: '/v1/deployment/rollback',
-      body: { to: release.name }, meanwhile: PROVING, look,
+      body: { to: release.name }, look,
     };
     cell.append(' ', button('Roll back to it', rollback.title, () => act(rollback)));
   }
@@ -41,11 +41,13 @@ function showNow(deployment) {
   const challenger = deployment.challenger
     ? `; ${deployment.challenger} for ${Math.round(100 * deployment.share)} % of the users` : '';
   now.replaceChildren(`${deployment.champion} is served${challenger}. By itself: ${deployment.autonomy}. `);
-  const rollback = {
-    title: 'Roll back', text: 'The champion before takes over.', path: '/v1/deployment/rollback',
-    meanwhile: PROVING, look,
-  };
-  now.append(button('Roll back', 'Roll back', () => act(rollback)));
+  if (deployment.rolls_back_to) {
+    const rollback = {
+      title: 'Roll back', text: `${deployment.rolls_back_to} takes over.`, path: '/v1/deployment/rollback',
+      body: { to: deployment.rolls_back_to }, look,
+    };
+    now.append(button('Roll back', 'Roll back', () => act(rollback)));
+  }
   document.querySelector('#evidence').textContent = deployment.sentence ?? '';
 }
 

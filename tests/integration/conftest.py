@@ -1,10 +1,14 @@
-"""A registry with a small base model, on a PostgreSQL alone."""
+"""A registry with a small base model, on a PostgreSQL alone, and the command line on it."""
+
+import os
+import subprocess
 
 import pytest
 
 from deploy import registry
 from infra.settings import Settings
 from tests.adapters import make_adapter, make_base
+from tests.conftest import EVERLOOP
 
 
 @pytest.fixture
@@ -23,3 +27,17 @@ def registered(database, settings, tmp_path):
             return registry.register(session, settings, source, run_id=run_id, manifest=manifest, name=name).name
 
     return register
+
+
+@pytest.fixture
+def everloop(database, settings, monkeypatch):
+    """The command line on this test's database and home; returns (exit status, standard output and error)."""
+    url = database.kw["bind"].url.render_as_string(hide_password=False)
+    named = {"home": settings.home, "base_model": settings.base_model, "database_url": url}
+    environment = os.environ | {f"EVERLOOP_{name.upper()}": str(value) for name, value in named.items()}
+
+    def run(*arguments):
+        done = subprocess.run([*EVERLOOP, *arguments], capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run

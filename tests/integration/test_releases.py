@@ -1,8 +1,6 @@
 """Releases as people see them: lineage, HTTP, the command line."""
 
 import json
-import os
-import subprocess
 
 import pytest
 import sqlalchemy as sa
@@ -17,7 +15,6 @@ from deploy.store import open_store
 from deploy.tables import Adapter, AuditEntry, Release, Replica
 from infra.errors import ConflictError, EverloopError, IntegrityError, UnavailableError
 from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal, serve
-from tests.conftest import EVERLOOP
 
 
 @pytest.fixture
@@ -81,20 +78,6 @@ def test_releases_are_told_over_http(database, family, settings):
     assert client.get("/v1/releases/champion").json()["name"] == "base"
     missing = client.get("/v1/releases/r9-nope")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "release_not_found"
-
-
-@pytest.fixture
-def everloop(database, settings, monkeypatch):
-    """The command line on this test's database and home; returns (exit status, standard output and error)."""
-    url = database.kw["bind"].url.render_as_string(hide_password=False)
-    named = {"home": settings.home, "base_model": settings.base_model, "database_url": url}
-    environment = os.environ | {f"EVERLOOP_{name.upper()}": str(value) for name, value in named.items()}
-
-    def run(*arguments):
-        done = subprocess.run([*EVERLOOP, *arguments], capture_output=True, text=True, env=environment)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
 
 
 def test_an_adapter_from_outside_is_imported_shown_promoted_and_pruned(database, everloop, tmp_path):
