@@ -54,12 +54,15 @@ class ReplicaKeeper:
         self._unwanted_since_s: dict[str, float] = {}
         self._failures: dict[str, tuple[int, float]] = {}
         self._base_probe: list[float] | None = None
+        self._version: tuple[float | None, str | None] | None = None  # of the engine that began when
 
     async def keep(self, wanted: Sequence[str]) -> list[str]:
         """Make one round; return the releases that were proved in it."""
         async with EngineClient(self.url, timeout_s=LOAD_TIMEOUT_S) as engine:
             try:
                 started_at_s, held = await engine.started_at_s(), await engine.models()
+                if self._version is None or self._version[0] != started_at_s:
+                    self._version = started_at_s, await engine.version()
             except EverloopError as error:
                 await self._in_thread(self._note_down, error.message)
                 return []
@@ -146,8 +149,7 @@ class ReplicaKeeper:
         """Return a release's own probe as first proved, and those of the others that any replica serves."""
         with self.sessions() as session:
             serving = sa.select(Attestation.release).where(Attestation.problem.is_(None))
-            # What was proved on another base model says nothing of this one.
-            on_this_base = Release.probe_base == registry.present_base(self.settings)
+            on_this_base = Release.probe_base == self._probed_on()
             rows = session.execute(
                 sa.select(Release.name, Release.probe).where(
                     on_this_base, sa.or_(Release.name == name, Release.name.in_(serving))
@@ -156,6 +158,11 @@ class ReplicaKeeper:
             probes = {row.name: row.probe for row in rows}
         probes.pop(BASE_MODEL_NAME if name != BASE_MODEL_NAME else "", None)
         return probes.pop(name, None), probes
+
+    def _probed_on(self) -> str:
+        """Return what a probe rests on: another base model or engine gives a release other log-probabilities."""
+        version = self._version[1] if self._version else None
+        return f"{registry.present_base(self.settings)} vllm {version}"
 
     def _note_down(self, problem: str) -> None:
         values = {"is_up": False, "problem": problem}
@@ -204,7 +211,7 @@ class ReplicaKeeper:
             if release is None:  # taken back meanwhile
                 return
             if proof.problem is None and proof.disagrees is None:
-                release.probe, release.probe_base = proof.probe, registry.present_base(self.settings)
+                release.probe, release.probe_base = proof.probe, self._probed_on()
             values = {**asdict(proof), "served_as": served_as, "adapter_digest": release.adapter_digest}
             row = insert(Attestation).values(release=name, replica=self.url, **values)
             session.execute(

@@ -42,7 +42,7 @@ class Release(Base):
     """A name under which an adapter (or the base model) is served; never reused.
 
     ``probe`` is what was measured where it was first proved to be served (:mod:`deploy.attest`), on the base
-    model of the digest ``probe_base``.
+    model, and by an engine of the version, that ``probe_base`` names.
     """
 
     __tablename__ = "releases"

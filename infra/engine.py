@@ -198,6 +198,15 @@ class EngineClient:
         found = _STARTED_AT.search(await self._metrics())
         return float(found[1]) if found else None
 
+    async def version(self) -> str | None:
+        """Return the version of vLLM; None where the server does not tell it."""
+        try:
+            response = await self._http.get("/version", timeout=5.0)
+        except httpx.TransportError as error:
+            raise _unavailable() from error
+        body = response.json() if response.status_code == 200 else {}
+        return body.get("version")
+
     async def logprobs_are_processed(self, model: str) -> bool:
         """Tell whether reported log-probabilities are those that answers are sampled from.
 
