@@ -213,6 +213,8 @@ class ReplicaKeeper:
             if proof.problem is None and proof.disagrees is None:
                 release.probe, release.probe_base = proof.probe, self._probed_on()
             values = {**asdict(proof), "served_as": served_as, "adapter_digest": release.adapter_digest}
+            if proof.probe:  # it has answered: a round of many proofs is long
+                session.execute(sa.update(Replica).where(Replica.url == self.url).values(seen_at=sa.func.now()))
             row = insert(Attestation).values(release=name, replica=self.url, **values)
             session.execute(
                 row.on_conflict_do_update(
