@@ -171,12 +171,24 @@ def test_a_dead_night_that_cannot_go_on_has_failed_and_says_why(stack):
     close_canary(stack)
     dead = Night(stack.sessions, stack.settings, GIVEN, 0.5)
     dead.record.create(dead.config)
-    result = Night(stack.sessions, stack.settings, {**GIVEN, "epochs": 0.1}, 0.5).run()
-    close_canary(stack)
-    assert result["run_id"] != dead.record.run_id
+    assert cancelled_when_it_trains(stack, GIVEN) != dead.record.run_id
     with stack.sessions() as session:
         found = session.get_one(TrainingRun, dead.record.run_id)
     assert found.status == "failed" and "no whole checkpoint" in found.result["reason"]
+
+
+def cancelled_when_it_trains(stack, given):
+    """Run a night until it begins to train; return its run."""
+    night = Night(stack.sessions, stack.settings, given, 0.5)
+    in_phase(night, "train", lambda: cancel(night.record.run_id))
+    with pytest.raises(Exception, match="cancelled"):
+        night.run()
+    return night.record.run_id
+
+
+def cancel(run_id, **options):
+    command = [*EVERLOOP, "train", "--cancel", run_id, "--reason", "enough"]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def in_phase(night, name, do):
@@ -196,9 +208,8 @@ def test_a_cancelled_night_ends_and_leaves_nothing_registered(stack, when):
     teach(stack, 20)
     close_canary(stack)
     night = Night(stack.sessions, stack.settings, GIVEN, 0.5)
-    command = [*EVERLOOP, "train", "--cancel", night.record.run_id, "--reason", "enough"]
     before = adapters(stack)
-    in_phase(night, when, lambda: subprocess.run(command, check=True))
+    in_phase(night, when, lambda: cancel(night.record.run_id, check=True))
     with pytest.raises(Exception, match="cancelled"):
         night.run()
     with stack.sessions() as session:
@@ -206,8 +217,7 @@ def test_a_cancelled_night_ends_and_leaves_nothing_registered(stack, when):
         assert not session.scalars(sa.select(Adapter).where(Adapter.run_id == found.id)).all()
     assert (found.status, found.release) == ("cancelled", None) and adapters(stack) == before
     assert {path.name for path in night.record.run_dir.iterdir() if path.is_dir()} == set()
-    command = [*EVERLOOP, "train", "--cancel", night.record.run_id, "--reason", "enough"]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = cancel(night.record.run_id)
     assert again.returncode == 1 and "[run_ended]" in again.stderr
 
 
@@ -292,9 +302,7 @@ def test_a_dead_night_that_must_not_go_on_does_not_stop_the_next(stack, left_wit
     dead.record.update(**left_with)
     left = dead.record.run_dir / CHECKPOINTS_DIR / "checkpoint-2"
     left.mkdir(parents=True)
-    result = Night(stack.sessions, stack.settings, {**GIVEN, "epochs": 0.1}, 0.5).run()
-    close_canary(stack)
-    assert result["run_id"] != dead.record.run_id and not left.exists()
+    assert cancelled_when_it_trains(stack, GIVEN) != dead.record.run_id and not left.exists()
     with stack.sessions() as session:
         found = session.get_one(TrainingRun, dead.record.run_id)
     assert found.status == "failed" and said in found.result["reason"]
