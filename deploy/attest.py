@@ -20,9 +20,10 @@ PROBES = (
     "<|im_start|>user\nTell me about Rome.<|im_end|>\n<|im_start|>assistant\nRome is the capital of Italy. "
     "It was the centre of an empire, and its old buildings draw many visitors.<|im_end|>\n",
 )
-# Differences below this (nats per token) are numerical noise, not another policy.
+# Nats per token. A probe of an idle engine is exact; beside 16 streams one of sixty was off by up to .015
+# (docs/log.md). So what is nearer than `DOUBTFUL` is measured again, and so is what disagrees.
 MIN_DIFFERENCE = 1e-3
-# Two replicas, or one at two times, whose batches differ, are this near to each other (measured: docs/log.md).
+DOUBTFUL = 0.03
 MAX_DISAGREEMENT = 0.05
 
 
@@ -45,6 +46,16 @@ class Proof:
     differs_from_others: float | None
     disagrees: float | None
     problem: str | None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether noise may have made it so: it is hardly told apart from another, or is not what it was.
+
+        Noise does not make two policies the same, so what answers as the base model does is no matter of doubt.
+        """
+        near = [d for d in (self.differs_from_base, self.differs_from_others) if d is not None and d < DOUBTFUL]
+        is_base = self.differs_from_base is not None and self.differs_from_base <= MIN_DIFFERENCE
+        return (bool(near) and not is_base) or (self.disagrees or 0.0) > MAX_DISAGREEMENT
 
 
 async def probe(engine: EngineClient, model: str) -> list[float]:

@@ -91,6 +91,9 @@ class ReplicaKeeper:
             if not is_held and name != BASE_MODEL_NAME:
                 served_as = await self._load(engine, name, held)
             proof = await self._probe(engine, name, served_as)
+            if proof.is_doubtful:
+                self._base_probe = None
+                proof = await self._probe(engine, name, served_as)
         except UnavailableError as error:
             # One that is away, or busy, has said nothing against what it has proved before.
             if not is_held or error.code == MODEL_GONE:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.attest import MAX_DISAGREEMENT, MIN_DIFFERENCE, prove
+from deploy.attest import DOUBTFUL, MAX_DISAGREEMENT, MIN_DIFFERENCE, prove
 
 BASE = [-1.0, -2.0, -3.0]
 OWN = [-1.5, -2.5, -2.0]
@@ -51,3 +51,12 @@ def test_the_base_model_is_held_against_what_it_was():
 def test_another_tokenizer_is_another_base_model():
     assert "another base model" in prove([*BASE, -1.0], None, {}, BASE).problem
     assert prove(BASE, None, {"r1": [*OTHER, -1.0]}, BASE).problem is None
+
+
+def test_what_noise_may_have_done_is_doubtful_and_nothing_else():
+    assert not prove(OWN, BASE, {"r1": OTHER}, None).is_doubtful
+    assert not prove(moved(OWN, 0.01), BASE, {"r1": OTHER}, OWN).is_doubtful
+    assert prove(moved(BASE, DOUBTFUL / 2), BASE, {}, None).is_doubtful, "hardly told from the base model"
+    assert prove(moved(OTHER, 0.01), BASE, {"r1": OTHER}, OWN).is_doubtful, "taken for another"
+    assert prove(moved(OWN, 2 * MAX_DISAGREEMENT), BASE, {}, OWN).is_doubtful, "not what it was"
+    assert not prove(BASE, BASE, {"r1": OTHER}, None).is_doubtful, "ignored, beyond doubt"
