@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import ssl
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 
@@ -88,7 +88,7 @@ class EngineClient:
         AsyncIterator[dict]
             The ``chat.completion.chunk`` objects.
         """
-        request = self._http.build_request("POST", "/v1/chat/completions", json={**payload, "stream": True})
+        request = self._chat_request({**payload, "stream": True}, self._timeout_s)
         with self._counted():
             try:
                 response = await self._http.send(request, stream=True)
@@ -111,12 +111,28 @@ class EngineClient:
         model do: whoever does not show an answer as it comes is spared that.
         """
         with self._counted():
-            body = await self._post("/v1/chat/completions", payload, silence=WHOLE_ANSWER_SILENCE)
-            if not body.get("choices"):
+            request = self._chat_request(payload, self._timeout_s * WHOLE_ANSWER_SILENCE)
+            try:
+                response = await self._http.send(request)
+            except httpx.TransportError as error:
+                raise _unavailable() from error
+            if response.status_code != 200:
+                raise _refusal(response)
+            body = _chunk(response.content)
+            if not body["choices"]:
                 raise EngineError("The engine sent what is no answer.", code="engine_failed")
             yield _at_once(
                 {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
             )
+
+    def _chat_request(self, payload: dict[str, Any], silence_s: float) -> httpx.Request:
+        return self._http.build_request(
+            "POST",
+            "/v1/chat/completions",
+            content=orjson.dumps(payload),
+            headers={"Content-Type": "application/json"},
+            timeout=httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
+        )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -237,11 +253,9 @@ class EngineClient:
         told = choice["prompt_logprobs"][len(prompt_ids) :]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids, told, strict=True)]
 
-    async def _post(self, path: str, payload: dict[str, Any], silence: float = 1.0) -> dict[str, Any]:
-        """Send, and return what came; `silence` is by how much longer than usual it may keep silent."""
-        timeout = httpx.Timeout(self._timeout_s * silence, connect=CONNECT_TIMEOUT_S)
+    async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         try:
-            response = await self._http.post(path, json=payload, timeout=timeout)
+            response = await self._http.post(path, json=payload)
         except httpx.TransportError as error:
             raise _unavailable() from error
         if response.status_code != 200:
@@ -269,7 +283,7 @@ async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], No
 
 def _chunk(data: bytes) -> dict[str, Any]:
     try:
-        chunk: dict[str, Any] = json.loads(data)
+        chunk: dict[str, Any] = orjson.loads(data)
     except ValueError as error:
         raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
     if "error" in chunk or "choices" not in chunk:
