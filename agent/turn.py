@@ -13,7 +13,8 @@ from agent.book import Asked, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
 from feedback.episodes import Recording
-from infra.engine import LATEST, RUN_PREFIX, EngineError
+from infra.engine import LATEST, RUN_PREFIX
+from infra.engine_wire import EngineError
 from infra.errors import EverloopError, NotFoundError, UnavailableError
 from infra.fleet import Fleet
 from infra.sealing import SubjectKey

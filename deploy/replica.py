@@ -23,7 +23,8 @@ from deploy.attest import Proof
 from deploy.runs import TrainingRun
 from deploy.tables import Attestation, Release, Replica
 from infra.db import Sessions
-from infra.engine import MODEL_GONE, EngineClient
+from infra.engine import EngineClient
+from infra.engine_wire import MODEL_GONE
 from infra.errors import EverloopError, UnavailableError
 from infra.settings import BASE_MODEL_NAME, Settings
 

@@ -6,7 +6,7 @@ import math
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import orjson
 
-from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra import engine_wire as wire
+from infra.engine_wire import EngineError
 
 CONNECT_TIMEOUT_S = 2.0
 WHOLE_ANSWER_SILENCE = 4.0
 YES, NO = "Yes", "No"
 RUN_PREFIX, LATEST = "run/", "latest"  # adapters that are still being trained: run/ID@VERSION, or run/ID@latest
-MODEL_GONE = "release_loading"
 _STARTED_AT = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _NUM_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
@@ -30,13 +30,6 @@ _NUM_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S
 def _trusted() -> ssl.SSLContext:
     """Return the certificates that are trusted: reading them takes 30 ms, and a client may be made every second."""
     return httpx.create_ssl_context()
-
-
-class EngineError(EverloopError):
-    """The engine refused or broke off a request."""
-
-    status = 502
-    code = "engine_error"
 
 
 class EngineClient:
@@ -93,12 +86,12 @@ class EngineClient:
             try:
                 response = await self._http.send(request, stream=True)
             except httpx.TransportError as error:
-                raise _unavailable() from error
+                raise wire.unavailable() from error
             try:
                 if response.status_code != 200:
-                    raise await _read_refusal(response)
+                    raise await wire.read_refusal(response)
                 # Closed here: a generator that is left to itself closes beside us, and each breaks the other.
-                async with aclosing(_chunks(response)) as chunks:
+                async with aclosing(wire.chunks(response)) as chunks:
                     yield chunks
             finally:
                 await response.aclose()
@@ -115,13 +108,13 @@ class EngineClient:
             try:
                 response = await self._http.send(request)
             except httpx.TransportError as error:
-                raise _unavailable() from error
+                raise wire.unavailable() from error
             if response.status_code != 200:
-                raise _refusal(response)
-            body = _chunk(response.content)
+                raise wire.refusal(response)
+            body = wire.chunk(response.content)
             if not body["choices"]:
                 raise EngineError("The engine sent what is no answer.", code="engine_failed")
-            yield _at_once(
+            yield wire.at_once(
                 {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
             )
 
@@ -191,9 +184,9 @@ class EngineClient:
         try:
             response = await self._http.get("/v1/models", timeout=5.0)
         except httpx.TransportError as error:
-            raise _unavailable() from error
+            raise wire.unavailable() from error
         if response.status_code != 200:
-            raise _refusal(response)
+            raise wire.refusal(response)
         return [model["id"] for model in response.json()["data"]]
 
     async def num_requests(self) -> int:
@@ -204,9 +197,9 @@ class EngineClient:
         try:
             response = await self._http.get("/metrics", timeout=5.0)
         except httpx.TransportError as error:
-            raise _unavailable() from error
+            raise wire.unavailable() from error
         if response.status_code != 200:
-            raise _refusal(response)
+            raise wire.refusal(response)
         return response.text
 
     async def started_at_s(self) -> float | None:
@@ -219,7 +212,7 @@ class EngineClient:
         try:
             response = await self._http.get("/version", timeout=5.0)
         except httpx.TransportError as error:
-            raise _unavailable() from error
+            raise wire.unavailable() from error
         body = response.json() if response.status_code == 200 else {}
         return body.get("version")
 
@@ -257,90 +250,14 @@ class EngineClient:
         try:
             response = await self._http.post(path, json=payload)
         except httpx.TransportError as error:
-            raise _unavailable() from error
+            raise wire.unavailable() from error
         if response.status_code != 200:
-            raise _refusal(response)
+            raise wire.refusal(response)
         try:
             body = response.json()
         except ValueError:  # the adapter routes answer in plain text
             return {}
         return body if isinstance(body, dict) else {}
-
-
-async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    try:
-        async with aclosing(_lines(response)) as lines:
-            async for line in lines:
-                if not line.startswith(b"data: "):
-                    continue
-                data = line.removeprefix(b"data: ")
-                if data == b"[DONE]":
-                    return
-                yield _chunk(data)
-    except httpx.TransportError as error:
-        raise EngineError("The engine went away in mid-answer.", code="engine_failed") from error
-
-
-def _chunk(data: bytes) -> dict[str, Any]:
-    try:
-        chunk: dict[str, Any] = orjson.loads(data)
-    except ValueError as error:
-        raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
-    if "error" in chunk or "choices" not in chunk:
-        raise EngineError("The engine broke off the answer.", code="engine_failed")
-    return chunk
-
-
-async def _at_once(chunk: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield chunk
-
-
-async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """Yield the lines of an event stream.
-
-    httpx's own lines also end at U+2028, U+0085 and others that an answer may hold as they are, within its JSON.
-    """
-    rest = b""
-    async with aclosing(response.aiter_bytes()) as blocks:  # type: ignore[type-var]
-        async for block in blocks:
-            *lines, rest = (rest + block).split(b"\n")
-            for line in lines:
-                yield line.rstrip(b"\r")
-    yield rest
-
-
-def _unavailable() -> UnavailableError:
-    return UnavailableError(
-        "The engine does not answer. Feedback still works; try the chat again in a few seconds.",
-        code="engine_unavailable",
-    )
-
-
-async def _read_refusal(response: httpx.Response) -> EverloopError:
-    try:
-        await response.aread()
-    except httpx.TransportError:
-        return _unavailable()
-    return _refusal(response)
-
-
-def _refusal(response: httpx.Response) -> EverloopError:
-    try:
-        body = response.json()
-    except ValueError:
-        body = {}
-    error = body.get("error", body) if isinstance(body, dict) else {}
-    message = str(error.get("message") or response.text[:300])
-    if response.status_code in (400, 422):
-        too_long = "context length" in message or "maximum model length" in message
-        code = "context_length_exceeded" if too_long else "invalid_request"
-        return InvalidRequestError(message, code=code, param="messages" if too_long else None)
-    if response.status_code == 404:
-        # The release is gone from the engine (it restarted); the reconciler is loading it again.
-        return UnavailableError("The engine is loading the release; try again.", code=MODEL_GONE)
-    if response.status_code in (429, 500, 502, 503, 504):
-        return UnavailableError("The engine is overloaded or failing; try again.", code="engine_unavailable")
-    return EngineError(f"The engine answered {response.status_code}: {message}")
 
 
 def mean_abs_difference(a: Sequence[float], b: Sequence[float]) -> float:

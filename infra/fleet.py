@@ -18,7 +18,8 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from infra.breaker import Breaker
-from infra.engine import MODEL_GONE, EngineClient, EngineError
+from infra.engine import EngineClient
+from infra.engine_wire import MODEL_GONE, EngineError
 from infra.errors import EverloopError, UnavailableError
 from infra.process import in_background
 from infra.settings import Settings

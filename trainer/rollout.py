@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from infra.engine import MODEL_GONE, EngineClient
+from infra.engine import EngineClient
+from infra.engine_wire import MODEL_GONE
 from infra.errors import EverloopError, InvalidRequestError, UnavailableError
 from infra.settings import Settings
 from trainer.config import RunConfig

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry
 from agent import self_evaluation
 from agent.self_evaluation import MAX_WAITING, QUESTION, SelfEvaluator
 from feedback.episodes import Recording
-from infra.engine import EngineClient, EngineError
+from infra.engine import EngineClient
+from infra.engine_wire import EngineError
 from infra.settings import Settings
 
 
