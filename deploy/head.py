@@ -290,8 +290,7 @@ def _swap(
         .where(Proposal.release.in_(concerned), Proposal.closed_at.is_(None))
         .values(closed_at=sa.func.now(), outcome=action)
     )
-    subject = str(challenger or after["champion"])
-    audit.write(session, actor=actor, action=action, subject=subject, reason=reason, before=before, after=after)
+    audit.write(session, actor=actor, action=action, subject=release, reason=reason, before=before, after=after)
     _announce(session, read(session), action, release, reason)
 
 

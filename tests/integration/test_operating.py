@@ -70,6 +70,7 @@ def test_promotion_and_rollback_over_http_are_acts_with_an_address_and_events(cl
     assert announced(database) == list(zip(acts, champions, strict=True))
     entries = client.get("/v1/audit", params={"automatic": False}).json()[::-1]
     moves = [entry for entry in entries if entry["action"] in acts]
+    assert [entry["subject"] for entry in moves] == [one, two, two, one, "base"], "what each was about"
     assert [entry["action"] for entry in moves] == acts and {entry["address"] for entry in moves} == {"testclient"}
 
 
