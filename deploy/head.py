@@ -22,6 +22,8 @@ from infra.events import DeploymentChanged
 from infra.log import outbox
 
 HEAD_ID = 1
+champion_before = AuditEntry.details["before"]["champion"].astext
+champion_after = AuditEntry.details["after"]["champion"].astext
 PROMOTIONS = ("promoted", "promoted_by_hand")
 CANARY_ACTIONS = {"promote": "promoted", "rollback": "canary_rolled_back", "quarantined": "quarantined"}
 
@@ -224,13 +226,15 @@ def previous_champion(session: Session) -> str:
     ConflictError
         Code ``nothing_to_roll_back``.
     """
-    before = AuditEntry.details["before"]["champion"].astext
-    after = AuditEntry.details["after"]["champion"].astext
-    promoted = sa.select(before).where(AuditEntry.action.in_(PROMOTIONS), before != after)
+    promoted = sa.select(champion_before).where(
+        AuditEntry.action.in_(PROMOTIONS), champion_before != champion_after
+    )
     name = read(session).champion
     seen = {name}
     while True:
-        name = session.scalar(promoted.where(after == name).order_by(AuditEntry.id.desc()).limit(1)) or name
+        name = (
+            session.scalar(promoted.where(champion_after == name).order_by(AuditEntry.id.desc()).limit(1)) or name
+        )
         if name in seen:
             raise ConflictError("There is no earlier champion.", code="nothing_to_roll_back")
         if not is_quarantined(session, name):
@@ -240,8 +244,7 @@ def previous_champion(session: Session) -> str:
 
 def former_champions(session: Session) -> set[str]:
     """Return the releases that were champion before some change of the head."""
-    before = AuditEntry.details["before"]["champion"].astext
-    return set(session.scalars(sa.select(before).where(before.is_not(None)).distinct()))
+    return set(session.scalars(sa.select(champion_before).where(champion_before.is_not(None)).distinct()))
 
 
 def check_was_champion(session: Session, release: str) -> None:

@@ -73,9 +73,10 @@ class Operator:
         """
         head.check_reason(reason)
         target, seen = self._find(to)
+        with transaction(self.sessions) as session:
+            head.check_was_champion(session, target)  # before a replica is asked to load it
         serving.make_one_ready(self.sessions, target)
         with self._moving(target, seen) as session:
-            head.check_was_champion(session, target)
             head.move_champion(session, target, action="rolled_back_by_hand", actor=self.name, reason=reason)
         return seen, target
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import audit
-from deploy.head import previous_champion
+from deploy.head import champion_after, champion_before, previous_champion
 from deploy.registry import lock_head, lock_out_erasures
 from deploy.runs import TrainingRun
 from deploy.store import open_store
@@ -179,9 +179,8 @@ def _in_use(session: Session) -> set[str]:
 
 
 def _moves(session: Session, since: datetime | None = None) -> list[Move]:
-    before = AuditEntry.details["before"]["champion"].astext
-    after = AuditEntry.details["after"]["champion"].astext
-    query = sa.select(before, after).where(before != after).order_by(AuditEntry.id.desc())
+    moved = champion_before != champion_after
+    query = sa.select(champion_before, champion_after).where(moved).order_by(AuditEntry.id.desc())
     if since is not None:
         query = query.where(AuditEntry.created_at >= since)
     return [(str(old), str(new)) for old, new in session.execute(query)]

@@ -105,18 +105,21 @@ class EngineClient:
         """
         with self._counted():
             request = self._chat_request(payload, self._timeout_s * WHOLE_ANSWER_SILENCE)
-            try:
-                response = await self._http.send(request)
-            except httpx.TransportError as error:
-                raise wire.unavailable() from error
-            if response.status_code != 200:
-                raise wire.refusal(response)
-            body = wire.chunk(response.content)
+            body = wire.chunk((await self._send(request)).content)
             if not body["choices"]:
                 raise EngineError("The engine sent what is no answer.", code="engine_failed")
             yield wire.at_once(
                 {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
             )
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        try:
+            response = await self._http.send(request)
+        except httpx.TransportError as error:
+            raise wire.unavailable() from error
+        if response.status_code != 200:
+            raise wire.refusal(response)
+        return response
 
     def _chat_request(self, payload: dict[str, Any], silence_s: float) -> httpx.Request:
         return self._http.build_request(
@@ -181,12 +184,7 @@ class EngineClient:
 
     async def models(self) -> list[str]:
         """Return the names of the models and adapters that the engine holds now."""
-        try:
-            response = await self._http.get("/v1/models", timeout=5.0)
-        except httpx.TransportError as error:
-            raise wire.unavailable() from error
-        if response.status_code != 200:
-            raise wire.refusal(response)
+        response = await self._send(self._http.build_request("GET", "/v1/models", timeout=5.0))
         return [model["id"] for model in response.json()["data"]]
 
     async def num_requests(self) -> int:
@@ -194,13 +192,7 @@ class EngineClient:
         return int(sum(float(value) for value in _NUM_REQUESTS.findall(await self._metrics())))
 
     async def _metrics(self) -> str:
-        try:
-            response = await self._http.get("/metrics", timeout=5.0)
-        except httpx.TransportError as error:
-            raise wire.unavailable() from error
-        if response.status_code != 200:
-            raise wire.refusal(response)
-        return response.text
+        return (await self._send(self._http.build_request("GET", "/metrics", timeout=5.0))).text
 
     async def started_at_s(self) -> float | None:
         """Return when the engine's process began (seconds since 1970): another time is another life of it."""
@@ -247,12 +239,7 @@ class EngineClient:
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids, told, strict=True)]
 
     async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        try:
-            response = await self._http.post(path, json=payload)
-        except httpx.TransportError as error:
-            raise wire.unavailable() from error
-        if response.status_code != 200:
-            raise wire.refusal(response)
+        response = await self._send(self._http.build_request("POST", path, json=payload))
         try:
             body = response.json()
         except ValueError:  # the adapter routes answer in plain text

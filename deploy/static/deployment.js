@@ -6,22 +6,19 @@ const PATHS = ['/v1/deployment', '/v1/releases?limit=50', '/v1/proposals', '/v1/
 const EVERYBODY = 'Everybody is served by it once every replica has proved it. Answers that have begun end as they began.';
 const PROVING = 'Every replica is asked to prove it …';
 
-let again;
-const look = () => again();
-
 function actionsOf(release, deployment) {
   const cell = document.createElement('td');
   if (release.files_deleted_at) return cell;
   if (release.name === deployment.champion && deployment.canary_id === null) return cell;
   const promotion = {
     title: `Promote ${release.name}`, text: EVERYBODY, path: '/v1/deployment/promote',
-    body: { release: release.name }, meanwhile: PROVING, look,
+    body: { release: release.name }, meanwhile: PROVING,
   };
   cell.append(button('Promote', promotion.title, () => act(promotion)));
   if (release.was_champion && release.name !== deployment.champion) {
     const rollback = {
       title: `Roll back to ${release.name}`, text: EVERYBODY, path: '/v1/deployment/rollback',
-      body: { to: release.name }, look,
+      body: { to: release.name },
     };
     cell.append(' ', button('Roll back to it', rollback.title, () => act(rollback)));
   }
@@ -44,7 +41,7 @@ function showNow(deployment) {
   if (deployment.rolls_back_to) {
     const rollback = {
       title: 'Roll back', text: `${deployment.rolls_back_to} takes over.`, path: '/v1/deployment/rollback',
-      body: { to: deployment.rolls_back_to }, look,
+      body: { to: deployment.rolls_back_to },
     };
     now.append(button('Roll back', 'Roll back', () => act(rollback)));
   }
@@ -56,7 +53,7 @@ function showProposals(proposals) {
     const item = element('li', `${proposal.action} ${proposal.release}: ${proposal.reason} `);
     const what = `${proposal.action} of ${proposal.release}`;
     item.append(button('Decline', `Decline ${what}`,
-      () => act({ title: 'Decline', text: what, path: `/v1/proposals/${proposal.id}/decline`, look })));
+      () => act({ title: 'Decline', text: what, path: `/v1/proposals/${proposal.id}/decline` })));
     return item;
   });
   document.querySelector('#proposals').replaceChildren(...items);
@@ -72,7 +69,7 @@ function showAudit(entries) {
   document.querySelector('#audit').replaceChildren(...rows);
 }
 
-again = await keepLooking('The deployment', async () => {
+await keepLooking('The deployment', async () => {
   const [deployment, releases, proposals, audit] = await Promise.all(PATHS.map(read));
   return () => {
     showNow(deployment);

@@ -3,6 +3,7 @@
 const problem = document.querySelector('#problem');
 const dialog = document.querySelector('#act');
 const reason = document.querySelector('#reason');
+let again = async () => {};
 
 /** Return an element with a text, so that nothing that was written by others is ever taken for markup. */
 export function element(name, text = '', className = '') {
@@ -46,7 +47,7 @@ export async function read(path) {
 /** Look again and again; what is focused stays so although it is drawn anew. */
 export async function keepLooking(what, look, everyMs = 2000) {
   let cannotRead = false;
-  const again = async () => {
+  again = async () => {
     try {
       const show = await look();
       const focused = document.activeElement?.getAttribute('aria-label');
@@ -61,7 +62,6 @@ export async function keepLooking(what, look, everyMs = 2000) {
   };
   await again();
   setInterval(() => { if (!dialog.open) again(); }, everyMs);
-  return again;
 }
 
 /** Ask for a reason; return it, or null where one thinks better of it. */
@@ -78,7 +78,7 @@ async function askReason(title, text, act) {
 }
 
 /** Ask for a reason, send the act with it, and look; `meanwhile` is told while it is done. */
-export async function act({ title, text, act: named = title, path, body = {}, meanwhile = '', look }) {
+export async function act({ title, text, act: named = title, path, body = {}, meanwhile = '' }) {
   const why = await askReason(title, text, named);
   if (why === null) return;
   tell(meanwhile);
@@ -87,7 +87,7 @@ export async function act({ title, text, act: named = title, path, body = {}, me
     headers: { 'Content-Type': 'application/json' },
     body: JSON.stringify({ ...body, reason: why }),
   });
-  await look();
+  await again();
   tell(response.ok ? '' : (await response.json()).error.message);
 }
 

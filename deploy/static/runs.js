@@ -2,9 +2,6 @@
 
 import { act, button, element, keepLooking, read, timeCell } from './page.js';
 
-let again;
-const look = () => again();
-
 /** Return a time that is left, in words. */
 function left(seconds) {
   if (seconds === null) return '';
@@ -34,7 +31,7 @@ function actionsOf(run) {
   }
   const cancel = {
     title: `Cancel ${run.id}`, text: 'It ends after its current step, and nothing is registered.', act: 'Cancel the run',
-    path: `/v1/runs/${encodeURIComponent(run.id)}/cancel`, look,
+    path: `/v1/runs/${encodeURIComponent(run.id)}/cancel`,
   };
   cell.append(button('Cancel', cancel.title, () => act(cancel)));
   return cell;
@@ -51,7 +48,7 @@ function rowOf(run) {
   return row;
 }
 
-again = await keepLooking('The runs', async () => {
+await keepLooking('The runs', async () => {
   const runs = await read('/v1/runs');
   return () => {
     document.querySelector('#runs').replaceChildren(...runs.map(rowOf));
