@@ -106,8 +106,6 @@ class EngineClient:
         with self._counted():
             request = self._chat_request(payload, self._timeout_s * WHOLE_ANSWER_SILENCE)
             body = wire.chunk((await self._send(request)).content)
-            if not body["choices"]:
-                raise EngineError("The engine sent what is no answer.", code="engine_failed")
             yield wire.at_once(
                 {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
             )
