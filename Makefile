@@ -17,7 +17,7 @@ up: setup ## Start everything and serve until Ctrl-C.
 	@.venv/bin/everloop up $(ARGS)
 
 test-engine: setup ## The engine plug-in against vLLM's own functions, in the engine's environment.
-	@cd infra/engine_plugin && ../../.venv-engine/bin/python -m pytest -q
+	@cd infra/engine_plugin && ../../.venv-engine/bin/python -P -m pytest -q
 
 test: setup lint test-engine ## What CI runs: linters, types, layers, and all tests but the slow ones.
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)

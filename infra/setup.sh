@@ -54,7 +54,12 @@ make_env() { # directory, requirements, other things that it depends on
     "$env/bin/pip" install --quiet --no-deps --requirement "$requirements" 2>>"$env/setup.log"
     case $env in
         .venv) "$env/bin/pip" install --quiet --no-deps --no-build-isolation --editable . 2>>"$env/setup.log" ;;
-        .venv-engine) "$env/bin/pip" install --quiet --no-deps --no-build-isolation infra/engine_plugin 2>>"$env/setup.log" ;;
+        .venv-engine)
+            rm -rf infra/engine_plugin/build  # what is left of an earlier version would be installed, too
+            "$env/bin/pip" install --quiet --no-deps --no-build-isolation infra/engine_plugin 2>>"$env/setup.log"
+            "$env/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("everloop_vllm._row_products"))' ||
+                say "$env: no C++ compiler with OpenMP was found, so adapters will be slower on the CPU. Install g++, remove $env/setup.stamp and run this again."
+            ;;
     esac
     echo "$stamp" >"$env/setup.stamp"
     say "$env: ready after $((SECONDS - started)) s"
@@ -71,7 +76,7 @@ main() {
     fi
     trap 'code=$?; [ $code = 0 ] || say "failed; the last words are in .venv/setup.log and .venv-engine/setup.log"' EXIT
     # Both at once: one downloads while the other unpacks.
-    make_env .venv-engine infra/requirements/engine.txt "$python" infra/engine_plugin/pyproject.toml infra/engine_plugin/everloop_vllm/*.py &
+    make_env .venv-engine infra/requirements/engine.txt "$python" infra/engine_plugin/pyproject.toml infra/engine_plugin/everloop_vllm/*.{py,cpp} &
     local engine=$!
     make_env .venv infra/requirements/platform.txt "$python"
     wait "$engine" || fail ".venv-engine could not be made; its log is .venv-engine/setup.log."

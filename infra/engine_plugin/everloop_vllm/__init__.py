@@ -47,10 +47,14 @@ def register() -> bool:
         _log.warning("everloop: vLLM %s differs from what is supported (%s); LoRA as shipped", version, name)
         return False
 
-    from everloop_vllm import cpu_lora, stacks
+    from everloop_vllm import cpu_lora, row_stacks
 
     cpu_lora.install()
-    _log.info(
-        "everloop: CPU LoRA grouped by adapter, packed products %s", "on" if stacks.HAS_PACKED_PRODUCTS else "off"
-    )
+    if row_stacks.LIBRARY is not None:
+        _log.info("everloop: CPU LoRA grouped by adapter, in our own code for %d lanes", row_stacks.LANES)
+    else:
+        _log.warning(
+            "everloop: CPU LoRA grouped by adapter, in torch's products: slower, as no C++ compiler with OpenMP "
+            "was found at set-up. Install g++, remove .venv-engine/setup.stamp and run `make setup`."
+        )
     return True

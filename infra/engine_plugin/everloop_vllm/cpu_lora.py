@@ -3,8 +3,9 @@
 
 vLLM keeps the adapters of a layer in stacked buffers with one slot per loaded adapter
 and gives each token the index of its slot, -1 for the base model. Here the rows of a
-step are grouped by slot once, and each layer multiplies all groups by two batched
-products, from copies of the weights in the layout that the CPU likes best.
+step are grouped by slot once, and each layer adds all groups in one call of our own code
+or, where that does not fit, by two batched products of torch; both read copies of the
+weights in the layout that they like best.
 
 Groups never share a product, so an adapter holding NaN or infinity reaches only its own
 requests. Rows of index -1 keep their bits.
@@ -26,7 +27,8 @@ from vllm.platforms.cpu import CpuPlatform
 
 from everloop_vllm import grouped_ops
 from everloop_vllm.compatibility import OPERATIONS
-from everloop_vllm.stacks import AdapterStacks, Presence, stacks_of
+from everloop_vllm.row_stacks import RowStacks
+from everloop_vllm.stacks import FloatStacks, Presence
 from everloop_vllm.step_plan import StepPlan
 
 
@@ -35,9 +37,9 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plan = StepPlan(0, (), ())
+        self._plan = StepPlan.of(torch.empty(0, dtype=torch.long))
         self._heads: dict[int, Presence] = {}
-        self._stacks: dict[tuple[int, int, torch.dtype], AdapterStacks] = {}
+        self._stacks: dict[tuple[int, int, torch.dtype, torch.dtype], RowStacks | FloatStacks] = {}
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Take over the step's adapter mapping and lay out its rows."""
@@ -127,18 +129,19 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):
             raise ValueError(f"LoRA plan has {plan.size} rows, the layer {x.size(0)}")
         if not plan.blocks:
             return
-        key = id(lora_a_stacked[0]), id(lora_b_stacked[0]), x.dtype
+        key = id(lora_a_stacked[0]), id(lora_b_stacked[0]), x.dtype, y.dtype
         stacks = self._stacks.get(key)
         if stacks is None:
-            stacks = self._stacks[key] = stacks_of(lora_a_stacked, lora_b_stacked, x.dtype)
+            fits = RowStacks.fits(lora_a_stacked, lora_b_stacked, {x.dtype, y.dtype})
+            stacks = self._stacks[key] = (RowStacks if fits else FloatStacks)(lora_a_stacked, lora_b_stacked)
         if not stacks.refresh(plan.used):
             return
-        hidden = plan.buffers("hidden", stacks.hidden_width, stacks.hidden_dtype)
-        products = plan.buffers("products", stacks.width, y.dtype)
-        parts = zip(plan.blocks, plan.collect(x), hidden.parts, products.parts, strict=True)
-        for block, inputs, between, out in parts:
-            stacks.multiply(inputs, block.slots, scale, between, out)
-        plan.add(y, products)
+        if x.stride(1) == y.stride(1) == 1:
+            stacks.add(y, x, plan, scale)
+        else:
+            dense = y.contiguous()
+            stacks.add(dense, x.contiguous(), plan, scale)
+            y.copy_(dense)
 
 
 def install() -> None:

@@ -61,6 +61,10 @@ class StepPlan:
         Rows T of the step, those of the base model included.
     used : tuple of int
         Slots that some row uses, ascending.
+    rows : Tensor of int64
+        The adapters' rows, ordered by slot.
+    groups : Tensor of int64, shape (G, 3)
+        For each slot in use: the slot, and where its rows start and stop in ``rows``.
     blocks : tuple of Block
         Batched products that serve all positions; empty if all rows are the base model's.
     gather : Tensor of int64 or None
@@ -72,6 +76,8 @@ class StepPlan:
 
     size: int
     used: tuple[int, ...]
+    rows: Tensor
+    groups: Tensor
     blocks: tuple[Block, ...]
     gather: Tensor | None = None
     scatter: Tensor | None = None
@@ -82,9 +88,11 @@ class StepPlan:
         """Lay out the rows whose slots are ``indices``, shape (T,), -1 for the base model."""
         rows, groups, size = RowPlan.of(indices)
         used = tuple(slot for slot, _, _ in groups)
+        adapted = torch.arange(size) if rows is None else rows
+        known = (size, used, adapted, torch.tensor(groups, dtype=torch.int64).view(-1, 3))
         if rows is None or not used:
             blocks = (Block((used[0], used[0] + 1), 0, size),) if used else ()
-            return cls(size, used, blocks)
+            return cls(*known, blocks)
         first, batch = used[0], used[-1] - used[0] + 1
         longest = max(stop - start for _, start, stop in groups)
         if batch * longest <= MAX_PADDING * rows.numel():
@@ -97,7 +105,7 @@ class StepPlan:
         positions = torch.cat([torch.arange(at, at + stop - start) for at, (_, start, stop) in spans])
         gather = rows.new_zeros(blocks[-1].stop).index_copy_(0, positions, rows)
         scatter = torch.full((size,), blocks[-1].stop).index_copy_(0, rows, positions)
-        return cls(size, used, blocks, gather, scatter)
+        return cls(*known, blocks, gather, scatter)
 
     def collect(self, values: Tensor) -> Sequence[Tensor]:
         """Return ``values``, (T, width), of all rows at their positions, in one part for each block."""

@@ -242,9 +242,10 @@ def test_reloaded_slot_is_noticed(which: str, counted: bool) -> None:
 
 def test_copies_are_reused_until_written(restored: pytest.MonkeyPatch) -> None:
     a, b = stack(RANK, 96, torch.bfloat16), stack(48, RANK, torch.bfloat16)
-    copies = stacks.FloatStacks((a,), (b,))
+    copies = stacks.Presence((a,), (b,))
     copied: list[int] = []
-    restored.setattr(copies, "store", lambda slot, *_: copied.append(slot))
+    look = copies.look
+    restored.setattr(copies, "look", lambda slot: (copied.append(slot), look(slot))[1])
     assert copies.refresh((1,)) and copies.refresh((1,))
     assert copied == [1]
     b[3, 0, :2, :2].copy_(torch.ones(2, 2))

@@ -11,19 +11,20 @@ from typing import Any
 import everloop_vllm
 import pytest
 import torch
-from everloop_vllm import compatibility, grouped_ops, stacks
+from everloop_vllm import compatibility, grouped_ops, row_stacks
 from everloop_vllm.cpu_lora import GroupedPunicaWrapper
-from everloop_vllm.stacks import FloatStacks, PackedStacks, stacks_of
+from everloop_vllm.row_stacks import RowStacks
 from everloop_vllm.step_plan import MAX_PADDING, StepPlan
 from torch import Tensor
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms.cpu import CpuPlatform
 
 SLOTS, RANK, INPUTS = 6, 16, 96
-# Output widths of o_proj, of gate_up_proj and of a qkv_proj with grouped heads; packed products take them.
+# Output widths of o_proj, of gate_up_proj and of a qkv_proj with grouped heads; whole panels of 16 lanes.
 MODULES = [(32,), (64,), (96, 96), (96, 32, 32)]
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
-needs_tiles = pytest.mark.skipif(not stacks.HAS_PACKED_PRODUCTS, reason="this CPU has no AMX tiles")
+needs_own_code = pytest.mark.skipif(row_stacks.LIBRARY is None, reason="no C++ compiler was found at set-up")
+WIDTHS = [lanes for lanes in (16, 8, 4) if lanes <= row_stacks.LANES]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,13 @@ def seeded() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[pytest.param("packed", marks=needs_tiles), "bfloat16", "float32"])
+@pytest.fixture(params=[*WIDTHS, "bfloat16", "float32"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Dtype of weights and activations; bfloat16 with packed products and without."""
-    monkeypatch.setattr(stacks, "HAS_PACKED_PRODUCTS", request.param == "packed")
+    """Dtype of weights and activations; bfloat16 by our own code, at each width of vectors, and by torch."""
+    if isinstance(request.param, int):
+        monkeypatch.setattr(row_stacks, "LANES", request.param)
+    else:
+        monkeypatch.setattr(row_stacks, "LIBRARY", None)
     return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
@@ -192,12 +196,74 @@ def test_a_callers_buffer_gets_the_hidden_products(dtype: torch.dtype) -> None:
     torch.testing.assert_close(buffers[0], buffers[1], atol=1e-2, rtol=1e-2)
 
 
-def test_widths_without_tiles_are_served_in_float32() -> None:
-    for widths, inputs, kind in [((48,), 96, FloatStacks), ((64,), 90, FloatStacks), ((64,), 96, PackedStacks)]:
-        a, b = torch.zeros(2, 1, 8, inputs).bfloat16(), torch.zeros(2, 1, *widths, 8).bfloat16()
-        expected = kind if stacks.HAS_PACKED_PRODUCTS else FloatStacks
-        assert type(stacks_of((a,), (b,), torch.bfloat16)) is expected
-        assert type(stacks_of((a,), (b,), torch.float32)) is FloatStacks
+@needs_own_code
+def test_what_our_own_code_does_not_take_is_left_to_torch() -> None:
+    def fits(widths: tuple[int, ...], inputs: int, rank: int = 8, dtype: torch.dtype = torch.bfloat16) -> bool:
+        a = tuple(torch.zeros(2, 1, rank, inputs, dtype=torch.bfloat16) for _ in widths)
+        b = tuple(torch.zeros(2, 1, width, rank, dtype=torch.bfloat16) for width in widths)
+        return RowStacks.fits(a, b, {torch.bfloat16, dtype})
+
+    assert fits((64, 32), 96) and fits((64,), 96, rank=1) and fits((64, 64), 96, rank=256)
+    assert not fits((64, 90), 96) and not fits((64,), 90)
+    assert not fits((64, 64), 96, rank=257) and not fits((64,), 96, dtype=torch.float32)
+
+
+@needs_own_code
+@pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("rank", [1, 8, 20, 64])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 100])
+def test_our_own_code_rounds_once(rows: int, rank: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide inputs are read in several chunks, ranks are filled up, rows are served in blocks by two threads."""
+    monkeypatch.setattr(row_stacks, "LANES", lanes)
+    inputs, widths = 1040, (48, 16)
+    a = tuple(torch.randn(2, 1, rank, inputs).bfloat16() for _ in widths)
+    b = tuple(torch.randn(2, 1, width, rank).bfloat16() for width in widths)
+    x, y = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, sum(widths)).bfloat16()
+    slots = torch.arange(rows) % 3 - 1 if rows > 1 else torch.ones(1, dtype=torch.long)
+    expected = y.double()
+    for slot in (0, 1):
+        own = slots == slot
+        products = [x[own].double() @ a[s][slot, 0].double().t() @ b[s][slot, 0].double().t() for s in (0, 1)]
+        expected[own] += 0.5 * torch.cat(products, 1)
+    copies = RowStacks(a, b)
+    copies.refresh((0, 1))
+    copies.add(y, x, StepPlan.of(slots), 0.5)
+    # Half a unit in the last place of bfloat16, and what float32 sums of some thousand terms may be off.
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2e-3)
+
+
+@needs_own_code
+def test_our_own_code_rounds_to_even_and_keeps_what_is_no_number() -> None:
+    a, b = torch.zeros(1, 1, 1, 16).bfloat16(), torch.zeros(1, 1, 64, 1).bfloat16()
+    a[..., 0] = 1
+    y = (
+        torch.tensor([1.0, 1.0078125, -1.0, 0.0, torch.inf, -torch.inf, torch.nan, 3.3895e38] * 8)
+        .bfloat16()
+        .view(1, 64)
+    )
+    for unit in (2.0**-8, 2.0**-9, -(2.0**-8), 2.0**120, torch.inf, torch.nan):
+        b[:] = unit
+        actual, x = y.clone(), torch.zeros(1, 16).bfloat16()
+        x[0, 0] = 1
+        copies = RowStacks((a,), (b,))
+        copies.refresh((0,))
+        copies.add(actual, x, StepPlan.of(torch.zeros(1, dtype=torch.long)), 1.0)
+        expected = (y.float() + b[0, 0, :, 0].float()).bfloat16()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_do_not_lie_side_by_side(dtype: torch.dtype) -> None:
+    module, slots = Module((64,), dtype), [0, -1, 0]
+    module.load(0)
+    wrapper = mapped(grouped(), slots)
+    x, y = activations(3, module)
+    expected = module.add(wrapper, x, y)
+    turned, result = x.t().contiguous().t(), y.t().contiguous().t()
+    wrapper.add_lora_linear(result, turned, module.a, module.b, 1.0, module.widths)
+    assert torch.equal(bits(result), bits(expected))
+    wide_x, wide_y = torch.cat([x, x], 1), torch.cat([y, y], 1)
+    wrapper.add_lora_linear(wide_y[:, 64:], wide_x[:, INPUTS:], module.a, module.b, 1.0, module.widths)
+    assert torch.equal(bits(wide_y), bits(torch.cat([y, expected], 1)))
 
 
 def test_activations_of_another_dtype_get_copies_of_their_own() -> None:
