@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -81,7 +82,8 @@ class Tamper:
     ----------
     mode
         ``honest``; ``lies``: says that adapters are loaded, and answers as the base model; ``hangs`` in a load;
-        ``dies`` in a load (`kill` is called); ``breaks`` off each answer after its first chunks.
+        ``dies`` in a load (`kill` is called); ``breaks`` off each answer after its first chunks; ``mute``: takes
+        questions and answers none.
     seen
         Models that were asked to chat.
     """
@@ -109,14 +111,15 @@ class Tamper:
 
     async def _handle(self, request: Request) -> Response:
         path, body = request.url.path, await request.body()
+        if path == "/v1/chat/completions" and self.mode == "mute":
+            self.seen.append(json.loads(body)["model"])
+            await asyncio.sleep(3600)
         if path == "/v1/load_lora_adapter" and self.mode != "honest":
             name = json.loads(body)["lora_name"]
             if self.mode == "lies":
                 self.claimed.add(name)
                 return PlainTextResponse(f"Success: LoRA adapter '{name}' added.")
             if self.mode == "hangs":
-                import asyncio
-
                 await asyncio.sleep(3600)
             if self.mode == "dies":
                 self.kill()

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -11,15 +12,15 @@ import sqlalchemy as sa
 import uvicorn
 
 from agent.app import build_app
-from deploy import audit, head, registry, serving
+from deploy import audit, erasure, head, registry, serving
 from deploy.promotion import Operator
 from deploy.reconciler import Reconciler
-from deploy.tables import Attestation, AuditEntry, Release, Replica
+from deploy.tables import Attestation, AuditEntry, Release, Replica, WantedRelease
 from feedback.tables import Episode
 from flows.bench.adapters import linear_shapes, write_adapter
 from infra.db import connect
 from infra.engine import EngineClient
-from infra.errors import ConflictError, UnavailableError
+from infra.errors import ConflictError, EverloopError, UnavailableError
 from infra.settings import Settings
 from tests.conftest import wait_until
 from tests.tamper import Engine, Tamper, free_port
@@ -54,7 +55,7 @@ class Fleet:
         directory = self.tmp_path / f"adapter-{seed}"
         write_adapter(directory, self.shapes, 16, seed)
         with self.sessions.begin() as session:
-            return registry.register(session, self.settings, directory, run_id=None, manifest={}).name
+            return registry.register(session, self.settings, directory, run_id=f"run_{seed}", manifest={}).name
 
     def ask(self, user="ann", model="everloop", **options):
         options = {"max_tokens": 12, **options}
@@ -113,7 +114,7 @@ def fleet(base_model_dir, tmp_path_factory, database_url):
         database_url=sessions.kw["bind"].url.render_as_string(hide_password=False),
         engine_url=engines[0].url,
         engine_replicas=(tamper.url,),
-        engine_timeout_s=30,
+        engine_timeout_s=12,
         self_evaluation=False,
     )
     found = Fleet(settings, sessions, engines, tamper)
@@ -264,6 +265,98 @@ def test_one_that_dies_in_the_swap_leaves_the_old_champion_and_after_its_restart
     assert not fleet.tamper.seen, "it got a request before it had proved anything"
     fleet.proved(one)
     assert set(fleet.tamper.seen) <= {one} and models() == {one}
+
+
+@contextmanager
+def answered(fleet, release):
+    """Ask all the while: every answer must come, and from the release."""
+    stop, answers = threading.Event(), []
+
+    def ask(user):
+        while not stop.is_set():
+            try:
+                answers.append(fleet.ask(user=user, max_tokens=4).model)
+            except openai.APIError as error:
+                answers.append(str(error))
+
+    with ThreadPoolExecutor(3) as pool:
+        for number in range(3):
+            pool.submit(ask, f"user-{number}")
+        try:
+            yield
+        finally:
+            stop.set()
+    assert set(answers) == {release}, answers
+
+
+def test_a_file_that_changed_is_loaded_nowhere_and_answers_go_on(at_base):
+    fleet, one = at_base, at_base.new_release(6)
+    with fleet.sessions() as session:
+        weights = registry.verified_path(session, fleet.settings, one) / "adapter_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with answered(fleet, "base"):
+        error = refused(lambda: fleet.operator.promote(one, "try it"), EverloopError)
+        assert error.code == "adapter_changed" and "Register" in error.message
+    for url in (fleet.first, fleet.second):
+        assert one not in asyncio.run(models_of(url))
+    assert fleet.champion() == "base" and not fleet.routes(one)
+
+
+async def models_of(url):
+    async with EngineClient(url) as engine:
+        return await engine.models()
+
+
+def test_what_is_quarantined_while_it_serves_is_left_at_once_and_cannot_come_back(at_base):
+    fleet, one = at_base, at_base.new_release(7)
+    fleet.operator.promote(one, "try it")
+    assert fleet.ask().model == one
+    with fleet.sessions.begin() as session:
+        assert erasure.mark(session, ["run_7"], "quarantine")["champion"] == "base"
+    wait_until(lambda: fleet.ask().model == "base", 5, "it serves on")
+    with answered(fleet, "base"):
+        error = refused(lambda: fleet.operator.promote(one, "again"), EverloopError)
+        assert error.code == "adapter_quarantined"
+        wait_until(lambda: not fleet.routes(one), 20, "it is still proved somewhere")
+    with pytest.raises(openai.NotFoundError):
+        fleet.ask(model=one)
+
+
+@pytest.mark.slow
+def test_what_is_wanted_no_more_is_unloaded_while_answers_go_on(at_base, monkeypatch):
+    fleet, one, two, three = at_base, *(at_base.new_release(seed) for seed in (8, 9, 10))
+    for name in (one, two, three):
+        fleet.operator.promote(name, "on and on")
+    with answered(fleet, three):
+        assert {one, two, three} <= set(asyncio.run(models_of(fleet.first))), "an answer may still be on its way"
+        with fleet.sessions.begin() as session:
+            session.execute(sa.delete(WantedRelease))
+        monkeypatch.setattr("deploy.replica.KEEP_S", 1.0)
+        for url in (fleet.first, fleet.second):
+            wait_until(lambda url=url: one not in asyncio.run(models_of(url)), 20, f"{url} still holds it")
+            assert {two, three} <= set(asyncio.run(models_of(url))), "to go back to"
+    assert not fleet.routes(one)
+    assert fleet.operator.promote(one, "loaded anew")[1] == one and fleet.ask().model == one
+
+
+@pytest.mark.slow
+def test_one_that_takes_questions_and_answers_none_is_left_alone(at_base):
+    fleet = at_base
+    fleet.tamper.seen.clear()
+    fleet.tamper.mode = "mute"
+
+    def ask(number):
+        return {chunk.model for chunk in fleet.ask(user=f"user-{number}", max_tokens=2, stream=True)}.pop()
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(ask, range(12))) == {"base"}
+    stuck = len(fleet.tamper.seen)
+    assert stuck >= 3, "enough failed to open the breaker"
+    began_s = time.monotonic()
+    assert {ask(number) for number in range(12)} == {"base"}
+    assert len(fleet.tamper.seen) - stuck <= 2 and time.monotonic() - began_s < 40, "they waited for it again"
 
 
 def test_an_answer_ends_on_the_release_that_it_began_with(at_base):

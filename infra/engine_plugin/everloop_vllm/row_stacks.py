@@ -93,8 +93,7 @@ class RowStacks(Presence):
         assert LIBRARY is not None
         LIBRARY.everloop_add_rows(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
-            plan.rows.data_ptr(), plan.groups.data_ptr(), plan.groups.size(0),
-            *self._layer, scale, LANES,
+            *plan.pointers, *self._layer, scale, LANES,
         )  # fmt: skip
 
 

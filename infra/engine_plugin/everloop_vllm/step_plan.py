@@ -72,6 +72,8 @@ class StepPlan:
         rows and positions are the same, as when one adapter has every row.
     scatter : Tensor of int64 or None, shape (T,)
         Position of each row; rows of the base model point at one more, which adds nothing.
+    pointers : tuple of int
+        Addresses of `rows` and `groups`, and how many groups there are: asked for in each layer.
     """
 
     size: int
@@ -81,7 +83,12 @@ class StepPlan:
     blocks: tuple[Block, ...]
     gather: Tensor | None = None
     scatter: Tensor | None = None
+    pointers: tuple[int, int, int] = field(init=False)
     _buffers: dict[tuple[str, int, torch.dtype], Buffers] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pointers = self.rows.data_ptr(), self.groups.data_ptr(), self.groups.size(0)
+        object.__setattr__(self, "pointers", pointers)
 
     @classmethod
     def of(cls, indices: Tensor) -> StepPlan:
