@@ -25,11 +25,12 @@ test: setup lint test-engine ## What CI runs: linters, types, layers, and all te
 test-all: setup lint test-engine ## Everything, the slow tests too.
 	@.venv/bin/python -m pytest $(ARGS)
 
-lint: setup ## ruff, strict mypy, import-linter.
+lint: setup ## ruff, strict mypy, import-linter, the types of the pages' JavaScript.
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+	@PATH="$$PATH:$$PWD/.venv/bin" node infra/web/node_modules/typescript/bin/tsc --project infra/web/jsconfig.json
 
 clean: ## Remove both environments and all caches (not what Everloop has learned).
-	@rm -rf .venv .venv-engine .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build
+	@rm -rf .venv .venv-engine agent/static/vendor infra/web/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

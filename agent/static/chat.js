@@ -1,13 +1,14 @@
 // @ts-check
 /**
  * The chat page: one conversation, kept in memory; thumbs and corrections go to the server.
- * What people and models write enters the page only as text nodes, so it can never become markup.
+ * What people write enters the page only as text nodes; what models write is Markdown, sanitised.
  *
  * @typedef {{delta?: {content?: string}, finish_reason?: string | null}} Choice
  * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}}} Chunk
  * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}} Feedback
  */
 import { Invitation } from './invitation.js';
+import { Markdown } from './markdown.js';
 
 /** @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */
 const find = (root, selector, type) => {
@@ -68,6 +69,9 @@ async function* events(response) {
   }
 }
 
+/** Whether a text reached the clipboard; insecure origins have none. @param {string} text */
+const copied = (text) => navigator.clipboard?.writeText(text).then(() => true, () => false) ?? Promise.resolve(false);
+
 /** A new message from its template. @param {string} id */
 function copy(id) {
   const { content } = find(document, id, HTMLTemplateElement);
@@ -90,6 +94,8 @@ class Turn {
   constructor(prompt) {
     this.prompt = prompt;
     find(this.question, '.text', HTMLElement).textContent = prompt;
+    this.shown = new Markdown(this.part('.text'));
+    this.part('.actions .copy').onclick = () => this.copy();
     this.part('.retry').onclick = () => active || this.run();
     this.part('.edit').onclick = () => this.takeBack();
     this.part('[data-thumb="1"]').onclick = () => this.toggleThumb(1);
@@ -111,7 +117,8 @@ class Turn {
     draft.focus(); // The button that started this may be gone by now.
     this.invitation.end();
     this.answer = this.episode = live.textContent = '';
-    for (const line of ['.text', '.release', '.problem p']) this.part(line).textContent = '';
+    for (const line of ['.release', '.problem p']) this.part(line).textContent = '';
+    this.shown.finish('');
     this.view.setAttribute('aria-busy', 'true');
     lastTop = 0; // A page that shrinks here moves up by itself; that is nobody scrolling away.
     try {
@@ -122,6 +129,7 @@ class Turn {
       else this.fail(new Problem('Stopped before the answer began.'));
       control.abort(); // Lets go of a stream that was not read to its end.
     }
+    this.shown.finish(this.answer);
     this.view.removeAttribute('aria-busy');
     if (active === control) refresh(null);
   }
@@ -139,7 +147,7 @@ class Turn {
       this.part('.release').textContent ||= `Answered by release ${model}`;
       const piece = choices?.[0]?.delta?.content ?? '';
       this.answer += piece;
-      if (piece) this.part('.text').append(piece);
+      if (piece) this.shown.grow(this.answer);
       reason = choices?.[0]?.finish_reason ?? reason;
     }
     if (!reason) throw new Problem('The connection closed before the answer was complete.');
@@ -166,6 +174,12 @@ class Turn {
     if (!turns.includes(this)) return;
     live.textContent = `Everloop: ${this.answer} ${note}`;
     if (this.episode) this.invitation.begin(this.episode, user);
+  }
+
+  async copy() {
+    const button = this.part('.actions .copy');
+    button.textContent = (await copied(this.answer)) ? 'Copied' : 'Not copied';
+    setTimeout(() => (button.textContent = 'Copy'), 2000);
   }
 
   /** @param {unknown} error */
@@ -257,6 +271,14 @@ function refresh(control = active) {
   document.body.classList.toggle('busy', active !== null); // Shows Stop in place of Send.
   sendButton.disabled = !draft.value.trim();
 }
+
+messages.onclick = async (/** @type {MouseEvent} */ { target }) => {
+  const button = target instanceof Element ? target.closest('.code .copy') : null;
+  const code = button?.closest('.code')?.querySelector('code')?.textContent;
+  if (!button || code === null || code === undefined) return;
+  button.textContent = (await copied(code)) ? 'Copied' : 'Not copied';
+  setTimeout(() => (button.textContent = 'Copy'), 2000);
+};
 
 const toBottom = () => scroller.scrollTo(0, scroller.scrollHeight);
 const gap = () => scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop;
