@@ -34,6 +34,12 @@ def chat_page() -> FileResponse:
     return FileResponse(STATIC_DIR / "index.html")
 
 
+@router.get("/taught", include_in_schema=False)
+def taught_page() -> FileResponse:
+    """Serve the page on which people see what became of what they said, and ask to be forgotten."""
+    return FileResponse(STATIC_DIR / "taught.html")
+
+
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """List the assistant, releases that a replica has proved to serve, and runs to be tried while they train."""

@@ -9,13 +9,8 @@
  */
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
+import { call, find, Problem, uuid, whoAsks } from './server.js';
 
-/** @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */
-const find = (root, selector, type) => {
-  const element = root.querySelector(selector);
-  if (!(element instanceof type)) throw new Error(`The page lacks ${selector}`);
-  return element;
-};
 const [scroller, empty, messages, live, latest, stopButton, newChat] = [
   '#scroller', '#empty', '#messages', '#live', '#latest', '#stop', '#new-chat',
 ].map((selector) => find(document, selector, HTMLElement));
@@ -26,37 +21,7 @@ let turns = /** @type {Turn[]} */ ([]);
 let active = /** @type {AbortController | null} */ (null); // Ends the answer being streamed.
 let stuck = true; // Follow new text until the person scrolls up.
 let lastTop = 0;
-let user = uuid();
-try {
-  user = localStorage.getItem('everloop.user') || user;
-  localStorage.setItem('everloop.user', user);
-} catch { /* Storage is forbidden here: the id then lasts as long as the page. */ }
-
-/** randomUUID exists only on secure origins; a plain-http address needs the long way. */
-function uuid() {
-  if (crypto.randomUUID) return crypto.randomUUID();
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  bytes[6] = (bytes[6] & 0x0f) | 0x40;
-  bytes[8] = (bytes[8] & 0x3f) | 0x80;
-  const hex = Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
-}
-
-/** A failure whose message is meant for the person reading the page. */
-class Problem extends Error {}
-
-/** @param {string} path @param {object} body @param {AbortSignal} signal */
-async function post(path, body, signal) {
-  const headers = { 'content-type': 'application/json' };
-  const request = { method: 'POST', headers, body: JSON.stringify(body), signal };
-  const response = await fetch(path, request).catch(() => null);
-  if (!response) throw new Problem('The server could not be reached.');
-  if (response.ok) return response;
-  const envelope = await response.json().catch(() => null);
-  const message = envelope?.error?.message || `The server answered with status ${response.status}.`;
-  const wait = Number(response.headers.get('retry-after'));
-  throw new Problem(wait > 0 ? `${message} Try again in ${wait} s.` : message);
-}
+const user = whoAsks();
 
 /** The data of each event, which the server puts on one line. @param {Response} response */
 async function* events(response) {
@@ -139,7 +104,7 @@ class Turn {
     const options = { model: 'everloop', stream: true, stream_options: { include_usage: true } };
     const body = { ...options, user, messages: this.history() };
     let reason = '';
-    for await (const data of events(await post('/v1/chat/completions', body, signal))) {
+    for await (const data of events(await call('/v1/chat/completions', { method: 'POST', body, signal }))) {
       if (data === '[DONE]') return reason;
       const { id, model, choices, error } = /** @type {Chunk} */ (JSON.parse(data));
       if (error) throw new Problem(error.message);
@@ -215,7 +180,8 @@ class Turn {
     const body = { episode_id: this.episode, user, ...feedback, idempotency_key: key };
     const attempt = async () => {
       this.say(place, 'Saving…');
-      await post('/v1/feedback', body, AbortSignal.timeout(20_000)).then(done, (error) =>
+      const request = { method: 'POST', body, signal: AbortSignal.timeout(20_000) };
+      await call('/v1/feedback', request).then(done, (error) =>
         this.say(place, `Not saved. ${error.message}`, again));
     };
     // In a queue, so that quick clicks cannot overtake each other on the way.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.test_page import ask, browser, page  # noqa: F401 (fixtures)
+from tests.e2e.test_page import ask, browser, page, problems  # noqa: F401 (fixtures)
 
 RICH = r"""# Rivers
 

@@ -37,10 +37,15 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, stack):
+def problems():
+    """What the console complained of, and addresses elsewhere that were asked; none may be left."""
+    return []
+
+
+@pytest.fixture
+def page(browser, stack, problems):
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    problems = []
     own = stack.settings.public_url
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))

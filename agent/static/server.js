@@ -1,0 +1,56 @@
+// @ts-check
+/** What the pages know of the server: who asks, how to call it, and failures that are meant to be read. */
+
+/** randomUUID exists only on secure origins; a plain-http address needs the long way. */
+export function uuid() {
+  if (crypto.randomUUID) return crypto.randomUUID();
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  bytes[6] = (bytes[6] & 0x0f) | 0x40;
+  bytes[8] = (bytes[8] & 0x3f) | 0x80;
+  const hex = Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
+  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
+}
+
+/** The name of whoever uses this browser; somebody else where it is to be a new one. */
+export function whoAsks(isNew = false) {
+  let user = uuid();
+  try {
+    user = (!isNew && localStorage.getItem('everloop.user')) || user;
+    localStorage.setItem('everloop.user', user);
+  } catch { /* Storage is forbidden here: the name then lasts as long as the page. */ }
+  return user;
+}
+
+/** A failure whose message is meant for the person reading the page. */
+export class Problem extends Error {
+  code = '';
+}
+
+/**
+ * Calls the server; what it refuses is a Problem.
+ *
+ * @param {string} path
+ * @param {{method?: string, body?: object, user?: string, signal?: AbortSignal}} [options]
+ */
+export async function call(path, { method = 'GET', body, user, signal } = {}) {
+  const headers = /** @type {Record<string, string>} */ ({});
+  if (body) headers['content-type'] = 'application/json';
+  if (user) headers['x-everloop-user'] = encodeURIComponent(user);
+  const request = { method, headers, body: body && JSON.stringify(body), signal };
+  const response = await fetch(path, request).catch(() => null);
+  if (!response) throw new Problem('The server could not be reached.');
+  if (response.ok) return response;
+  const envelope = await response.json().catch(() => null);
+  const message = envelope?.error?.message || `The server answered with status ${response.status}.`;
+  const wait = Number(response.headers.get('retry-after'));
+  const problem = new Problem(wait > 0 ? `${message} Try again in ${wait} s.` : message);
+  problem.code = envelope?.error?.code ?? '';
+  throw problem;
+}
+
+/** An element of a page by its selector. @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */
+export const find = (root, selector, type) => {
+  const element = root.querySelector(selector);
+  if (!(element instanceof type)) throw new Error(`The page lacks ${selector}`);
+  return element;
+};
