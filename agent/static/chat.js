@@ -5,10 +5,12 @@
  *
  * @typedef {{delta?: {content?: string}, finish_reason?: string | null}} Choice
  * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}}} Chunk
- * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}} Feedback
+ * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}
+ *   | import('./reasons.js').Said} Feedback
  */
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
+import { Reasons } from './reasons.js';
 import { call, find, Problem, uuid, whoAsks } from './server.js';
 
 const [scroller, empty, messages, live, latest, stopButton, newChat] = [
@@ -60,6 +62,9 @@ class Turn {
     this.prompt = prompt;
     find(this.question, '.text', HTMLElement).textContent = prompt;
     this.shown = new Markdown(this.part('.text'));
+    this.reasons = new Reasons(this.part('.reasons'), (said, done) => {
+      this.save('.meta', said, () => (this.say('.meta', 'Saved'), done()));
+    });
     this.part('.actions .copy').onclick = () => this.copy();
     this.part('.retry').onclick = () => active || this.run();
     this.part('.edit').onclick = () => this.takeBack();
@@ -108,6 +113,7 @@ class Turn {
       if (data === '[DONE]') return reason;
       const { id, model, choices, error } = /** @type {Chunk} */ (JSON.parse(data));
       if (error) throw new Problem(error.message);
+      if (!this.episode) keepDraft(); // Until an answer begins, a reload brings the question back.
       this.episode = id;
       this.part('.release').textContent ||= `Answered by release ${model}`;
       const piece = choices?.[0]?.delta?.content ?? '';
@@ -143,8 +149,16 @@ class Turn {
 
   async copy() {
     const button = this.part('.actions .copy');
-    button.textContent = (await copied(this.answer)) ? 'Copied' : 'Not copied';
+    const isCopied = await copied(this.answer);
+    button.textContent = isCopied ? 'Copied' : 'Not copied';
+    if (isCopied) this.hint('copied');
     setTimeout(() => (button.textContent = 'Copy'), 2000);
+  }
+
+  /** Tells what a person did with the answer; nobody misses it where it is lost. @param {string} name */
+  hint(name) {
+    const body = { episode_id: this.episode, user, kind: 'implicit', name, idempotency_key: uuid() };
+    call('/v1/feedback', { method: 'POST', body }).catch(() => {});
   }
 
   /** @param {unknown} error */
@@ -159,6 +173,7 @@ class Turn {
     turns = turns.filter((turn) => turn !== this);
     for (const part of [this.question, this.view]) part.remove();
     draft.value = [this.prompt, draft.value].filter(Boolean).join('\n');
+    keepDraft();
     refresh();
     draft.focus();
   }
@@ -169,6 +184,7 @@ class Turn {
     for (const each of [1, -1]) {
       this.part(`[data-thumb="${each}"]`).setAttribute('aria-pressed', `${each === this.thumb}`);
     }
+    this.reasons.ask(this.thumb);
     const done = this.thumb ? 'Saved' : 'Withdrawn';
     this.save('.meta', { kind: 'thumb', value: this.thumb }, () => this.say('.meta', done));
   }
@@ -220,6 +236,13 @@ class Turn {
   }
 }
 
+/** What is being written survives a reload. */
+function keepDraft() {
+  try {
+    localStorage.setItem('everloop.draft', draft.value);
+  } catch { /* No storage, or no room in it: the draft then lasts as long as the page. */ }
+}
+
 /** @param {string} prompt */
 function ask(prompt) {
   const turn = new Turn(prompt);
@@ -265,7 +288,10 @@ find(document, '#composer', HTMLFormElement).onsubmit = (event) => {
   draft.value = '';
   ask(prompt);
 };
-draft.oninput = () => refresh();
+draft.oninput = () => {
+  keepDraft();
+  refresh();
+};
 draft.onkeydown = (/** @type {KeyboardEvent} */ event) => {
   // Enter also ends a word in an input method; Safari marks that one by its key code only.
   if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
@@ -290,4 +316,7 @@ newChat.onclick = () => {
 for (const example of document.querySelectorAll('.example')) {
   example.addEventListener('click', () => ask(example.textContent ?? ''));
 }
+try {
+  draft.value = localStorage.getItem('everloop.draft') ?? '';
+} catch { /* As above. */ }
 refresh();

@@ -247,3 +247,50 @@ def test_an_operator_promotes_and_rolls_back_on_the_page_with_a_reason(page, sta
     expect(told.nth(1)).to_contain_text("<i>promising</i>")
     if path := os.environ.get("EVERLOOP_SHOTS"):
         page.screenshot(path=Path(path) / "deployment.png")
+
+
+def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, stack):
+    ask(page, "What is a canal?")
+    down = page.locator('.message.assistant button[data-thumb="-1"]')
+    expect(page.locator(".reasons")).to_be_hidden()
+    down.click(timeout=60_000)
+    expect(page.locator(".chip")).to_have_count(11)
+    page.get_by_role("button", name="Too long").click()
+    page.get_by_role("button", name="Incorrect").press("Enter")
+    page.get_by_label("Why, in your words").fill("It says nothing of locks.")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Why, in your words")).to_have_value("")
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+
+    def said(kind):
+        with stack.sessions() as session:
+            return session.query(Feedback).filter_by(user_id=user, kind=kind).order_by(Feedback.seq).all()
+
+    wait_until(lambda: [row.reasons for row in said("reasons")] == [["too_long"], ["incorrect", "too_long"]])
+    assert len(said("comment")) == 1
+    if shots := os.environ.get("EVERLOOP_SHOTS"):
+        page.screenshot(path=str(Path(shots) / "reasons.png"))
+    page.locator('.message.assistant button[data-thumb="1"]').click()
+    expect(page.locator(".chip")).to_have_count(2)
+    wait_until(lambda: said("reasons")[-1].reasons == [])
+    page.locator('.message.assistant button[data-thumb="1"]').click()
+    expect(page.locator(".reasons")).to_be_hidden()
+
+
+def test_a_draft_survives_a_reload_and_a_failed_request(page, problems):
+    prompt = page.locator("textarea#prompt")
+    prompt.fill("What I was about to ask")
+    page.reload()
+    expect(prompt).to_have_value("What I was about to ask")
+    expect(page.locator("#send")).to_be_enabled()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    prompt.press("Enter")
+    expect(page.locator(".problem p")).to_have_text("The server could not be reached.")
+    assert "ERR_FAILED" in problems.pop()
+    page.reload()
+    expect(prompt).to_have_value("What I was about to ask")
+    page.unroute("**/v1/chat/completions")
+    prompt.press("Enter")
+    expect(page.locator(".release")).to_contain_text("base", timeout=60_000)
+    page.reload()
+    expect(prompt).to_have_value("")

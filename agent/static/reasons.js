@@ -1,0 +1,65 @@
+// @ts-check
+/**
+ * Why an answer was good or bad, asked for after a thumb and never in the way: chips that save at once, and a comment.
+ *
+ * @typedef {{kind: 'reasons', reasons: string[]} | {kind: 'comment', text: string}} Said
+ */
+import { find } from './server.js';
+
+const CHIPS = {
+  1: { exactly_right: 'Exactly right', well_explained: 'Well explained' },
+  '-1': {
+    incorrect: 'Incorrect', incomplete: 'Incomplete', off_topic: 'Off topic', too_long: 'Too long',
+    too_short: 'Too short', repetitive: 'Repetitive', bad_format: 'Bad format', bad_tone: 'Bad tone',
+    outdated: 'Outdated', refused_without_need: 'Refused without need', unsafe: 'Unsafe',
+  },
+};
+
+export class Reasons {
+  chosen = /** @type {Set<string>} */ (new Set());
+  thumb = 0;
+
+  /** @param {HTMLElement} root @param {(said: Said, done: () => void) => void} save */
+  constructor(root, save) {
+    this.root = root;
+    this.save = save;
+    this.chips = find(root, '.chips', HTMLElement);
+    this.field = find(root, 'input', HTMLInputElement);
+    find(root, 'form', HTMLFormElement).onsubmit = (event) => {
+      event.preventDefault();
+      this.comment();
+    };
+  }
+
+  /** Asks why, for a thumb or none; what was said for another one is taken back. @param {number} thumb */
+  ask(thumb) {
+    if (this.chosen.size) this.save({ kind: 'reasons', reasons: [] }, () => {});
+    this.chosen.clear();
+    this.thumb = thumb;
+    this.root.hidden = thumb === 0;
+    const chips = Object.entries(thumb === 1 ? CHIPS[1] : thumb === -1 ? CHIPS['-1'] : {});
+    this.chips.replaceChildren(...chips.map(([reason, name]) => this.chip(reason, name)));
+  }
+
+  /** @param {string} reason @param {string} name */
+  chip(reason, name) {
+    const chip = document.createElement('button');
+    Object.assign(chip, { type: 'button', className: 'chip', textContent: name });
+    chip.setAttribute('aria-pressed', 'false');
+    chip.onclick = () => {
+      if (!this.chosen.delete(reason)) this.chosen.add(reason);
+      chip.setAttribute('aria-pressed', `${this.chosen.has(reason)}`);
+      this.save({ kind: 'reasons', reasons: [...this.chosen] }, () => {});
+    };
+    return chip;
+  }
+
+  comment() {
+    const text = this.field.value.trim();
+    if (!text) return this.field.focus();
+    this.save({ kind: 'comment', text }, () => {
+      this.field.value = '';
+      this.field.placeholder = 'Thank you. Anything else?';
+    });
+  }
+}
