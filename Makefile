@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-all test-engine lint clean
+.PHONY: help setup demo up test test-all test-engine lint shots clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ lint: setup ## ruff, strict mypy, import-linter, the types of the pages' JavaScr
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@PATH="$$PATH:$$PWD/.venv/bin" node infra/web/node_modules/typescript/bin/tsc --project infra/web/jsconfig.json
+
+shots: setup ## Take the pictures of the pages in docs/img/ (a real stack, a real browser).
+	@mkdir -p docs/img
+	@EVERLOOP_SHOTS=docs/img .venv/bin/python -m pytest -q tests/e2e
 
 clean: ## Remove both environments and all caches (not what Everloop has learned).
 	@rm -rf .venv .venv-engine agent/static/vendor infra/web/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

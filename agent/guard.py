@@ -44,9 +44,7 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and not scope["path"].startswith(DOCUMENTATION_PATHS):
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
-                if scope["path"].startswith(
-                    "/static/"
-                ):  # or browsers guess how long they may keep it
+                if scope["path"].startswith("/static/"):  # or browsers guess how long they may keep it
                     MutableHeaders(scope=message)["Cache-Control"] = "no-cache"
             await send(message)
 

@@ -33,6 +33,7 @@ const sure = find(document, '#sure', HTMLDialogElement);
 let user = whoAsks();
 let rows = PAGE_ROWS;
 let shown = '';
+let isBlind = false; // The last look failed.
 
 const percent = new Intl.NumberFormat(undefined, { style: 'percent' });
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
@@ -98,9 +99,11 @@ async function read() {
   return { found, isEnd: !before };
 }
 
+/** Looks what became of the signals; what it could not see is said until it can, other problems stay. */
 async function look() {
   const { found, isEnd } = await read();
-  problem.textContent = '';
+  if (isBlind) problem.textContent = '';
+  isBlind = false;
   nothing.hidden = found.length > 0;
   more.hidden = isEnd;
   const text = JSON.stringify(found);
@@ -108,6 +111,12 @@ async function look() {
   shown = text;
   story.replaceChildren(...found.map(view));
 }
+
+const lookAgain = () =>
+  look().catch((error) => {
+    isBlind = true;
+    fail(error);
+  });
 
 /** @param {{learn: boolean, learn_is_default: boolean}} me */
 function showConsent(me) {
@@ -119,6 +128,7 @@ function showConsent(me) {
 
 learn.onchange = async () => {
   const wished = learn.checked;
+  problem.textContent = '';
   try {
     showConsent(await (await call('/v1/me/consent', { method: 'PUT', body: { learn: wished }, user })).json());
   } catch (error) {
@@ -169,14 +179,14 @@ sure.onclose = async () => {
 
 more.onclick = () => {
   rows += PAGE_ROWS;
-  look().catch(fail);
+  void lookAgain();
 };
 
 async function begin() {
   shown = '';
   showConsent(await (await call('/v1/me', { user })).json());
-  await look();
+  await lookAgain();
 }
 
 begin().catch(fail);
-setInterval(() => document.visibilityState === 'visible' && look().catch(fail), LOOK_EVERY_MS);
+setInterval(() => document.visibilityState === 'visible' && lookAgain(), LOOK_EVERY_MS);

@@ -1,5 +1,6 @@
 """The chat page in a real browser, against the real stack."""
 
+import json
 import os
 import re
 import shutil
@@ -294,3 +295,57 @@ def test_a_draft_survives_a_reload_and_a_failed_request(page, problems):
     expect(page.locator(".release")).to_contain_text("base", timeout=60_000)
     page.reload()
     expect(prompt).to_have_value("")
+
+
+def test_another_answer_and_another_question_are_versions_to_go_between(page, stack):
+    asked = []
+
+    def reply(route):
+        asked.append([message["content"] for message in route.request.post_data_json["messages"]])
+        piece = {"content": f"Answer {len(asked)}."}
+        chunk = {"id": f"ep_{len(asked)}", "model": "base"}
+        choices = [{"index": 0, "delta": piece, "finish_reason": "stop"}]
+        route.fulfill(
+            content_type="text/event-stream",
+            body=f"data: {json.dumps({**chunk, 'choices': choices})}\n\ndata: [DONE]\n\n",
+        )
+
+    hints = []
+
+    def hint(route):
+        hints.append((route.request.post_data_json["episode_id"], route.request.post_data_json["name"]))
+        route.fulfill(status=202, json={"id": "fb_1"})
+
+    page.route("**/v1/episodes/*", lambda route: route.fulfill(json={"solicited": None, "score": None}))
+    page.route("**/v1/chat/completions", reply)
+    page.route("**/v1/feedback", hint)
+    texts = page.locator(".message .text")
+    ask(page, "One")
+    expect(texts).to_have_text(["One", "Answer 1."])
+    expect(page.locator(".versions")).to_be_hidden()
+    ask(page, "Two")
+    expect(texts).to_have_text(["One", "Answer 1.", "Two", "Answer 2."])
+    page.get_by_role("button", name="Try again").first.click()
+    expect(texts).to_have_text(["One", "Answer 3."])
+    assert asked[2] == ["One"] and hints == [("ep_1", "regenerated")]
+    ask(page, "Three")
+    expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])
+    assert asked[3] == ["One", "Answer 3.", "Three"]
+    expect(page.locator(".versions span").first).to_have_text("2/2")
+    page.get_by_role("button", name="Earlier version").first.click()
+    expect(texts).to_have_text(["One", "Answer 1.", "Two", "Answer 2."])
+    page.locator(".resend").first.click()
+    expect(page.locator("textarea#prompt")).to_have_value("One")
+    expect(page.locator("#editing")).to_be_visible()
+    page.press("textarea#prompt", "Escape")
+    expect(page.locator("#editing")).to_be_hidden()
+    page.locator(".resend").nth(1).click()
+    ask(page, "Two, but shorter")
+    expect(texts).to_have_text(["One", "Answer 1.", "Two, but shorter", "Answer 5."])
+    assert asked[4] == ["One", "Answer 1.", "Two, but shorter"] and hints[1] == ("ep_2", "edited_and_resent")
+    if shots := os.environ.get("EVERLOOP_SHOTS"):
+        page.screenshot(path=str(Path(shots) / "versions.png"))
+    page.get_by_role("button", name="Later version").first.click()
+    expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])
+    page.get_by_role("button", name="New chat").click()
+    expect(texts).to_have_count(0)

@@ -124,3 +124,14 @@ def test_everybody_can_use_them(page, stack, scheme, width):  # noqa: F811
     shoot(page, f"story-{scheme}-{width}")
     page.locator("#forget").click()
     assert violations(page) == []
+
+
+def test_what_it_cannot_see_is_said_until_it_can(page, stack, problems):  # noqa: F811
+    page.goto(f"{stack.settings.public_url}/taught")
+    expect(page.locator("#nothing")).to_be_visible()
+    page.route("**/v1/me/receipts*", lambda route: route.fulfill(status=503, json={"error": {"message": "Away."}}))
+    expect(page.locator("#problem")).to_have_text("Away.", timeout=10_000)
+    page.unroute("**/v1/me/receipts*")
+    expect(page.locator("#problem")).to_have_text("", timeout=10_000)
+    assert problems and all("503" in problem for problem in problems)
+    problems.clear()

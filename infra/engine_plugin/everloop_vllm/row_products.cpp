@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What adapters add to the rows of a small step: one call for a layer, on the calling thread.
+// What adapters add to the rows of a step: one call for a layer, in which each thread takes blocks of rows.
 //
 // A decode step has few rows, so a layer's LoRA is a few microseconds of arithmetic; as tensor operations it is ten
-// times that of dispatch, of waiting for a second thread, and of reading zeros that fill up tiles. Here the weights
-// are read once, in the order in which they lie, and nothing else is.
+// times that of dispatch, of waiting for other threads, and of reading zeros that fill up tiles. Here the weights are
+// read in the order in which they lie, and nothing else is. What a row gets does not depend on the rows beside it.
 //
 // Weights and activations are bfloat16, sums float32. Panels are as wide as the vectors of this processor:
 //   A of a slot: for each slice, for each panel of the rank, [inputs][lanes]
@@ -190,10 +190,11 @@ __attribute__((visibility("default"))) void everloop_add_rows(
     const uint16_t* x, long x_stride, uint16_t* y, long y_stride, const int64_t* row, const int64_t* groups,
     long num_groups, const uint16_t* a, long a_stride, const uint16_t* b, long b_stride, long inputs, long rank,
     long num_slices, const int64_t* widths, float scale, long lanes) {
+  if (num_groups == 0) return;
   const Rows rows{x, x_stride, y, y_stride};
   AddRows* add = add_rows_of(lanes);
   const long num_rows = groups[3 * num_groups - 1];
-  const long most = num_rows <= kBlock ? kBlock / 2 : kBlock;
+  const long most = num_rows <= kBlock ? kBlock / 2 : kBlock;  // so that a few rows are work for two threads
 #pragma omp parallel if (num_rows > 1)
   {
     long block = 0;
