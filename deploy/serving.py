@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -139,16 +140,13 @@ def make_ready(sessions: Sessions, release: str, timeout_s: float | None = None)
         want(session, name)
         at_first = _up(session)
         asked_at = session.scalar(sa.select(sa.func.clock_timestamp()))
-    deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
-    while True:
-        with transaction(sessions) as session:
-            gone = at_first - _up(session)
-            lacking = dict.fromkeys(gone, "it went away in the swap") or missing(session, name, asked_at)
-        if not lacking:
-            return
-        if gone or time.monotonic() > deadline_s:
-            raise _not_ready(name, lacking)
-        time.sleep(POLL_S)
+
+    def look(session: Session) -> Look:
+        gone = dict.fromkeys(at_first - _up(session), "it went away in the swap")
+        lacking = gone or missing(session, name, asked_at)
+        return Look(is_ready=not lacking, is_hopeless=bool(gone), lacking=lacking)
+
+    _wait(sessions, look, f"{name} is not served by every replica", timeout_s)
 
 
 def make_one_ready(sessions: Sessions, release: str) -> None:
@@ -163,22 +161,35 @@ def make_one_ready(sessions: Sessions, release: str) -> None:
     """
     with transaction(sessions) as session:
         want(session, release)
-    deadline_s = time.monotonic() + READY_TIMEOUT_S
+
+    def look(session: Session) -> Look:
+        lacking = missing(session, release)
+        return Look(is_ready=len(lacking) < len(_up(session)), is_hopeless=False, lacking=lacking)
+
+    _wait(sessions, look, f"{release} is served by no replica")
+
+
+class Look(NamedTuple):
+    """Whether what is waited for is there or cannot come any more, and which replicas lack it, with why."""
+
+    is_ready: bool
+    is_hopeless: bool
+    lacking: Mapping[str, str]
+
+
+def _wait(
+    sessions: Sessions, look: Callable[[Session], Look], otherwise: str, timeout_s: float | None = None
+) -> None:
+    deadline_s = time.monotonic() + (READY_TIMEOUT_S if timeout_s is None else timeout_s)
     while True:
         with transaction(sessions) as session:
-            lacking = missing(session, release)
-            if len(lacking) < len(_up(session)):
-                return
-        if time.monotonic() > deadline_s:
-            raise _not_ready(release, lacking)
+            seen = look(session)
+        if seen.is_ready:
+            return
+        if seen.is_hopeless or time.monotonic() > deadline_s:
+            why = "; ".join(f"{url}: {problem}" for url, problem in sorted(seen.lacking.items()))
+            raise UnavailableError(f"{otherwise}, so nothing was changed. {why}", code="release_not_ready")
         time.sleep(POLL_S)
-
-
-def _not_ready(release: str, lacking: Mapping[str, str]) -> UnavailableError:
-    why = "; ".join(f"{url}: {problem}" for url, problem in sorted(lacking.items()))
-    return UnavailableError(
-        f"{release} is not served by every replica, so nothing was changed. {why}", code="release_not_ready"
-    )
 
 
 def _is_up() -> sa.ColumnElement[bool]:

@@ -167,6 +167,6 @@ for (const example of document.querySelectorAll('.example')) {
   example.addEventListener('click', () => ask(example.textContent ?? ''));
 }
 try {
-  draft.value = localStorage.getItem('everloop.draft') ?? '';
+  draft.value ||= localStorage.getItem('everloop.draft') ?? ''; // Whoever was faster than this script is typing.
 } catch { /* As above. */ }
 refresh();

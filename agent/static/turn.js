@@ -21,6 +21,7 @@
  * @property {() => void} letGo Stop following new text.
  */
 import { Fork } from './branches.js';
+import { showChanges } from './changes.js';
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
@@ -86,6 +87,7 @@ export class Turn {
     this.field.oninput = () => {
       this.correction = '';
       this.say('.editor', ''); // A Retry shown there would send the older text.
+      void this.compare();
     };
   }
 
@@ -229,8 +231,14 @@ export class Turn {
     if (!open) return this.part('.correct').focus();
     this.page.letGo(); // Growing the page below must not push the editor out of sight.
     this.field.value ||= this.answer; // A correction left half-written is still there.
+    void this.compare();
     this.field.focus();
     this.part('.editor').scrollIntoView({ block: 'nearest' });
+  }
+
+  /** Shows what the correction changes; it can be sent without. */
+  compare() {
+    return showChanges(this.part('.changes'), this.answer, this.field.value).catch((error) => console.error(error));
   }
 
   sendCorrection() {

@@ -69,6 +69,7 @@ def answer(page, text, *, pieces=1):  # noqa: F811
     body = "".join(
         f"data: {json.dumps({'id': 'ep_x', 'model': 'base', 'choices': [choice]})}\n\n" for choice in choices
     )
+    page.route("**/v1/feedback", lambda route: route.fulfill(status=202, json={"id": "fb_x"}))
     page.route("**/v1/episodes/ep_x", lambda route: route.fulfill(json={"solicited": None, "score": None}))
     page.route(
         "**/v1/chat/completions",

@@ -59,6 +59,7 @@ def page(browser, stack, problems):
 
 def ask(page, text):
     page.fill("textarea#prompt", text)
+    expect(page.locator("#send")).to_be_enabled()  # the script is there
     page.press("textarea#prompt", "Enter")
 
 
@@ -349,3 +350,37 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])
     page.get_by_role("button", name="New chat").click()
     expect(texts).to_have_count(0)
+
+
+def test_a_correction_shows_what_it_changes_and_arrives(page, stack):
+    ask(page, "What is a weir?")
+    page.locator(".correct").click(timeout=60_000)
+    field = page.locator(".editor textarea")
+    expect(page.locator(".changes")).to_be_hidden()
+    answer = field.input_value()
+    first, _, rest = answer.partition(" ")
+    field.fill(f"Indeed {rest}")
+    expect(page.locator(".changes del")).to_have_text(first)
+    expect(page.locator(".changes ins")).to_have_text("Indeed")
+    if shots := os.environ.get("EVERLOOP_SHOTS"):
+        page.screenshot(path=str(Path(shots) / "correction.png"))
+    field.fill(answer)
+    expect(page.locator(".changes")).to_be_hidden()
+    field.fill(f"Indeed {rest}")
+    page.locator(".send-correction").click()
+    expect(page.locator(".correct span")).to_have_text("Corrected")
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+    with stack.sessions() as session:
+        assert session.query(Feedback).filter_by(user_id=user, kind="correction").one().text == f"Indeed {rest}"
+
+
+def test_who_types_before_the_script_is_there_loses_nothing(page):
+    held = []
+    page.route("**/static/chat.js", lambda route: held.append(route))
+    page.reload(wait_until="commit")
+    page.fill("textarea#prompt", "I was fast")
+    expect(page.locator("#send")).to_be_disabled()
+    wait_until(lambda: page.wait_for_timeout(50) or held)
+    held[0].continue_()
+    expect(page.locator("#send")).to_be_enabled()
+    expect(page.locator("textarea#prompt")).to_have_value("I was fast")
