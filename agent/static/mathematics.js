@@ -38,6 +38,28 @@ export function withMathematics(md) {
     state.pos = end + pair.close.length;
     return true;
   });
+  // On lines of its own, before they are taken for lists or headings.
+  md.block.ruler.before(
+    'fence',
+    'mathematics_block',
+    (state, startLine, endLine, isSilent) => {
+      const first = state.bMarks[startLine] + state.tShift[startLine];
+      const pair = PAIRS.find(({ open, isDisplay }) => isDisplay && state.src.startsWith(open, first));
+      const end = pair ? closing(state.src, first, pair) : -1;
+      if (!pair || end < 0 || end > state.eMarks[endLine - 1]) return false;
+      let line = startLine;
+      while (state.eMarks[line] < end) line += 1;
+      if (state.src.slice(end + pair.close.length, state.eMarks[line]).trim()) return false;
+      if (isSilent) return true;
+      const token = state.push('mathematics_block', 'p', 0);
+      token.content = state.src.slice(first + pair.open.length, end);
+      token.meta = pair;
+      state.line = line + 1;
+      return true;
+    },
+    { alt: ['paragraph', 'reference', 'blockquote', 'list'] },
+  );
+  md.renderer.rules.mathematics_block = (...args) => `<p>${md.renderer.rules.mathematics?.(...args)}</p>`;
   md.renderer.rules.mathematics = (tokens, at) => {
     const { content, meta } = tokens[at];
     const pair = /** @type {typeof PAIRS[0]} */ (meta);

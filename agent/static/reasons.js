@@ -18,6 +18,7 @@ const CHIPS = {
 export class Reasons {
   chosen = /** @type {Set<string>} */ (new Set());
   thumb = 0;
+  sent = ''; // A comment on its way, or not arrived: trying that again is another button.
 
   /** @param {HTMLElement} root @param {(said: Said, done: () => void) => void} save */
   constructor(root, save) {
@@ -57,8 +58,11 @@ export class Reasons {
   comment() {
     const text = this.field.value.trim();
     if (!text) return this.field.focus();
+    if (text === this.sent) return;
+    this.sent = text;
     this.save({ kind: 'comment', text }, () => {
-      this.field.value = '';
+      if (this.sent === text) this.sent = '';
+      if (this.field.value.trim() === text) this.field.value = '';
       this.field.placeholder = 'Thank you. Anything else?';
     });
   }

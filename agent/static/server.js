@@ -11,14 +11,18 @@ export function uuid() {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
 }
 
+let known = '';
+
 /** The name of whoever uses this browser; somebody else where it is to be a new one. */
 export function whoAsks(isNew = false) {
-  let user = uuid();
+  let user = isNew ? '' : known;
   try {
-    user = (!isNew && localStorage.getItem('everloop.user')) || user;
+    if (!isNew) user = localStorage.getItem('everloop.user') || user;
+    user ||= uuid();
     localStorage.setItem('everloop.user', user);
   } catch { /* Storage is forbidden here: the name then lasts as long as the page. */ }
-  return user;
+  known = user || uuid();
+  return known;
 }
 
 /** A failure whose message is meant for the person reading the page. */

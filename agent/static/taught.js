@@ -129,10 +129,12 @@ function showConsent(me) {
 learn.onchange = async () => {
   const wished = learn.checked;
   problem.textContent = '';
+  learn.disabled = true; // One wish at a time, or an older one could come last.
   try {
     showConsent(await (await call('/v1/me/consent', { method: 'PUT', body: { learn: wished }, user })).json());
   } catch (error) {
     learn.checked = !wished;
+    learn.disabled = false;
     fail(error);
   }
 };
@@ -144,6 +146,9 @@ function showReport(told) {
     line.textContent = `${name}: ${told.pending.includes(room) ? 'being deleted…' : 'done'}`;
     return line;
   });
+  const state = JSON.stringify([told.complete, told.pending]);
+  if (report.dataset.state === state) return; // Nobody wants to hear it again each second.
+  report.dataset.state = state;
   const list = document.createElement('ul');
   list.append(...lines);
   const title = document.createElement('p');
@@ -156,10 +161,16 @@ function showReport(told) {
 async function forget() {
   let told = /** @type {Report} */ (await (await call('/v1/me', { method: 'DELETE', user })).json());
   user = whoAsks(true);
-  await begin();
-  for (showReport(told); !told.complete; showReport(told)) {
+  try {
+    localStorage.removeItem('everloop.draft');
+  } catch { /* No storage, no draft. */ }
+  showReport(told);
+  begin().catch(fail);
+  while (!told.complete) {
     await new Promise((resolve) => setTimeout(resolve, 1000));
-    told = await (await call(`/v1/erasures/${told.erasure_id}`)).json();
+    const looked = call(`/v1/erasures/${told.erasure_id}`).then((response) => response.json());
+    told = await looked.catch(() => told); // It goes on without us; the next look may see it.
+    showReport(told);
   }
 }
 

@@ -54,6 +54,8 @@ export class Turn {
   thumb = 0; // The person's choice: -1, 0 (none) or 1.
   correction = ''; // The last one handed to save().
   queue = Promise.resolve();
+  /** What did not arrive, by place and kind. @type {Map<string, {place: string, message: string, again: () => void}>} */
+  unsaved = new Map();
   question = copy('#user-template');
   view = copy('#assistant-template');
   part = (/** @type {string} */ selector) => find(this.view, selector, HTMLElement);
@@ -108,9 +110,12 @@ export class Turn {
       else this.fail(new Problem('Stopped before the answer began.'));
       control.abort(); // Lets go of a stream that was not read to its end.
     }
-    this.shown.finish(this.answer);
-    this.view.removeAttribute('aria-busy');
-    this.page.end(control);
+    try {
+      this.shown.finish(this.answer);
+    } finally {
+      this.view.removeAttribute('aria-busy');
+      this.page.end(control);
+    }
   }
 
   /** Streams the answer in; returns why it ended. @param {AbortSignal} signal */
@@ -160,6 +165,7 @@ export class Turn {
     const button = this.part('.actions .copy');
     const isCopied = await copied(this.answer);
     button.textContent = isCopied ? 'Copied' : 'Not copied';
+    this.page.announce(button.textContent);
     if (isCopied) this.hint('copied');
     setTimeout(() => (button.textContent = 'Copy'), 2000);
   }
@@ -209,12 +215,27 @@ export class Turn {
     const attempt = async () => {
       this.say(place, 'Saving…');
       const request = { method: 'POST', body, signal: AbortSignal.timeout(20_000) };
-      await call('/v1/feedback', request).then(done, (error) =>
-        this.say(place, `Not saved. ${error.message}`, again));
+      await call('/v1/feedback', request).then(
+        () => {
+          this.unsaved.delete(slot);
+          done();
+        },
+        (error) => this.unsaved.set(slot, { place, message: error.message, again }),
+      );
+      this.sayUnsaved(place);
     };
     // In a queue, so that quick clicks cannot overtake each other on the way.
     const again = () => void (this.queue = this.queue.then(attempt));
+    const slot = `${place} ${feedback.kind}`;
+    this.unsaved.delete(slot); // What is said now takes its place.
     again();
+  }
+
+  /** Offers to try again what did not arrive, whatever else did. @param {string} place */
+  sayUnsaved(place) {
+    const left = [...this.unsaved.values()].filter((each) => each.place === place);
+    if (!left.length) return;
+    this.say(place, `Not saved. ${left[0].message}`, () => left.forEach(({ again }) => again()));
   }
 
   /** @param {string} place @param {string} line @param {() => void} [again] Offered as Retry. */
@@ -249,7 +270,11 @@ export class Turn {
     this.save('.editor', { kind: 'correction', text }, () => {
       this.say('.editor', 'Sent. Thank you.');
       this.part('.correct span').textContent = 'Corrected';
-      this.openEditor(false);
+      if (this.field.value.trim() !== text) return; // Somebody goes on improving it.
+      const isThere = this.part('.editor').contains(document.activeElement);
+      this.part('.editor').hidden = true;
+      this.part('.correct').setAttribute('aria-expanded', 'false');
+      if (isThere) this.part('.correct').focus();
     });
   }
 }

@@ -124,6 +124,13 @@ def test_what_is_complete_is_not_drawn_again_while_the_rest_comes(page):  # noqa
     assert changes["html"].count("<li>") == 2 and changes["html"].endswith("<p>Last</p>")
 
 
+@pytest.mark.parametrize("text", ["\\[\nf = a\n+ b\n\\]", "$$\nx\n=\ny\n$$", "So\n$$\nx\n\n- y\n$$\nand on"])
+def test_mathematics_on_lines_of_its_own_is_no_list_and_no_heading(page, text):  # noqa: F811
+    shown = answer(page, text)
+    expect(shown.locator(".math.display math")).to_have_count(1)
+    expect(shown.locator("ul, h3, h4")).to_have_count(0)
+
+
 def test_a_hostile_answer_stays_text(page):  # noqa: F811
     text = answer(page, HOSTILE)
     page.wait_for_timeout(300)

@@ -335,11 +335,14 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     expect(page.locator(".versions span").first).to_have_text("2/2")
     page.get_by_role("button", name="Earlier version").first.click()
     expect(texts).to_have_text(["One", "Answer 1.", "Two", "Answer 2."])
+    expect(page.get_by_role("button", name="Earlier version").first).to_be_focused()
+    page.fill("textarea#prompt", "Half a thought")
     page.locator(".resend").first.click()
     expect(page.locator("textarea#prompt")).to_have_value("One")
     expect(page.locator("#editing")).to_be_visible()
     page.press("textarea#prompt", "Escape")
     expect(page.locator("#editing")).to_be_hidden()
+    expect(page.locator("textarea#prompt")).to_have_value("Half a thought")
     page.locator(".resend").nth(1).click()
     ask(page, "Two, but shorter")
     expect(texts).to_have_text(["One", "Answer 1.", "Two, but shorter", "Answer 5."])
@@ -384,3 +387,39 @@ def test_who_types_before_the_script_is_there_loses_nothing(page):
     held[0].continue_()
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator("textarea#prompt")).to_have_value("I was fast")
+
+
+def test_what_did_not_arrive_can_be_tried_again_whatever_else_did(page, stack, problems):
+    ask(page, "What is a lock?")
+    down = page.locator('.message.assistant button[data-thumb="-1"]')
+    expect(down).to_be_visible(timeout=60_000)
+    page.route("**/v1/feedback", lambda route: route.abort(), times=1)
+    down.click()
+    state = page.locator(".meta .state")
+    expect(state).to_contain_text("Not saved")
+    assert "ERR_FAILED" in problems.pop()
+    page.get_by_role("button", name="Too long").click()
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+
+    def kinds():
+        with stack.sessions() as session:
+            return sorted(row.kind for row in session.query(Feedback).filter_by(user_id=user))
+
+    wait_until(lambda: kinds() == ["reasons"])
+    expect(state).to_contain_text("Not saved")
+    page.get_by_role("button", name="Retry saving your rating").click()
+    wait_until(lambda: kinds() == ["reasons", "thumb"])
+    expect(state).to_have_text("Saved")
+
+
+def test_a_failed_question_that_others_follow_stays_when_it_is_edited(page, problems):
+    page.route("**/v1/chat/completions", lambda route: route.abort(), times=1)
+    ask(page, "First")
+    expect(page.locator(".problem p").first).to_have_text("The server could not be reached.")
+    assert "ERR_FAILED" in problems.pop()
+    ask(page, "Second")
+    expect(page.locator(".release").nth(1)).to_contain_text("base", timeout=60_000)
+    expect(page.locator("button#stop")).to_be_hidden(timeout=60_000)
+    page.get_by_role("button", name="Edit question").first.click()
+    expect(page.locator("textarea#prompt")).to_have_value("First")
+    expect(page.locator(".message.user")).to_have_count(2)

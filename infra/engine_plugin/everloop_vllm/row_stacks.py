@@ -26,7 +26,10 @@ def _load() -> ctypes.PyDLL | None:
         return None
     # PyDLL keeps the interpreter's lock: given away in each of 120 calls a step, it comes back late
     # where the API server runs in this process.
-    library = ctypes.PyDLL(spec.origin)
+    try:
+        library = ctypes.PyDLL(spec.origin)
+    except OSError:  # made on a machine with other libraries
+        return None
     library.everloop_lanes.restype = ctypes.c_long
     address, number = ctypes.c_void_p, ctypes.c_long
     library.everloop_add_rows.argtypes = [
@@ -60,6 +63,7 @@ class RowStacks(Presence):
         self._panels_a = torch.zeros(slots, len(widths) * _padded(rank) * inputs, dtype=torch.bfloat16)
         self._panels_b = torch.zeros(slots, sum(widths) * rank, dtype=torch.bfloat16)
         self._widths = torch.tensor(widths)
+        self._inputs, self._width = inputs, sum(widths)
         self._layer = (
             self._panels_a.data_ptr(), self._panels_a.size(1), self._panels_b.data_ptr(), self._panels_b.size(1),
             inputs, rank, len(widths), self._widths.data_ptr(),
@@ -90,6 +94,8 @@ class RowStacks(Presence):
 
         Neighbours in a row of either must lie side by side.
         """
+        if x.size(1) != self._inputs or y.size(1) != self._width:
+            raise ValueError(f"LoRA of {self._inputs} to {self._width} columns, got {x.size(1)} and {y.size(1)}")
         assert LIBRARY is not None
         LIBRARY.everloop_add_rows(
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
