@@ -118,8 +118,7 @@ messages.onclick = async (/** @type {MouseEvent} */ { target }) => {
   const button = target instanceof Element ? target.closest('.code .copy') : null;
   const code = button?.closest('.code')?.querySelector('code')?.textContent;
   if (!button || code === null || code === undefined) return;
-  live.textContent = button.textContent = (await copied(code)) ? 'Copied' : 'Not copied';
-  setTimeout(() => (button.textContent = 'Copy'), 2000);
+  await copied(button, code, page.announce);
 };
 
 const toBottom = () => scroller.scrollTo(0, scroller.scrollHeight);

@@ -62,13 +62,13 @@ function blocksOf(text) {
   return blocks;
 }
 
-/** Dresses a sanitised block: links open elsewhere, code has its language and a button. @param {Element} block */
+/** Dresses what is sanitised: links open elsewhere, tables scroll, code has its language and a button. @param {DocumentFragment} block */
 function dress(block) {
   for (const link of block.querySelectorAll('a')) {
     link.target = '_blank';
     link.rel = 'noopener noreferrer nofollow';
   }
-  for (const table of block.matches('table') ? [block] : block.querySelectorAll('table')) {
+  for (const table of block.querySelectorAll('table')) {
     const frame = document.createElement('div');
     frame.className = 'table';
     frame.tabIndex = 0; // A wide one scrolls, by keyboard too.
@@ -76,9 +76,8 @@ function dress(block) {
     frame.setAttribute('aria-label', 'Table');
     table.replaceWith(frame);
     frame.append(table);
-    if (table === block) block = frame;
   }
-  for (const code of block.matches('pre') ? [block] : block.querySelectorAll('pre')) {
+  for (const code of block.querySelectorAll('pre')) {
     const frame = document.createElement('figure');
     frame.className = 'code';
     const caption = document.createElement('figcaption');
@@ -88,10 +87,8 @@ function dress(block) {
     caption.append(languageOf(code) || 'code', button);
     code.replaceWith(frame);
     frame.append(caption, code);
-    code.setAttribute('tabindex', '0');
-    if (code === block) block = frame;
+    code.tabIndex = 0;
   }
-  return block;
 }
 
 /** @param {Element} pre */
@@ -142,9 +139,10 @@ export class Markdown {
     while (same < this.blocks.length && this.blocks[same].html === wanted[same]) same += 1;
     for (const { element } of this.blocks.splice(same)) element.remove();
     for (const html of wanted.slice(same)) {
-      const block = clean(html).firstElementChild;
-      if (!block) continue;
-      const element = dress(block);
+      const block = clean(html);
+      dress(block);
+      const element = block.firstElementChild;
+      if (!element) continue;
       this.root.append(element);
       this.blocks.push({ html, element });
     }

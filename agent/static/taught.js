@@ -141,14 +141,14 @@ learn.onchange = async () => {
 
 /** @param {Report} told */
 function showReport(told) {
+  const state = JSON.stringify([told.complete, told.pending]);
+  if (report.dataset.state === state) return; // Nobody wants to hear it again each second.
+  report.dataset.state = state;
   const lines = Object.entries(ROOMS).map(([room, name]) => {
     const line = document.createElement('li');
     line.textContent = `${name}: ${told.pending.includes(room) ? 'being deleted…' : 'done'}`;
     return line;
   });
-  const state = JSON.stringify([told.complete, told.pending]);
-  if (report.dataset.state === state) return; // Nobody wants to hear it again each second.
-  report.dataset.state = state;
   const list = document.createElement('ul');
   list.append(...lines);
   const title = document.createElement('p');

@@ -38,8 +38,18 @@ async function* events(response) {
   }
 }
 
-/** Whether a text reached the clipboard; insecure origins have none. @param {string} text */
-export const copied = (text) => navigator.clipboard?.writeText(text).then(() => true, () => false) ?? Promise.resolve(false);
+/**
+ * Copies a text and has its button say so for a while; whether it reached the clipboard, which insecure origins lack.
+ *
+ * @param {Element} button @param {string} text @param {(text: string) => void} announce
+ */
+export async function copied(button, text, announce) {
+  const isCopied = (await navigator.clipboard?.writeText(text).then(() => true, () => false)) ?? false;
+  button.textContent = isCopied ? 'Copied' : 'Not copied';
+  announce(button.textContent);
+  setTimeout(() => (button.textContent = 'Copy'), 2000);
+  return isCopied;
+}
 
 /** A new message from its template. @param {string} id */
 function copy(id) {
@@ -162,12 +172,7 @@ export class Turn {
   }
 
   async copy() {
-    const button = this.part('.actions .copy');
-    const isCopied = await copied(this.answer);
-    button.textContent = isCopied ? 'Copied' : 'Not copied';
-    this.page.announce(button.textContent);
-    if (isCopied) this.hint('copied');
-    setTimeout(() => (button.textContent = 'Copy'), 2000);
+    if (await copied(this.part('.actions .copy'), this.answer, this.page.announce)) this.hint('copied');
   }
 
   /** Tells what a person did with the answer; nobody misses it where it is lost. @param {string} name */
@@ -245,11 +250,12 @@ export class Turn {
     this.part(`${place} .again`).onclick = again ?? null;
   }
 
-  /** @param {boolean} open */
-  openEditor(open) {
+  /** @param {boolean} open @param {boolean} takesFocus Back to its button, when it closes. */
+  openEditor(open, takesFocus = true) {
     this.part('.editor').hidden = !open;
     this.part('.correct').setAttribute('aria-expanded', `${open}`);
-    if (!open) return this.part('.correct').focus();
+    if (!open && takesFocus) this.part('.correct').focus();
+    if (!open) return;
     this.page.letGo(); // Growing the page below must not push the editor out of sight.
     this.field.value ||= this.answer; // A correction left half-written is still there.
     void this.compare();
@@ -272,9 +278,7 @@ export class Turn {
       this.part('.correct span').textContent = 'Corrected';
       if (this.field.value.trim() !== text) return; // Somebody goes on improving it.
       const isThere = this.part('.editor').contains(document.activeElement);
-      this.part('.editor').hidden = true;
-      this.part('.correct').setAttribute('aria-expanded', 'false');
-      if (isThere) this.part('.correct').focus();
+      this.openEditor(false, isThere);
     });
   }
 }
