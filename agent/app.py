@@ -20,6 +20,8 @@ from starlette.staticfiles import StaticFiles
 
 import agent.api
 import deploy.api
+import deploy.decisions_api
+import deploy.pages
 import deploy.releases_api
 import deploy.runs_api
 import feedback.api
@@ -28,7 +30,7 @@ from agent.book import Book
 from agent.guard import Guard
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
-from deploy.canary import Follower
+from deploy.followers import Followers
 from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
@@ -44,6 +46,11 @@ HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 
 
 operations = APIRouter()
+ROUTERS = (
+    *(agent.api.router, feedback.api.router, reward.api.router),
+    *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
+    *deploy.pages.ROUTERS,
+)
 
 
 @operations.get("/metrics", include_in_schema=False)
@@ -73,7 +80,7 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
-        app.state.canary_follower = Follower()
+        app.state.canary_followers = Followers()
         routes = RouteTable(app.state.sessions)
         async with routes.kept_fresh(), Fleet(settings, routes, routes.read).running() as fleet:
             app.state.fleet = fleet
@@ -94,17 +101,16 @@ def build_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": ErrorEnvelope}, "503": {"model": ErrorEnvelope}},
     )
+    app.state.is_stopping = lambda: False
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(EverloopError, _everloop_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
-    for room in (agent.api, feedback.api, reward.api, deploy.api, deploy.releases_api, deploy.runs_api):
-        app.include_router(room.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.include_router(operations)
-    app.include_router(deploy.api.pages)
-    app.include_router(deploy.runs_api.pages)
     app.mount("/static/deploy", _compressed(deploy.api.STATIC_DIR), name="static-deploy")
     app.mount("/static", _compressed(agent.api.STATIC_DIR), name="static")
     return app
@@ -122,14 +128,16 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema or {}
 
 
-def _error_response(error: EverloopError) -> JSONResponse:
+def _error_response(request: Request, error: EverloopError) -> Response:
+    if request.url.path.startswith(deploy.pages.PREFIX):
+        return deploy.pages.failed(request, error)
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, UnavailableError) else None
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
 
 
 async def _everloop_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EverloopError)
-    return _error_response(error)
+    return _error_response(request, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -141,7 +149,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         path = []
     param = ".".join(path) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
-    return _error_response(InvalidRequestError(message, code=code, param=param))
+    return _error_response(request, InvalidRequestError(message, code=code, param=param))
 
 
 def _field_path(location: tuple[str | int, ...]) -> list[str]:
@@ -155,14 +163,17 @@ def _field_path(location: tuple[str | int, ...]) -> list[str]:
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Answer in the envelope; the framework logs the stack."""
-    return _error_response(EverloopError("Something went wrong on our side; it is in the log."))
+    return _error_response(request, EverloopError("Something went wrong on our side; it is in the log."))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
     wrapped = InvalidRequestError(str(error.detail), code=code)
-    return JSONResponse(wrapped.envelope(), status_code=error.status_code, headers=error.headers)
+    wrapped.status = error.status_code
+    response = _error_response(request, wrapped)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def main() -> None:
@@ -170,7 +181,11 @@ def main() -> None:
     setup_logging()
     settings = load()
     options: dict[str, Any] = {"host": "127.0.0.1", "port": settings.api_port or 8080}
-    uvicorn.run(build_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=10, **options)
+    app = build_app(settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10, **options)
+    server = uvicorn.Server(config)
+    app.state.is_stopping = lambda: server.should_exit  # streams without an end look at it
+    server.run()
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from deploy import audit, autonomy, canary, explanation, head
+from deploy import audit, autonomy, canary, explanation, head, loop
+from deploy.followers import Followers
 from deploy.promotion import Operator
 from feedback.addresses import client_address
 from infra.db import transaction
-from infra.errors import ConflictError
 from infra.text import CleanText
 
 ACTOR = "operator"
 STATIC_DIR = Path(__file__).parent / "static"
-pages = APIRouter()
 router = APIRouter(prefix="/v1", tags=["deployment"])
 CanaryId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
 ProposalId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
@@ -107,38 +105,25 @@ def by_operator(request: Request) -> Iterator[tuple[Session, str]]:
         yield session, who.name
 
 
-@pages.get("/deployment", include_in_schema=False)
-def deployment_page() -> FileResponse:
-    """Serve the page of what is served."""
-    return FileResponse(STATIC_DIR / "deployment.html")
-
-
 @router.get("/deployment")
 def get_deployment(request: Request) -> DeploymentView:
     """Return the deployment head."""
-    follower: canary.Follower = request.app.state.canary_follower
-    with follower.lock, transaction(request.app.state.sessions) as session:
+    followers: Followers = request.app.state.canary_followers
+    with followers.lock, transaction(request.app.state.sessions) as session:
         current = head.read(session)
         found = canary.get(session, current.canary_id) if current.canary_id else None
-        rollout = follower.catch_up(session, found) if found else None
+        rollout = followers.catch_up(session, found).rollout if found else None
         return DeploymentView(
             version=current.version,
             champion=current.champion,
             challenger=current.challenger,
             share=current.share,
             autonomy=autonomy.level(session, request.app.state.settings),
-            rolls_back_to=_rolls_back_to(session),
+            rolls_back_to=loop.rolls_back_to(session),
             canary_id=current.canary_id,
             evidence=rollout.evidence() if rollout else None,
             sentence=rollout.sentence() if rollout else None,
         )
-
-
-def _rolls_back_to(session: Session) -> str | None:
-    try:
-        return head.previous_champion(session)
-    except ConflictError:
-        return None
 
 
 @router.post("/deployment/promote")
@@ -208,6 +193,13 @@ def decline_proposal(proposal_id: ProposalId, body: Reasoned, request: Request) 
     """Close a proposal without doing what it says."""
     with by_operator(request) as (session, actor):
         autonomy.decline(session, proposal_id, actor=actor, reason=body.reason)
+
+
+@router.get("/audit/verification")
+def verify_audit(request: Request) -> audit.Verified:
+    """Compute every hash of the audit log anew; a row that was changed or is missing is a 409 that names it."""
+    with transaction(request.app.state.sessions) as session:
+        return audit.verify(session)
 
 
 @router.get("/audit")

@@ -38,7 +38,12 @@ def write(session: Session, *, actor: str, action: str, subject: str, reason: st
 
 
 def newest(
-    session: Session, limit: int, *, before_id: int | None = None, automatic: bool | None = None
+    session: Session,
+    limit: int,
+    *,
+    before_id: int | None = None,
+    automatic: bool | None = None,
+    subject: str | None = None,
 ) -> list[AuditEntry]:
     """Return rows, the newest first.
 
@@ -48,6 +53,8 @@ def newest(
         Only older ones than this.
     automatic
         True for what the platform did by itself, False for what people did.
+    subject
+        What it was done to, such as a release or a run.
     """
     query = sa.select(AuditEntry).order_by(AuditEntry.id.desc()).limit(limit)
     if before_id is not None:
@@ -55,6 +62,8 @@ def newest(
     if automatic is not None:
         by_platform = AuditEntry.actor.startswith(PLATFORM)
         query = query.where(by_platform if automatic else ~by_platform)
+    if subject is not None:
+        query = query.where(AuditEntry.subject == subject)
     return list(session.scalars(query))
 
 

@@ -5,7 +5,6 @@ The decision itself is :mod:`deploy.rollout`; what it rests on is :mod:`deploy.j
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import audit, autonomy, head, journal, registry, rollout, serving
-from deploy.rollout import Event, Guardrail, Plan, Rollout
+from deploy.rollout import Arm, Event, Guardrail, Plan, Rollout
 from deploy.runs import TrainingRun
 from deploy.tables import Canary, CanaryEvent
 from feedback.tables import Episode
@@ -28,6 +27,7 @@ LENGTH_GATE = "median_words"
 LOOK_EVERY_S = 1.0
 WATCH_LOCK = "watch-canary"  # held by whoever looks
 RECENT_ANSWERS = 200
+MAX_POINTS = 1000
 SLOW_QUANTILE = 0.9
 # A tenth of the budget of a rollback goes to them; margins leave room for what an improvement may change.
 GUARDRAILS = (
@@ -119,6 +119,15 @@ def recompute(session: Session, canary: Canary) -> Rollout:
     return rollout.replay(Plan.model_validate(canary.plan), journal.read(session, canary.id))
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A canary at one of its events: e-values by test, and the share of good votes by arm."""
+
+    at_s: float
+    e: dict[str, float]
+    good: dict[Arm, float | None]
+
+
 @dataclass(slots=True)
 class Follower:
     """Keeps what it has computed of a canary, so that only new events are computed.
@@ -127,24 +136,38 @@ class Follower:
     ----------
     canary_id, num_events
         Of which canary, and after how many of its events, `rollout` is.
-    lock
-        To be held while its rollout is used, where threads share it.
+    points
+        The way there, thinned.
     """
 
     canary_id: int | None = None
     num_events: int = 0
     rollout: Rollout | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    points: list[Point] = field(default_factory=list)
+    _stride: int = 1
 
     def catch_up(self, session: Session, canary: Canary) -> Rollout:
         """Return a canary as its log has it by now."""
         if self.rollout is None or self.canary_id != canary.id:
             self.canary_id, self.num_events = canary.id, 0
+            self.points, self._stride = [], 1
             self.rollout = Rollout(Plan.model_validate(canary.plan))
         for event in journal.read(session, canary.id, self.num_events):
             self.rollout.apply(event)
             self.num_events += 1
+            self._note(event, self.rollout)
         return self.rollout
+
+    def _note(self, event: Event, current: Rollout) -> None:
+        """Keep a point of the way; where there are too many, every second one."""
+        if self.num_events % self._stride:
+            return
+        tests = {name: test.e for name, test in current.tests.items()}
+        good = {arm: tally.good / tally.votes if tally.votes else None for arm, tally in current.tallies.items()}
+        self.points.append(Point(event.at_s, tests, good))
+        if len(self.points) > MAX_POINTS:
+            del self.points[::2]
+            self._stride *= 2
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ def explain(session: Session, found: Canary) -> dict[str, Any]:
         "limits": {name: test.limit for name, test in rollout.tests.items()},
         "rows": rows,
         "evidence": rollout.evidence(),
-        "difference": _difference(rollout),
+        "difference": difference(rollout),
         "agrees": rollout.decision == found.decision if automatic else None,
     }
 
@@ -74,7 +74,8 @@ def _row(seq: int, event: Event, rollout: Rollout, before: tuple[int, str | None
     }
 
 
-def _difference(rollout: Rollout) -> dict[str, float] | None:
+def difference(rollout: Rollout) -> dict[str, float] | None:
+    """Return how much more often the challenger's votes are good, with bounds that hold at every look."""
     champion, challenger = rollout.tallies["champion"], rollout.tallies["challenger"]
     if not rollout.num_pairs:
         return None

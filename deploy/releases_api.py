@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from deploy import registry, serving
 from deploy.lineage import LineageView, ReleaseView, lineage, releases
 from infra.db import transaction
 from infra.text import CleanText
@@ -31,3 +32,19 @@ def get_release(name: CleanText, request: Request) -> LineageView:
     """Return a release, by its name or as ``champion`` or ``challenger``, with its lineage in both directions."""
     with transaction(request.app.state.sessions) as session:
         return lineage(session, name)
+
+
+@router.get("/{name}/replicas")
+def list_replicas(name: CleanText, request: Request) -> list[serving.Shown]:
+    """Return what each replica has shown of a release: whether it serves it, or why not."""
+    with transaction(request.app.state.sessions) as session:
+        return serving.shown(session, name)
+
+
+@router.post("/{name}/load", status_code=202)
+def load_release(name: CleanText, request: Request) -> list[serving.Shown]:
+    """Have every replica hold a release for some minutes, to ask it something; nobody is sent to it."""
+    with transaction(request.app.state.sessions) as session:
+        registry.check_kept(session, name)
+        serving.want(session, registry.get_release(session, name).name)
+        return serving.shown(session, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +17,7 @@ from infra.errors import ConflictError, NotFoundError
 from infra.tables import Timestamp
 
 LOCK = "training"  # held by whoever trains
+METRICS_FILE = "metrics.jsonl"  # in the run's directory, a line for each measurement
 
 
 class TrainingRun(Base):
@@ -41,6 +44,7 @@ class TrainingRun(Base):
     started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     resumed_at: Mapped[datetime | None] = mapped_column(Timestamp)
     resumes: Mapped[int] = mapped_column(default=0, server_default="0")
+    flow_run_id: Mapped[str | None]
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (
@@ -53,6 +57,29 @@ class TrainingRun(Base):
 def newest(session: Session, limit: int) -> list[TrainingRun]:
     """Return runs, the newest first."""
     return list(session.scalars(sa.select(TrainingRun).order_by(TrainingRun.started_at.desc()).limit(limit)))
+
+
+def get(session: Session, run_id: str) -> TrainingRun:
+    """Return a run.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``run_not_found``.
+    """
+    run = session.get(TrainingRun, run_id)
+    if run is None:
+        raise NotFoundError(f"There is no run {run_id!r}.", code="run_not_found")
+    return run
+
+
+def metrics(runs_dir: Path, run_id: str) -> list[dict[str, Any]]:
+    """Return what a run has measured so far, in its order; nothing where it trains on another host."""
+    try:
+        lines = (runs_dir / run_id / METRICS_FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half written
 
 
 def is_training(session: Session) -> bool:

@@ -1,4 +1,4 @@
-"""``/v1/runs``: what is trained, and ending it; the page ``/runs``."""
+"""``/v1/runs``: what is trained, and ending it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
 from deploy import runs
-from deploy.api import STATIC_DIR, Reasoned, by_operator
+from deploy.api import Reasoned, by_operator
 from deploy.runs import TrainingRun
 from infra.db import transaction
 
-pages = APIRouter()
 router = APIRouter(prefix="/v1", tags=["deployment"])
 
 
@@ -43,12 +41,6 @@ class RunView(BaseModel):
         told: dict[str, Any] = {name: str(result.get(name, "")) for name in ("reason", "code")}
         told["is_stopped"] = run.status == "running" and not is_training
         return cls(**told, **{name: getattr(run, name) for name in cls.model_fields if name not in told})
-
-
-@pages.get("/runs", include_in_schema=False)
-def runs_page() -> FileResponse:
-    """Serve the page of training runs."""
-    return FileResponse(STATIC_DIR / "runs.html")
 
 
 @router.get("/runs")

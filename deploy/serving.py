@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import sqlalchemy as sa
+from pydantic import BaseModel
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -116,6 +117,47 @@ def verdicts(session: Session, release: str) -> list[Attestation] | None:
         sa.select(Attestation).where(Attestation.release == release, Attestation.replica.in_(urls))
     ).all()
     return list(found) if urls and len(found) == len(urls) else None
+
+
+class Shown(BaseModel):
+    """What a replica has shown of a release.
+
+    ``proved`` says that it serves it, ``problem`` why not; distances are means over a probe's tokens, in nats.
+    """
+
+    url: str
+    is_up: bool
+    proved: bool
+    problem: str | None
+    differs_from_base: float | None
+    attested_at: datetime | None
+
+
+def shown(session: Session, release: str) -> list[Shown]:
+    """Return what each known replica has shown of a release.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``release_not_found``.
+    """
+    name = registry.get_release(session, release).name
+    rows = session.execute(
+        sa.select(Replica, _is_up().label("is_up"), Attestation)
+        .outerjoin(Attestation, sa.and_(Attestation.replica == Replica.url, Attestation.release == name))
+        .order_by(Replica.url)
+    )
+    return [
+        Shown(
+            url=replica.url,
+            is_up=is_up,
+            proved=proof is not None and proof.problem is None,
+            problem=replica.problem or (proof.problem if proof else None),
+            differs_from_base=proof.differs_from_base if proof else None,
+            attested_at=proof.attested_at if proof else None,
+        )
+        for replica, is_up, proof in rows
+    ]
 
 
 def want(session: Session, release: str) -> None:

@@ -73,7 +73,7 @@ def get(session: Session, feedback_id: str, user_id: str) -> Receipt:
             code="feedback_not_found",
             param="feedback_id",
         )
-    return _receipts(session, [row])[0]
+    return of(session, [row])[0]
 
 
 def page(session: Session, user_id: str, before: str | None, limit: int) -> list[Receipt]:
@@ -88,10 +88,11 @@ def page(session: Session, user_id: str, before: str | None, limit: int) -> list
     if before is not None:
         query = query.where(Feedback.id < before)
     rows = session.scalars(query.order_by(Feedback.id.desc()).limit(min(limit, MAX_PAGE))).all()
-    return _receipts(session, rows)
+    return of(session, rows)
 
 
-def _receipts(session: Session, rows: Sequence[Feedback]) -> list[Receipt]:
+def of(session: Session, rows: Sequence[Feedback]) -> list[Receipt]:
+    """Return the receipts of signals, in their order."""
     ids = [row.id for row in rows]
     projected = {
         r.feedback_id: r for r in session.scalars(sa.select(ReceiptRow).where(ReceiptRow.feedback_id.in_(ids)))

@@ -49,6 +49,7 @@ class Episode(Base):
     ttft_ms: Mapped[float | None]
     latency_ms: Mapped[float]
     learn: Mapped[bool]
+    excluded: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
 
     __table_args__ = (
         sa.CheckConstraint("status IN ('complete', 'interrupted', 'failed')", name="status"),
@@ -98,6 +99,13 @@ class Feedback(Base):
         sa.UniqueConstraint("user_id", "idempotency_key"),
         sa.Index("ix_feedback_slot", "slot", "user_id", "kind", "seq"),
         sa.Index("ix_feedback_user_id_id", "user_id", "id"),
+        sa.Index("ix_feedback_kind_id", "kind", "id"),
+        sa.Index(
+            "ix_feedback_text",
+            sa.text("to_tsvector('simple'::regconfig, text)"),
+            postgresql_using="gin",
+            postgresql_where=sa.text("text IS NOT NULL"),
+        ),
         sa.CheckConstraint(
             "kind IN ('thumb', 'rating', 'reasons', 'comment', 'correction', 'preference', 'implicit', "
             "'verifier', 'judge')",
@@ -133,7 +141,12 @@ class ReceiptRow(Base):
     p_before: Mapped[float | None]
     p_after: Mapped[float | None]
 
-    __table_args__ = (sa.CheckConstraint("status IN ('accepted', 'learned', 'set_aside')", name="status"),)
+    __table_args__ = (
+        sa.CheckConstraint("status IN ('accepted', 'learned', 'set_aside')", name="status"),
+        sa.Index(
+            "ix_receipts_set_aside", "reason", "feedback_id", postgresql_where=sa.text("status = 'set_aside'")
+        ),
+    )
 
 
 class ReceiptUse(Base):

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.deployments import run_deployment
+from prefect.runtime import flow_run
 
 from deploy import head
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
@@ -43,7 +44,7 @@ def nightly(
     try:
         if config is None and settings.training_config_file:
             given = read_toml(settings.training_config_file)
-        night = Night(sessions, settings, given, canary_share, min_new_signals)
+        night = Night(sessions, settings, given, canary_share, min_new_signals, flow_run.id)
     except InvalidRequestError as error:
         with sessions.begin() as session:
             note_refusal(session, given, error)

@@ -220,6 +220,15 @@ class ProbeJudged(Event):
     good: bool = Field(description="Whether it is good (or better).")
 
 
+class AnswerExcluded(Event):
+    """An operator decided that nothing is learned from an answer, whatever is said of it."""
+
+    topic = "everloop.feedback"
+    type = "answer.excluded"
+
+    episode_id: str = Field(description="The answer.")
+
+
 class RaterRuled(Event):
     """An operator decided about a rater, or about all of a quarantine."""
 
@@ -349,6 +358,7 @@ EVENTS: tuple[type[Event], ...] = (
     DeploymentChanged,
     UserForgotten,
     ProbeJudged,
+    AnswerExcluded,
     RaterRuled,
     RatingSolicited,
     RebuildRequested,

@@ -45,7 +45,7 @@ def gold(
     json_path: JsonPath = None,
 ) -> None:
     """Judge an answer yourself: raters are held against it."""
-    from reward.rulings import give_probe
+    from reward.decisions import give_probe
 
     with transaction(_sessions()) as session:
         probe = give_probe(session, episode, good=good, over=over, operator=getpass.getuser(), reason=reason)
@@ -97,8 +97,8 @@ def quarantine(
     json_path: JsonPath = None,
 ) -> None:
     """List bursts of fresh accounts that were held, or decide about one."""
+    from reward.decisions import give_ruling
     from reward.report import list_quarantines
-    from reward.rulings import give_ruling
 
     with transaction(_sessions()) as session:
         if name is None:
@@ -182,8 +182,8 @@ def backbone(
 
 def _rule(user: str, ruling: Any, reason: str, json_path: str | None) -> None:
     from feedback.tables import User
+    from reward.decisions import give_ruling
     from reward.raters import PROGRAM
-    from reward.rulings import give_ruling
 
     with transaction(_sessions()) as session:
         known = session.get(User, user)

@@ -22,6 +22,8 @@ def reason_against(episode: Episode | None) -> str | None:
     """Return why nothing may be learned from an answer, as a stable key, or None."""
     if episode is None:
         return "episode_unknown"
+    if episode.excluded:
+        return "answer_excluded"
     if not episode.learn:
         return "no_consent"
     return None if episode.answer.strip() else "answer_empty"

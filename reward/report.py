@@ -13,14 +13,14 @@ from reward.raters import Rater, Raters, new_pools
 from reward.tables import GoldProbe, RewardRater, RewardState, RewardUpdate, Solicitation
 
 
-def _newest(session: Session) -> RewardState | None:
+def newest_state(session: Session) -> RewardState | None:
     """Return the state of the encoder that learned last."""
     return session.scalars(sa.select(RewardState).order_by(RewardState.updated_at.desc()).limit(1)).first()
 
 
 def summary(session: Session) -> dict[str, Any]:
     """Return the state of the encoder that learned last."""
-    newest = _newest(session)
+    newest = newest_state(session)
     if newest is None:
         return {"encoder": None, "signals": 0}
     guards = state.read_guards(session, newest.encoder)
@@ -50,7 +50,7 @@ def summary(session: Session) -> dict[str, Any]:
 
 def list_raters(session: Session, limit: int) -> list[dict[str, Any]]:
     """Return raters, the loudest first, by the name of the user where there is one."""
-    newest = _newest(session)
+    newest = newest_state(session)
     guards = state.read_guards(session, newest.encoder) if newest else None
     everybody = Raters((guards.pools if guards else []) or new_pools())
     rows = list(state.read_raters(session))

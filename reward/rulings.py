@@ -1,4 +1,4 @@
-"""What operators decide: gold probes, bans, quarantines; and what that says to those who rated."""
+"""Following what operators decide (:mod:`reward.decisions`), and what that says to those who rated."""
 
 from __future__ import annotations
 
@@ -10,74 +10,29 @@ from sqlalchemy.orm import Session
 
 from feedback.fold import as_standing, fold
 from feedback.tables import Episode, Feedback
-from infra.errors import NotFoundError
-from infra.events import ProbeJudged, RaterRuled, RewardUpdated, SignalSetAside
-from infra.ids import new_id
+from infra.events import AnswerExcluded, ProbeJudged, RaterRuled, RewardUpdated, SignalSetAside
 from infra.log import outbox
-from reward import store
+from infra.log.outbox import Entry
+from reward import history, store
 from reward.kinds import EXPLICIT
 from reward.learner import Book, Change, Learner
-from reward.raters import Rater, Ruling
+from reward.raters import Rater
 from reward.signals import verdict_of_gold, why
-from reward.tables import GoldProbe, RewardRater
-from reward.tables import Ruling as RulingRow
+from reward.tables import GoldProbe
 
 if TYPE_CHECKING:
     from reward.worker import RewardWorker
 
 
-def give_probe(
-    session: Session, episode_id: str, *, good: bool, over: str | None = None, operator: str, reason: str
-) -> str:
-    """Record an operator's judgement of an answer, with its event; return the probe's id.
-
-    Raises
-    ------
-    NotFoundError
-        Code ``episode_not_found``.
-    """
-    for name in (episode_id, over):
-        if name is not None and session.get(Episode, name) is None:
-            raise NotFoundError(f"There is no episode {name!r}.", code="episode_not_found", param="episode_id")
-    probe_id = new_id("go")
-    session.add(
-        GoldProbe(id=probe_id, episode_id=episode_id, over=over, good=good, operator=operator, reason=reason)
-    )
-    event = ProbeJudged(probe_id=probe_id, episode_id=episode_id, over=over, good=good)
-    outbox.append(session, event, key=episode_id, event_id=probe_id)
-    return probe_id
-
-
-def give_ruling(
-    session: Session,
-    *,
-    rater: str | None = None,
-    quarantine: str | None = None,
-    ruling: Ruling | None,
-    operator: str,
-    reason: str,
-) -> str:
-    """Record an operator's decision about a rater, or about all of a quarantine, with its event; return its id.
-
-    Raises
-    ------
-    NotFoundError
-        Code ``rater_not_found`` or ``quarantine_not_found``.
-    """
-    if rater is not None and session.get(RewardRater, rater) is None:
-        raise NotFoundError(
-            f"There is no rater {rater!r}; `everloop reward raters` lists them.", code="rater_not_found"
-        )
-    held = sa.select(RewardRater.name).where(RewardRater.quarantine == quarantine).limit(1)
-    if rater is None and session.scalar(held) is None:
-        raise NotFoundError(f"There is no open quarantine {quarantine!r}.", code="quarantine_not_found")
-    ruling_id = new_id("ru")
-    session.add(
-        RulingRow(id=ruling_id, rater=rater, quarantine=quarantine, ruling=ruling, operator=operator, reason=reason)
-    )
-    event = RaterRuled(rater=rater, quarantine=quarantine, ruling=ruling)
-    outbox.append(session, event, key=rater or str(quarantine), event_id=ruling_id)
-    return ruling_id
+def take_out(worker: RewardWorker, session: Session, event: AnswerExcluded) -> None:
+    """Take out what was learned from an excluded answer, and say so to those who rated it."""
+    about = sa.or_(Feedback.episode_id == event.episode_id, Feedback.over == event.episode_id)
+    said = session.execute(sa.select(Feedback.id, Feedback.episode_id).where(about).order_by(Feedback.seq)).all()
+    for change in history.latest_of(session, worker.encoder.name, [row.id for row in said]).values():
+        worker.note(worker.learner.withdraw(change))
+    reason = "answer_excluded"
+    reports = [SignalSetAside(feedback_id=row.id, episode_id=row.episode_id, reason=reason) for row in said]
+    outbox.append_many(session, [Entry(report, report.episode_id) for report in reports])
 
 
 def follow(learner: Learner, event: RaterRuled, book: Book) -> list[Change]:

@@ -22,6 +22,7 @@ from feedback.signals import MACHINE_KINDS
 from feedback.tables import Episode, User
 from infra.db import Sessions, connect, transaction
 from infra.events import (
+    AnswerExcluded,
     EpisodeRecorded,
     FeedbackGiven,
     ProbeJudged,
@@ -136,6 +137,13 @@ class RewardWorker:
         self.recover(session)
         for event in (delivery.event for delivery in deliveries):
             rulings.judge(self, session, event)
+        self.commit(session)
+
+    def on_exclusions(self, session: Session, deliveries: Sequence[Delivery]) -> None:
+        """Take out what was learned from answers that an operator excluded."""
+        self.recover(session)
+        for event in (delivery.event for delivery in deliveries):
+            rulings.take_out(self, session, event)
         self.commit(session)
 
     def on_rulings(self, session: Session, deliveries: Sequence[Delivery]) -> None:
@@ -295,6 +303,7 @@ def main() -> None:
         RaterRuled: worker.on_rulings,
         FeedbackGiven: worker.on_feedback,
         ProbeJudged: worker.on_probes,
+        AnswerExcluded: worker.on_exclusions,
         UserForgotten: worker.on_forgotten,
         RebuildRequested: worker.on_rebuild,
         EpisodeRecorded: worker.on_episodes,

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.runs import METRICS_FILE
 from infra.errors import EverloopError
 from infra.files import write_whole
 from trainer import checkpoints, processes
@@ -26,7 +27,6 @@ from trainer.checkpoints import CHECKPOINTS_DIR, KEPT_DIR
 from trainer.config import RunConfig
 from trainer.prepared import ADAPTER_DIR
 from trainer.recipe import Material, Recipe, Row
-from trainer.record import METRICS_FILE
 
 log = logging.getLogger("everloop.training")
 

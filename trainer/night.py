@@ -47,6 +47,8 @@ class Night:
         The only share of users who meet the candidate; the setting's steps, if unset.
     min_new_signals
         Signals since the last run without which there is none; the setting's, if unset.
+    flow_run_id
+        What the scheduler calls it, where it was started by one.
 
     Raises
     ------
@@ -61,8 +63,10 @@ class Night:
         given: Mapping[str, Any],
         canary_share: float | None = None,
         min_new_signals: int | None = None,
+        flow_run_id: str | None = None,
     ) -> None:
         self.sessions = sessions
+        self.flow_run_id = flow_run_id
         self.settings = settings
         self.recipe, self.config = resolve(given)
         self.canary_share = canary_share
@@ -98,7 +102,7 @@ class Night:
         interrupted = self._interrupted()
         try:
             if interrupted is None:
-                self.record.create(self.config)
+                self.record.create(self.config, self.flow_run_id)
             result = self._steps(interrupted)
         except DATABASE_AWAY:
             raise  # nothing could be recorded; the next run goes on with this one

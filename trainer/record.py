@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from deploy import registry
-from deploy.runs import TrainingRun
+from deploy.runs import METRICS_FILE, TrainingRun
 from infra.db import DATABASE_AWAY, Sessions
 from infra.errors import EverloopError
 from infra.events import RunEnded, RunProgressed, TrainingUsed
@@ -30,7 +30,6 @@ log = logging.getLogger("everloop.night")
 IDS_PER_EVENT = 500
 TELL_EVERY_S = 5.0
 CONFIG_FILE = "config.toml"
-METRICS_FILE = "metrics.jsonl"
 
 
 class RunCancelledError(EverloopError):
@@ -67,8 +66,14 @@ class RunRecord:
         self._first: tuple[int, float] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def create(self, config: RunConfig) -> None:
-        """Make the run's row and directory; the resolved configuration stands in both."""
+    def create(self, config: RunConfig, flow_run_id: str | None = None) -> None:
+        """Make the run's row and directory; the resolved configuration stands in both.
+
+        Parameters
+        ----------
+        flow_run_id
+            What the scheduler calls the run, where it started it.
+        """
         with self.sessions.begin() as session:
             session.add(
                 TrainingRun(
@@ -77,6 +82,7 @@ class RunRecord:
                     status="running",
                     phase="snapshot",
                     config=config.model_dump(),
+                    flow_run_id=flow_run_id,
                 )
             )
         self.run_dir.mkdir(parents=True)  # after the row, where a full disk can be noted

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy import head
+from deploy.runs import METRICS_FILE
 from flows.bench.stack import own_stack
 from flows.population import Judgement, read_prompts
 from flows.preferences import BUILT_IN_PROMPTS
@@ -35,7 +36,6 @@ from infra.stack.parts import prefect_environment
 from trainer import skills
 from trainer.config import RunConfig
 from trainer.prepared import ANSWERS_FILE
-from trainer.record import METRICS_FILE
 from trainer.rollout import sample_served
 from trainer.verify import Verification
 

@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from deploy import registry
-from deploy.runs import LOCK
 from feedback.tables import Episode, Feedback
-from flows.bench.adapters import linear_shapes, write_adapter
-from infra.db import LongLock
 from reward.tables import Solicitation
 from tests.conftest import wait_until
-from trainer.config import RunConfig
-from trainer.record import RunRecord
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -191,64 +185,6 @@ def test_who_has_rated_already_is_not_asked(page, solicit):
     up.click()
     page.wait_for_timeout(5000)
     assert looks == [] and page.get_by_text(INVITATION).count() == 0
-
-
-def test_an_operator_sees_a_run_and_cancels_it(page, stack, tmp_path):
-    record = RunRecord(stack.sessions, tmp_path)
-    record.create(RunConfig())
-    record.phase("train", 40)
-    record.progress(5)
-    record.progress(10)
-    page.goto(f"{stack.settings.public_url}/runs")
-    row = page.locator(f'tr[data-run="{record.run_id}"]')
-    expect(row).to_contain_text("train 10 of 40, stopped, the next run goes on with it")
-    with LongLock(stack.sessions, LOCK) as lock:
-        assert lock.take()
-        expect(row).to_contain_text("left", timeout=10_000)
-        row.get_by_role("button", name="Cancel").click()
-        page.get_by_role("button", name="Keep it running").click()
-        assert not record.is_cancelled()
-        row.get_by_role("button", name="Cancel").click()
-        page.get_by_label("Reason").fill("<b>wrong</b> recipe")
-        page.get_by_label("Reason").press("Enter")
-        expect(row).to_contain_text("ends after its current step")
-        assert record.is_cancelled()
-        if path := os.environ.get("EVERLOOP_SHOTS"):
-            page.screenshot(path=Path(path) / "runs.png")
-    expect(row).to_contain_text("ends when the next run starts", timeout=10_000)
-    with stack.sessions.begin() as session:
-        record.end(session, "cancelled", {"reason": "The run was cancelled."})
-    expect(row).to_contain_text("The run was cancelled.", timeout=10_000)
-
-
-def test_an_operator_promotes_and_rolls_back_on_the_page_with_a_reason(page, stack, tmp_path):
-    directory = tmp_path / "adapter"
-    write_adapter(directory, linear_shapes(stack.settings.base_model_dir), 16, seed=11)
-    with stack.sessions.begin() as session:
-        name = registry.register(session, stack.settings, directory, run_id=None, manifest={}).name
-    before = stack.http.get("/v1/deployment").json()["champion"]
-    page.goto(f"{stack.settings.public_url}/deployment")
-    expect(page.locator("#now")).to_contain_text(f"{before} is served")
-    page.get_by_role("button", name=f"Promote {name}").click()
-    page.get_by_label("Reason").press("Enter")  # nothing without a reason
-    assert stack.http.get("/v1/deployment").json()["champion"] == before
-    page.get_by_label("Reason").fill("<i>promising</i>")
-    page.get_by_label("Reason").press("Enter")
-    expect(page.locator("#now")).to_contain_text(f"{name} is served", timeout=30_000)
-    assert stack.ask().model == name
-    expect(page.get_by_role("button", name=f"Roll back to {before}")).to_be_visible()
-    page.get_by_role("button", name="Roll back", exact=True).click()
-    page.get_by_label("Reason").fill("too terse")
-    if path := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=Path(path) / "roll-back.png")
-    page.get_by_label("Reason").press("Enter")
-    expect(page.locator("#now")).to_contain_text(f"{before} is served", timeout=30_000)
-    assert stack.ask().model == before
-    told = page.locator("#audit tr")
-    expect(told.nth(0)).to_contain_text("rolled_back_by_hand")
-    expect(told.nth(1)).to_contain_text("<i>promising</i>")
-    if path := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=Path(path) / "deployment.png")
 
 
 def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, stack):

@@ -14,7 +14,8 @@ from feedback.tables import Erasure, Feedback, SelfEvaluation, User
 from infra import kafka
 from infra.db import transaction
 from infra.events import TOPICS, dead_letter_topic
-from reward import history, rulings, store
+from reward import decisions, history, store
+from reward.history import Posterior
 from reward.online import BayesianHead
 from reward.tables import GoldProbe, RewardUpdate
 from tests.conftest import EVERLOOP, wait_until
@@ -151,20 +152,20 @@ def test_what_they_taught_is_taken_out_of_the_reward_model(stack, person):
         recovered = store.load_posterior(session, updates[-1].encoder, dim)
     # The posterior is that of the sites that stand, whoever else's they are.
     removed = {u.feedback_id for u in updates if u.action == "remove"}
-    fresh = BayesianHead.prior(dim)
+    fresh = Posterior(BayesianHead.prior(dim), 0, 0)
     for update in updates:
         if update.feedback_id not in removed:
-            fresh.apply(history.site_of(update))
-    np.testing.assert_allclose(recovered.head.theta, fresh.theta, atol=1e-6)
-    np.testing.assert_allclose(recovered.head.covariance, fresh.covariance, atol=1e-6)
+            fresh.replay(update)
+    np.testing.assert_allclose(recovered.head.theta, fresh.head.theta, atol=1e-6)
+    np.testing.assert_allclose(recovered.head.covariance, fresh.head.covariance, atol=1e-6)
 
 
 def test_what_operators_judged_of_their_answers_goes_too(stack, person):
     user, _, ids, _ = person
     with transaction(stack.sessions) as session:
         probes = [
-            rulings.give_probe(session, ids[0], good=True, operator="test", reason="a test"),
-            rulings.give_probe(session, ids[1], over=ids[0], good=False, operator="test", reason="a test"),
+            decisions.give_probe(session, ids[0], good=True, operator="test", reason="a test"),
+            decisions.give_probe(session, ids[1], over=ids[0], good=False, operator="test", reason="a test"),
         ]
     wait_until(lambda: all(was_learned(stack, probe) for probe in probes), what="the probes were not learned")
     answer = stack.http.delete("/v1/me", headers={"X-Everloop-User": user})

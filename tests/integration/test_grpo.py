@@ -9,6 +9,7 @@ import openai
 import pytest
 from safetensors.torch import load_file
 
+from deploy.runs import METRICS_FILE
 from feedback.tables import Episode
 from infra.engine import EngineClient
 from tests.conftest import EVERLOOP
@@ -17,7 +18,6 @@ from trainer import loop
 from trainer.grpo import sampler
 from trainer.policy import ServedPolicy
 from trainer.recipe import Material, resolve
-from trainer.record import METRICS_FILE
 from trainer.rollout import Sampling
 from trainer.snapshot import Snapshot
 from trainer.verify import Task

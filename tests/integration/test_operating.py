@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 
 import deploy.api
 from agent.app import _everloop_error
-from deploy import autonomy, canary, head, serving
+from deploy import autonomy, head, serving
+from deploy.followers import Followers
 from deploy.tables import AuditEntry, Replica
 from infra.errors import EverloopError
 from infra.events import DeploymentChanged
@@ -31,7 +32,7 @@ def names(database, registered):
 def client(database, settings):
     app = FastAPI()
     app.state.sessions, app.state.settings = database, settings
-    app.state.canary_follower = canary.Follower()
+    app.state.canary_followers = Followers()
     app.include_router(deploy.api.router)
     app.add_exception_handler(EverloopError, _everloop_error)
     return TestClient(app)

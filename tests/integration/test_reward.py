@@ -13,7 +13,7 @@ from infra.events import RebuildRequested
 from infra.ids import new_id
 from infra.log import outbox
 from infra.tables import ConsumedEvent, DeadLetter
-from reward import asking, history, rulings, state, store
+from reward import asking, decisions, history, state, store
 from reward.encoder import open_encoder
 from reward.learner import Learner
 from reward.online import BayesianHead, Score
@@ -47,7 +47,7 @@ def vote(stack, user, value=1, count=1):
 def rule(stack, user, ruling):
     with transaction(stack.sessions) as session:
         key = session.get_one(User, user).key_id
-        return rulings.give_ruling(session, rater=key, ruling=ruling, operator="test", reason="a test")
+        return decisions.give_ruling(session, rater=key, ruling=ruling, operator="test", reason="a test")
 
 
 def test_scores_name_their_version_and_what_they_are_made_of(stack):
@@ -173,7 +173,7 @@ def test_a_rater_who_is_wrong_on_gold_probes_no_longer_counts(stack):
     votes = vote(stack, user, value=-1, count=6)
     for episode, _ in votes:
         with transaction(stack.sessions) as session:
-            rulings.give_probe(session, episode, good=True, operator="test", reason="a test")
+            decisions.give_probe(session, episode, good=True, operator="test", reason="a test")
     said = [feedback for _, feedback in votes]
     wait_until(lambda: set(latest(stack, said).values()) == {"hold"}, what="the probes had no effect")
 

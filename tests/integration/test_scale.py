@@ -21,10 +21,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from deploy.runs import METRICS_FILE
 from tests.integration import two_processes
 from trainer import callbacks
 from trainer.checkpoints import CHECKPOINTS_DIR, is_whole
-from trainer.record import METRICS_FILE
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "infra" / "accelerate").glob("*.yaml"))

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.runs import METRICS_FILE
 from tests.unit.test_training_data import example
 from trainer import checkpoints, loop
 from trainer.checkpoints import CHECKPOINTS_DIR
@@ -24,7 +25,7 @@ from trainer.fit import fitting
 from trainer.loop import TrainingError
 from trainer.pairs import pair_of
 from trainer.recipe import Material, Rows, resolve
-from trainer.record import METRICS_FILE, RunCancelledError
+from trainer.record import RunCancelledError
 from trainer.rollout import Sample
 from trainer.snapshot import Snapshot
 

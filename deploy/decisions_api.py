@@ -1,0 +1,102 @@
+"""``/v1/raters``, ``/v1/probes`` and exclusions: what operators judge and decide about what people said."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Request
+from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
+
+from deploy import audit
+from deploy.api import Reasoned, by_operator
+from feedback.tables import User
+from infra.errors import NotFoundError
+from infra.text import CleanText
+from reward import decisions
+from reward.raters import PROGRAM
+
+router = APIRouter(prefix="/v1", tags=["rewards"])
+Named = Annotated[CleanText, Path(max_length=200)]
+
+
+class RulingRequest(Reasoned):
+    """What is decided about a rater, and why."""
+
+    ruling: Literal["banned", "cleared"] | None = Field(description="null: their record counts again.")
+
+
+class QuarantineRequest(Reasoned):
+    """What is decided about a burst of votes, and why."""
+
+    verdict: Literal["release", "discard"]
+
+
+class ProbeRequest(Reasoned):
+    """What an operator says of an answer, and why."""
+
+    episode_id: CleanText
+    good: bool
+    over: CleanText | None = Field(None, description="An answer that it is judged against.")
+
+
+class Decided(BaseModel):
+    """The id under which a decision is kept; the reward model follows within a second."""
+
+    id: str
+
+
+@router.post("/raters/{user}/ruling", status_code=202)
+def rule(user: Named, body: RulingRequest, request: Request) -> Decided:
+    """Take out all that a rater said, count them whatever their record says, or let the record count again."""
+    with by_operator(request) as (session, actor):
+        decided = decisions.give_ruling(
+            session, rater=_rater(session, user), ruling=body.ruling, operator=actor, reason=body.reason
+        )
+        action = {"banned": "rater_banned", "cleared": "rater_cleared", None: "rater_reinstated"}[body.ruling]
+        audit.write(session, actor=actor, action=action, subject=user, reason=body.reason)
+        return Decided(id=decided)
+
+
+def _rater(session: Session, user: str) -> str:
+    """Return under which name the reward model knows a user or program."""
+    known = session.get(User, user)
+    if known is None and not user.startswith(PROGRAM):
+        raise NotFoundError(f"There is no user {user!r}.", code="user_not_found", param="user")
+    return user if known is None else known.key_id
+
+
+@router.post("/quarantines/{name}", status_code=202)
+def decide_quarantine(name: Named, body: QuarantineRequest, request: Request) -> Decided:
+    """Let the votes of a burst count, or take them out for good."""
+    with by_operator(request) as (session, actor):
+        decided = decisions.give_ruling(
+            session,
+            quarantine=name,
+            ruling="banned" if body.verdict == "discard" else None,
+            operator=actor,
+            reason=body.reason,
+        )
+        action = {"release": "burst_released", "discard": "burst_discarded"}[body.verdict]
+        audit.write(session, actor=actor, action=action, subject=name, reason=body.reason)
+        return Decided(id=decided)
+
+
+@router.post("/episodes/{episode_id}/exclude", status_code=202)
+def exclude(episode_id: Named, body: Reasoned, request: Request) -> None:
+    """Have nothing learned from an answer any more, for good; what was learned is taken out within a second."""
+    with by_operator(request) as (session, actor):
+        decisions.exclude(session, episode_id)
+        audit.write(session, actor=actor, action="answer_excluded", subject=episode_id, reason=body.reason)
+
+
+@router.post("/probes", status_code=202)
+def judge(body: ProbeRequest, request: Request) -> Decided:
+    """Judge an answer: raters are held against it."""
+    with by_operator(request) as (session, actor):
+        probe = decisions.give_probe(
+            session, body.episode_id, good=body.good, over=body.over, operator=actor, reason=body.reason
+        )
+        action = "judged_good" if body.good else "judged_bad"
+        audit.write(session, actor=actor, action=action, subject=body.episode_id, reason=body.reason)
+        return Decided(id=probe)

@@ -1,0 +1,35 @@
+"""What a process has computed of canaries that people look at, so that a look computes only what is new."""
+
+from __future__ import annotations
+
+import threading
+
+from sqlalchemy.orm import Session
+
+from deploy.canary import Follower
+from deploy.tables import Canary
+
+MAX_KEPT = 4
+
+
+class Followers:
+    """The canaries that were looked at last.
+
+    Attributes
+    ----------
+    lock
+        To be held while what it returns is used: requests run in threads.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._kept: dict[int, Follower] = {}
+
+    def catch_up(self, session: Session, canary: Canary) -> Follower:
+        """Return a canary as its log has it by now."""
+        follower = self._kept.pop(canary.id, None) or Follower()
+        follower.catch_up(session, canary)
+        self._kept[canary.id] = follower  # the last in the order is the one that was used last
+        for oldest in list(self._kept)[:-MAX_KEPT]:
+            del self._kept[oldest]
+        return follower

@@ -1,0 +1,35 @@
+"""``/operate``: the loop as it is now, who is served what and why, and what waits for somebody."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from deploy import audit, autonomy, canary, head, loop
+from deploy.followers import Followers
+from deploy.pages.rendering import Page
+from infra.db import transaction
+
+router = APIRouter(prefix="/operate", include_in_schema=False)
+
+NUM_LATELY = 6
+
+
+@router.get("")
+def now_page(request: Request) -> Response:
+    """Serve what one has to know first."""
+    settings = request.app.state.settings
+    followers: Followers = request.app.state.canary_followers
+    with followers.lock, transaction(request.app.state.sessions) as session:
+        served = loop.served(session)
+        canary_id = head.read(session).canary_id
+        rollout = followers.catch_up(session, canary.get(session, canary_id)).rollout if canary_id else None
+        context = {
+            "served": served,
+            "parts": loop.parts(session, settings, served, rollout),
+            "decisions": loop.decisions(session, served, rollout),
+            "sentence": rollout.sentence() if rollout else None,
+            "lately": audit.newest(session, NUM_LATELY),
+            "autonomy": autonomy.level(session, settings),
+        }
+        return Page("now.html", context).respond(request)
