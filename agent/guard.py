@@ -1,4 +1,4 @@
-"""The door: refuses bodies over the limit, and adds the headers that keep the page to itself.
+"""The door: refuses bodies over the limit and other sites' pages, and adds the headers that keep ours to itself.
 
 Plain ASGI, because a middleware that wraps the response would hide the client's hanging up.
 """
@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infra.errors import EverloopError, InvalidRequestError, TooLargeError
+from infra.errors import EverloopError, ForbiddenError, InvalidRequestError, TooLargeError
 
 # A page loads and calls only what this server gives; nobody frames it, and no text becomes a script or a style.
 CONTENT_SECURITY_POLICY = (
@@ -26,7 +26,7 @@ DOCUMENTATION_PATHS = ("/docs", "/openapi.json")
 
 
 class Guard:
-    """ASGI middleware with the size limit and the security headers."""
+    """ASGI middleware with the size limit, the origin check and the security headers."""
 
     def __init__(self, app: ASGIApp, max_request_bytes: int) -> None:
         self.app = app
@@ -51,9 +51,14 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> EverloopError | None:
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return None
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site"):  # a page elsewhere, in somebody's browser
+            return ForbiddenError("Pages of other sites may not act here.", code="cross_site")
+        if scope["method"] == "DELETE":
+            return None
+        length = headers.get("content-length", "")
         if not length.isdigit():
             return InvalidRequestError("Send a Content-Length.", code="length_required")
         if int(length) > self.max_request_bytes:

@@ -160,10 +160,14 @@ def _people(session: Session) -> Part:
     )
     per_minute = RECENT.total_seconds() / 60.0
     health: Health = "idle" if not answers else "trouble" if num_failed > MAX_FAILED_SHARE * answers else "good"
-    told = f"{people} people and {signals} signals in 5 min"
+    told = f"{_plural(people, 'person', 'people')}, {_plural(signals or 0, 'signal', 'signals')} in 5 min"
     if num_failed:
         told += f", {num_failed} answers failed"
     return Part("People", health, f"{answers / per_minute:.1f} answers/min", told, "/operate/feedback")
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def _log(log: LogStatus) -> Part:
@@ -271,7 +275,8 @@ def _broken(session: Session, now: Served) -> Iterator[Decision]:
     dead: dict[str, Any] = metrics.read(session).dead_letters
     if dead:
         told = "`everloop log dead list` shows them; retry or drop each"
-        yield Decision(f"{sum(dead.values())} events were given up", told, "/operate/learning#log")
+        title = f"{_plural(sum(dead.values()), 'event was', 'events were')} given up"
+        yield Decision(title, told, "/operate/learning#log")
 
 
 def _proposed(session: Session) -> Iterator[Decision]:

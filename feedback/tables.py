@@ -100,6 +100,7 @@ class Feedback(Base):
         sa.Index("ix_feedback_slot", "slot", "user_id", "kind", "seq"),
         sa.Index("ix_feedback_user_id_id", "user_id", "id"),
         sa.Index("ix_feedback_kind_id", "kind", "id"),
+        sa.Index("ix_feedback_over", "over", postgresql_where=sa.text("over IS NOT NULL")),
         sa.Index(
             "ix_feedback_text",
             sa.text("to_tsvector('simple'::regconfig, text)"),

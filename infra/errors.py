@@ -61,6 +61,14 @@ class ConflictError(EverloopError):
     code = "conflict"
 
 
+class ForbiddenError(EverloopError):
+    """Whoever asks may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
 class TooLargeError(EverloopError, ValueError):
     """The request is larger than the configured limit."""
 

@@ -20,6 +20,7 @@ from infra.text import CleanText
 router = APIRouter(prefix="/operate", include_in_schema=False)
 
 MAX_PROMPTS = 12
+NUM_RECENT = 200
 Name = Annotated[CleanText, Query(max_length=64)]
 
 
@@ -88,11 +89,6 @@ def _met(session: Session, one: str, other: str) -> dict[str, Any] | None:
 
 def _prompts(session: Session) -> list[str]:
     """Return what people asked lately at the beginning of a conversation, each once."""
-    recent = (
-        sa.select(Episode.messages)
-        .where(Episode.learn, Episode.status == "complete", sa.func.jsonb_array_length(Episode.messages) == 1)
-        .order_by(Episode.id.desc())
-        .limit(10 * MAX_PROMPTS)
-    )
-    asked = [messages[-1]["content"] for messages in session.scalars(recent)]
+    recent = sa.select(Episode.messages, Episode.learn).order_by(Episode.id.desc()).limit(NUM_RECENT)
+    asked = [messages[0]["content"] for messages, learn in session.execute(recent) if learn and len(messages) == 1]
     return list(dict.fromkeys(asked))[:MAX_PROMPTS]

@@ -15,6 +15,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_index("ix_feedback_kind_id", "feedback", ["kind", "id"])
+    op.create_index("ix_feedback_over", "feedback", ["over"], postgresql_where=sa.text("over IS NOT NULL"))
     op.create_index(
         "ix_feedback_text",
         "feedback",
@@ -37,4 +38,5 @@ def downgrade() -> None:
     op.drop_column("training_runs", "flow_run_id")
     op.drop_index("ix_receipts_set_aside", "receipts")
     op.drop_index("ix_feedback_text", "feedback")
+    op.drop_index("ix_feedback_over", "feedback")
     op.drop_index("ix_feedback_kind_id", "feedback")
