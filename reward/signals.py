@@ -133,13 +133,14 @@ class Signals:
         return reason
 
     def _apply(self, event: FeedbackGiven) -> list[RewardUpdated | SignalSetAside]:
-        reason = self._refusal(event)
         past = self.histories.get((event.user_id, event.kind, event.slot), [])
+        stands = {signal.feedback_id: signal for signal in fold(past)}
+        # What no longer stands is taken out even where nothing may be learned from the answer any more.
+        for signal in past:
+            if signal.feedback_id not in stands and (change := self.latest.pop(signal.feedback_id, None)):
+                self.worker.note(self.worker.learner.withdraw(change))
+        reason = self._refusal(event)
         if reason is None:
-            stands = {signal.feedback_id: signal for signal in fold(past)}
-            for signal in past:
-                if signal.feedback_id not in stands and (change := self.latest.pop(signal.feedback_id, None)):
-                    self.worker.note(self.worker.learner.withdraw(change))
             if past and past[-1].feedback_id == event.feedback_id:
                 return self._learn_one(event, past[-1], stands=event.feedback_id in stands)
             reason = "superseded_before_it_was_learned"
