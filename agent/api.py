@@ -29,8 +29,9 @@ router = APIRouter(tags=["assistant"])
 
 
 @router.get("/", include_in_schema=False)
+@router.get("/c/{conversation_id}", include_in_schema=False)
 def chat_page() -> FileResponse:
-    """Serve the chat page."""
+    """Serve the chat page; which conversation it shows is for its script to read from the address."""
     return FileResponse(STATIC_DIR / "index.html")
 
 

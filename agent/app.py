@@ -25,6 +25,7 @@ import deploy.pages
 import deploy.releases_api
 import deploy.runs_api
 import feedback.api
+import feedback.conversations_api
 import reward.api
 from agent.book import Book
 from agent.guard import Guard
@@ -47,7 +48,7 @@ HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 
 operations = APIRouter()
 ROUTERS = (
-    *(agent.api.router, feedback.api.router, reward.api.router),
+    *(agent.api.router, feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
     *deploy.pages.ROUTERS,
 )

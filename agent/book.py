@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from deploy import head
 from deploy.head import Assignment
-from feedback import episodes, users
+from feedback import conversations, episodes, users
+from feedback.conversations import Place
 from feedback.episodes import Recording
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError, NotFoundError, UnavailableError
@@ -23,11 +24,12 @@ from infra.together import Together
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Who asks which model; `trial` is the version of a run in progress that is meant, if one is."""
+    """Who asks which model, and where; `trial` is the version of a run in progress that is meant, if one is."""
 
     user: str
     model: str
     trial: str | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Book:
         Raises
         ------
         NotFoundError
-            Code ``model_not_found``.
+            Code ``model_not_found``, or as :func:`feedback.conversations.refusals` says of the place.
         UnavailableError
         """
         try:
@@ -96,11 +98,14 @@ class Book:
     ) -> list[Begun | EverloopError]:
         met = users.meet_many(session, [asked.user for asked in requests], wait=wait)
         assigned = head.assignments(session, {asked.user for asked in requests})
+        refused = conversations.refusals(session, {(asked.user, asked.place) for asked in requests if asked.place})
 
         def one(asked: Asked) -> Begun | EverloopError:
             user = met[asked.user]
             if isinstance(user, EverloopError):
                 return user
+            if asked.place and (refusal := refused.get((asked.user, asked.place))):
+                return refusal
             try:
                 assignment = _assignment(session, asked, assigned[asked.user])
             except NotFoundError:

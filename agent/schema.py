@@ -72,6 +72,12 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     store: bool = Field(True, description="Whether this answer may be learned from.")
     metadata: dict[str, str] | None = None
+    conversation: CleanText | None = Field(
+        None, min_length=1, max_length=64, description="The conversation that this is kept in as a turn."
+    )
+    parent: CleanText | None = Field(
+        None, min_length=1, max_length=64, description="The episode there that this follows; none for a first turn."
+    )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.8, ge=0, le=2)
@@ -86,6 +92,8 @@ class ChatRequest(BaseModel):
     def _someone_asks(self) -> ChatRequest:
         if self.messages[-1].role == "assistant":
             raise ValueError("The last message must be from the user (or the system), not the assistant.")
+        if self.parent is not None and self.conversation is None:
+            raise ValueError("A `parent` is an episode of a conversation; name the `conversation`, too.")
         return self
 
     def sampling(self, default_max_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import anyio
 from agent.book import Asked, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
+from feedback.conversations import Place
 from feedback.episodes import Recording
 from infra.engine import LATEST, RUN_PREFIX
 from infra.engine_wire import EngineError
@@ -52,7 +53,8 @@ class Turn:
         sampling = self.body.sampling(self.settings.max_answer_tokens)
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
         trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
-        begun = await self.book.begin(Asked(self.body.user, self.body.model, trial))
+        place = Place(self.body.conversation, self.body.parent) if self.body.conversation else None
+        begun = await self.book.begin(Asked(self.body.user, self.body.model, trial, place))
         assignment, self._key = begun.assignment, begun.key
         if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
             raise unknown_model(assignment.release)
@@ -68,6 +70,8 @@ class Turn:
             messages=messages,
             sampling=sampling,
             learn=self.body.store and begun.may_learn and trial is None,
+            conversation_id=self.body.conversation,
+            parent_id=self.body.parent,
         )
         self._stream = self.fleet.stream_chat(
             assignment.release,

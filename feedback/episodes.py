@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from feedback import users
-from feedback.tables import Episode, SelfEvaluation
+from feedback.tables import Conversation, Episode, SelfEvaluation
+from infra.db import among
 from infra.errors import NotFoundError
 from infra.events import EpisodeRecorded, SelfEvaluated
 from infra.ids import new_id
@@ -50,6 +51,8 @@ class Recording:
     num_prompt_tokens: int = 0
     ttft_ms: float | None = None
     latency_ms: float = 0.0
+    conversation_id: str | None = None
+    parent_id: str | None = None
 
 
 def begin(session: Session, user_id: str, learn_by_default: bool) -> tuple[SubjectKey, bool]:
@@ -90,7 +93,7 @@ def record_many(
         The key of each user, from :func:`feedback.users.keys_of` within the same transaction.
     """
     rows, entries = [], []
-    for recording, created_at in recordings:
+    for recording, created_at in _in_conversations(session, list(recordings)):
         row = {name: getattr(recording, name) for name in Recording.__slots__ if name != "episode_id"}
         row["id"] = recording.episode_id
         if created_at is not None:
@@ -106,11 +109,52 @@ def record_many(
             learn=recording.learn,
             messages=recording.messages,
             answer=recording.answer,
+            conversation_id=recording.conversation_id,
+            parent_id=recording.parent_id,
         )
         entries.append(Entry(event, recording.episode_id, recording.episode_id, keys[recording.user_id]))
     if rows:
         session.execute(sa.insert(Episode), rows)
         outbox.append_many(session, entries)
+
+
+def _in_conversations(
+    session: Session, recordings: list[tuple[Recording, datetime | None]]
+) -> list[tuple[Recording, datetime | None]]:
+    """Note that conversations were used; a turn whose conversation was deleted meanwhile loses its words, too."""
+    named = {r.conversation_id for r, _ in recordings if r.conversation_id is not None}
+    if not named:
+        return recordings
+    # In the order of ids, so that two who wait for each other's rows cannot be.
+    locked = sa.select(Conversation.id).where(among(Conversation.id, named)).order_by(Conversation.id)
+    kept = set(session.scalars(locked.with_for_update(key_share=True)))
+    session.execute(
+        sa.update(Conversation)
+        .where(among(Conversation.id, kept))
+        .values(updated_at=sa.func.now())
+        .execution_options(synchronize_session=False)
+    )
+    return [
+        (recording if recording.conversation_id in {None, *kept} else _without_words(recording), created_at)
+        for recording, created_at in recordings
+    ]
+
+
+def _without_words(recording: Recording) -> Recording:
+    blank: dict[str, Any] = {"messages": [], "answer": "", "token_ids": [], "logprobs": [], "learn": False}
+    return replace(recording, **blank, conversation_id=None, parent_id=None)
+
+
+def blanked() -> dict[str, Any]:
+    """Return the values of an episode's row that take out what was said in it, and out of which conversation."""
+    return {
+        "messages": sa.literal([], JSONB),
+        "answer": "",
+        "token_ids": [],
+        "logprobs": [],
+        "conversation_id": None,
+        "parent_id": None,
+    }
 
 
 def record_self_evaluation(session: Session, recording: Recording, p_good: float) -> bool:

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from feedback import users
-from feedback.tables import Episode, Erasure, Feedback, SelfEvaluation, User
+from feedback import episodes, users
+from feedback.tables import Conversation, Episode, Erasure, Feedback, SelfEvaluation, User
 from infra import sealing
 from infra.errors import NotFoundError
 from infra.events import UserForgotten
@@ -78,16 +78,11 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
         session,
         sa.update(Episode)
         .where(Episode.user_id == user_id)
-        .values(
-            user_id=tombstone,
-            messages=sa.literal([], JSONB),
-            answer="",
-            token_ids=[],
-            logprobs=[],
-            sampling=sa.literal({}, JSONB),
-        ),
+        .values(user_id=tombstone, sampling=sa.literal({}, JSONB), **episodes.blanked()),
     )
+    num_conversations = _count(session, sa.delete(Conversation).where(Conversation.user_id == user_id))
     return {
+        "conversations": num_conversations,
         "episodes": num_episodes,
         "signals": num_signals,
         "self_evaluations": num_self_evaluations,

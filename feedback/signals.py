@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AwareDatetime,
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from feedback.fold import Standing
 from infra.text import CleanText
 
 MAX_CORRECTION_CHARS = 16_000
@@ -194,6 +195,33 @@ class Judge(BaseSignal):
     kind: Literal["judge"]
     score: float = Field(ge=0, le=1, description="0 worst to 1 best.")
     text: CleanText | None = Field(None, max_length=MAX_COMMENT_CHARS, description="Its rationale.")
+
+
+class Withdrawal(BaseSignal):
+    """Takes back what stands, of whatever kind. Made here where an answer is deleted; no client sends it."""
+
+    kind: str
+    value: Literal[0] = 0
+    name: str | None
+    over: str | None
+    of_slot: str
+
+    @classmethod
+    def of(cls, said: Standing) -> Self:
+        """Return the withdrawal of a signal."""
+        return cls(
+            episode_id=said.episode_id,
+            user=said.user_id,
+            idempotency_key=f"withdraws {said.feedback_id}",
+            kind=said.kind,
+            name=said.name,
+            over=said.over,
+            of_slot=said.slot,
+        )
+
+    @property
+    def slot(self) -> str:
+        return self.of_slot
 
 
 _Worded = TypeVar("_Worded", Comment, Correction)

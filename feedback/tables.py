@@ -25,6 +25,31 @@ class User(Base):
     forgotten_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
+class Conversation(Base):
+    """A conversation that somebody keeps; its turns are episodes."""
+
+    __tablename__ = "conversations"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.user_id"))
+    title: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (sa.Index("ix_conversations_user_id_updated_at_id", "user_id", "updated_at", "id"),)
+
+
+# What was asked is the last message of a prompt; the others were said before.
+QUESTION = "(messages -> -1) ->> 'content'"
+# Whose words they are is a word among them: so the index finds one person's words, however many others use them.
+# The parentheses are PostgreSQL's, or the models would seem to differ from the migrated schema.
+WORDS = (
+    "(array_to_tsvector(ARRAY['by' || md5(user_id)]) || "
+    f"to_tsvector('simple', (coalesce({QUESTION}, '') || ' ') || answer))"
+)
+IN_CONVERSATION = sa.text("conversation_id IS NOT NULL")
+
+
 class Episode(Base):
     """One answer, with all that is needed to learn from it. Partitioned by month through its id."""
 
@@ -50,11 +75,15 @@ class Episode(Base):
     latency_ms: Mapped[float]
     learn: Mapped[bool]
     excluded: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    conversation_id: Mapped[str | None] = mapped_column(sa.ForeignKey("conversations.id"))
+    parent_id: Mapped[str | None]
 
     __table_args__ = (
         sa.CheckConstraint("status IN ('complete', 'interrupted', 'failed')", name="status"),
         sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
         sa.Index("ix_episodes_user_id_id", "user_id", "id"),
+        sa.Index("ix_episodes_conversation_id_id", "conversation_id", "id", postgresql_where=IN_CONVERSATION),
+        sa.Index("ix_episodes_words", sa.text(WORDS), postgresql_using="gin", postgresql_where=IN_CONVERSATION),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 

@@ -146,6 +146,8 @@ class EpisodeRecorded(Event):
     learn: bool = Field(description="Whether it may be learned from.")
     messages: list[dict[str, Any]] = Field(description="What the model saw.")
     answer: str = Field(description="What it answered.")
+    conversation_id: str | None = Field(None, description="The conversation that it is a turn of, if it is kept.")
+    parent_id: str | None = Field(None, description="The episode that it follows there; null for a first turn.")
 
 
 class SelfEvaluated(Event):

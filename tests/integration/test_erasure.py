@@ -118,7 +118,13 @@ def test_a_forgotten_person_leaves_no_word_anywhere(stack, person):
     answer = stack.http.delete("/v1/me", headers={"X-Everloop-User": user})
     assert answer.status_code == 202, answer.text
     found = complete(stack, answer.json()["erasure_id"])["found"]
-    assert found["feedback"] == {"episodes": 2, "signals": 5, "self_evaluations": 2, "keys_destroyed": 1}
+    assert found["feedback"] == {
+        "conversations": 0,
+        "episodes": 2,
+        "signals": 5,
+        "self_evaluations": 2,
+        "keys_destroyed": 1,
+    }
     assert found["reward"]["sites_removed"] == 4 and found["reward"]["features_deleted"] >= 2
     assert tables_with(stack, sentinel) == []
     assert topics_with(stack, sentinel) == []
