@@ -7,6 +7,7 @@
 export class Fork {
   turns = /** @type {T[]} */ ([]);
   shown = 0;
+  follows = ''; // The episode that leads here, where its turn is not here (yet).
 
   /** @param {T | null} after The turn that leads here; null where the conversation begins. */
   constructor(after = null) {
@@ -15,13 +16,16 @@ export class Fork {
 
   /** The turns that lead here, the first of them first. @returns {T[]} */
   before() {
-    return this.after ? [...this.after.fork.before(), this.after] : [];
+    const found = [];
+    for (let turn = this.after; turn; turn = turn.fork.after) found.push(turn);
+    return found.reverse();
   }
 
   /** The turns on the screen from here on. @returns {T[]} */
   path() {
-    const turn = this.turns[this.shown];
-    return turn ? [turn, ...turn.next.path()] : [];
+    const found = [];
+    for (let turn = this.turns[this.shown]; turn; turn = turn.next.turns[turn.next.shown]) found.push(turn);
+    return found;
   }
 
   /** Adds a version, and shows it. @param {T} turn */

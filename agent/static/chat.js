@@ -1,24 +1,28 @@
 // @ts-check
 /**
- * The chat page: one conversation with its versions, kept in memory; thumbs and corrections go to the server.
+ * The chat page: one conversation with its versions, kept on the server; the list of all of them beside it.
  * What people write enters the page only as text nodes; what models write is Markdown, sanitised.
  */
+import { refuseFiles } from './attachments.js';
 import { Fork } from './branches.js';
-import { find, whoAsks } from './server.js';
+import { Conversation } from './conversation.js';
+import { draftOf, keepDraft } from './drafts.js';
+import { find, Problem, whoAsks } from './server.js';
+import { Scroll } from './scroll.js';
+import { Talks } from './talks.js';
 import { copied, Turn } from './turn.js';
 
-const [scroller, empty, messages, live, latest, stopButton, newChat, editing] = [
-  '#scroller', '#empty', '#messages', '#live', '#latest', '#stop', '#new-chat', '#editing',
+const [empty, messages, live, stopButton, editing, missing, older] = [
+  '#empty', '#messages', '#live', '#stop', '#editing', '#missing', '#older',
 ].map((selector) => find(document, selector, HTMLElement));
 const draft = find(document, '#prompt', HTMLTextAreaElement);
 const sendButton = find(document, '#send', HTMLButtonElement);
+const TURNS_A_FRAME = 4; // More at once would be felt while scrolling.
 
-let root = /** @type {Fork<Turn>} */ (new Fork());
 let edited = /** @type {Turn | null} */ (null); // Whose question is in the composer, to be asked another way.
 let kept = ''; // What was in the composer before that.
 let active = /** @type {AbortController | null} */ (null); // Ends the answer being streamed.
-let stuck = true; // Follow new text until the person scrolls up.
-let lastTop = 0;
+let isLoading = false; // Turns of the conversation are on their way.
 
 /** @type {import('./turn.js').Page} */
 const page = {
@@ -30,11 +34,16 @@ const page = {
     refresh(control);
     draft.focus(); // The button that started this may be gone by now.
     live.textContent = '';
-    lastTop = 0; // A page that shrinks here moves up by itself; that is nobody scrolling away.
+    scroll.forget();
   },
-  answered: keepDraft, // Until then, a reload brings the question back.
-  end: (control) => active === control && refresh(null),
-  shows: (turn) => root.path().includes(turn),
+  place,
+  answered: saveDraft, // Until then, a reload brings the question back.
+  end(control) {
+    if (active !== control) return;
+    refresh(null);
+    void talks.read(); // It is the most recently used one now.
+  },
+  shows: (turn) => talk.root.path().includes(turn),
   announce: (text) => (live.textContent = text),
   ask,
   edit(turn) {
@@ -55,29 +64,52 @@ const page = {
     edit(null);
     if (!turn.next.turns.length) turn.fork.remove(turn);
     draft.value = [turn.prompt, draft.value].filter(Boolean).join('\n');
-    keepDraft();
+    saveDraft();
     draw();
     refresh();
     draft.focus();
   },
-  letGo: () => (stuck = false),
+  letGo: () => (scroll.isStuck = false),
 };
+const scroll = new Scroll(messages, () => older.hidden || void showOlder());
+const talks = new Talks(find(document, '#talks', HTMLElement), {
+  user: whoAsks,
+  open: (id) => void open(id),
+  gone: (id) => id === talk.id && void open(''),
+});
+let talk = new Conversation('', page);
 
-/** What is being written survives a reload. */
-function keepDraft() {
-  try {
-    localStorage.setItem('everloop.draft', (edited && kept) || draft.value);
-  } catch { /* No storage, or no room in it: the draft then lasts as long as the page. */ }
+function saveDraft() {
+  keepDraft(talk.id, (edited && kept) || draft.value);
 }
 
 /** @param {string} prompt @param {Fork<Turn>} fork Where: at the end, or beside another version. */
-function ask(prompt, fork = root.path().at(-1)?.next ?? root) {
+function ask(prompt, fork = talk.root.path().at(-1)?.next ?? talk.root) {
   const turn = new Turn(prompt, fork, page);
   fork.add(turn);
   edit(null);
   draw();
-  stuck = true;
+  scroll.isStuck = true;
   turn.run();
+}
+
+/** Where a turn is kept; nowhere, if the server cannot keep it just now. @param {Turn} turn */
+async function place(turn) {
+  const [here, before] = [talk, talk.id];
+  try {
+    await here.begin();
+  } catch (error) {
+    talks.note.textContent = error instanceof Problem ? 'This chat cannot be kept just now.' : '';
+    return {};
+  }
+  if (here.id !== before && here === talk) {
+    keepDraft(here.id, draftOf(before) || draft.value);
+    keepDraft(before, '');
+    history.pushState(null, '', `/c/${here.id}`);
+    talks.show(here.id);
+    void talks.read();
+  }
+  return here.place(turn);
 }
 
 /** Begins to ask a question another way, or leaves that: then what was being written before is back. @param {Turn | null} turn */
@@ -92,10 +124,11 @@ function edit(turn) {
 
 /** Puts the shown versions on the page; what stays is not touched. */
 function draw() {
-  const path = root.path();
+  const path = talk.root.path();
   for (const turn of path) turn.count();
   const wanted = path.flatMap(({ question, view }) => [question, view]);
-  for (const part of [...messages.children]) if (!wanted.includes(/** @type {HTMLElement} */ (part))) part.remove();
+  const there = new Set(wanted);
+  for (const part of [...messages.children]) if (!there.has(/** @type {HTMLElement} */ (part))) part.remove();
   messages.append(...wanted.slice(messages.children.length));
 }
 
@@ -103,15 +136,85 @@ function draw() {
 function refresh(control = active) {
   if (!control && document.activeElement === stopButton) draft.focus(); // It is about to hide.
   active = control;
-  empty.hidden = root.turns.length > 0;
+  empty.hidden = talk.root.turns.length > 0 || isLoading || !missing.hidden;
   document.body.classList.toggle('busy', active !== null); // Shows Stop in place of Send.
-  sendButton.disabled = !draft.value.trim();
+  sendButton.disabled = !draft.value.trim() || !missing.hidden;
+}
+
+/** Shows a conversation, or (without an id) a new chat. @param {string} id @param {boolean} isNew Whether it gets an address. */
+async function open(id, isNew = true) {
+  active?.abort();
+  for (const turn of talk.root.path()) turn.leave();
+  edit(null);
+  const here = (talk = new Conversation(id, page));
+  if (isNew) history.pushState(null, '', id ? `/c/${id}` : '/');
+  talks.show(id);
+  draft.value = draftOf(id);
+  missing.hidden = older.hidden = true;
+  isLoading = id !== '';
+  messages.replaceChildren();
+  scroll.isStuck = true;
+  refresh(null);
+  draft.focus();
+  if (id) await load(here);
+}
+
+/** @param {Conversation} here */
+async function load(here) {
+  try {
+    const rows = await here.read();
+    if (here !== talk) return;
+    here.add(rows);
+  } catch (error) {
+    if (here !== talk) return;
+    const isGone = error instanceof Problem && error.code === 'conversation_not_found';
+    find(missing, 'p', HTMLElement).textContent = isGone
+      ? 'There is no such conversation. It may have been deleted.'
+      : 'This conversation cannot be read just now.';
+    find(missing, '.retry-open', HTMLElement).hidden = isGone;
+    missing.hidden = false;
+  }
+  isLoading = false;
+  draw();
+  older.hidden = !here.before;
+  refresh();
+}
+
+/** Puts earlier turns above, a few in each frame, so that neither the page nor its reader jumps. */
+async function showOlder() {
+  if (isLoading) return;
+  isLoading = true;
+  const here = talk;
+  try {
+    do {
+      const rows = await here.read();
+      while (rows.length && here === talk) {
+        const { root } = here;
+        const first = root.turns[root.shown];
+        here.add(rows.splice(0, TURNS_A_FRAME));
+        const path = here.root.path();
+        scroll.keep();
+        messages.prepend(...path.slice(0, path.indexOf(first)).flatMap(({ question, view }) => [question, view]));
+        await new Promise((resolve) => requestAnimationFrame(resolve));
+      }
+    } while (here === talk && here.before && scroll.isNearTop());
+  } catch (error) {
+    if (here === talk) live.textContent = error instanceof Problem ? error.message : '';
+  }
+  if (here !== talk) return;
+  isLoading = false;
+  older.hidden = !here.before;
 }
 
 function stopEditing() {
   edit(null);
-  keepDraft();
+  saveDraft();
   draft.focus();
+}
+
+function newChat() {
+  talks.drawer.close();
+  void open('', location.pathname !== '/');
 }
 
 messages.onclick = async (/** @type {MouseEvent} */ { target }) => {
@@ -120,30 +223,18 @@ messages.onclick = async (/** @type {MouseEvent} */ { target }) => {
   if (!button || code === null || code === undefined) return;
   await copied(button, code, page.announce);
 };
-
-const toBottom = () => scroller.scrollTo(0, scroller.scrollHeight);
-const gap = () => scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop;
-const growth = new ResizeObserver(() => (stuck ? toBottom() : (latest.hidden = gap() < 24)));
-for (const box of [messages, scroller]) growth.observe(box);
-scroller.onscroll = () => {
-  // The least move up lets go, or each new word would fight a slow wheel.
-  stuck = scroller.scrollTop < lastTop ? gap() < 2 : stuck || gap() < 24;
-  lastTop = scroller.scrollTop;
-  latest.hidden = stuck;
-};
-latest.onclick = toBottom;
-
+older.onclick = showOlder;
 find(document, '#composer', HTMLFormElement).onsubmit = (event) => {
   event.preventDefault();
   const prompt = draft.value.trim();
-  if (active || !prompt) return; // One answer at a time; the draft waits.
+  if (active || isLoading || !missing.hidden || !prompt) return; // One answer at a time; the draft waits.
   const before = edited;
   if (before) return before.again('edited_and_resent', () => ask(prompt, before.fork));
   draft.value = '';
   ask(prompt);
 };
 draft.oninput = () => {
-  keepDraft();
+  saveDraft();
   refresh();
 };
 draft.onkeydown = (/** @type {KeyboardEvent} */ event) => {
@@ -153,27 +244,34 @@ draft.onkeydown = (/** @type {KeyboardEvent} */ event) => {
   sendButton.click();
 };
 document.onkeydown = (event) => {
+  if (event.ctrlKey && event.shiftKey && event.code === 'KeyO') {
+    event.preventDefault();
+    return newChat();
+  }
   if (event.key !== 'Escape' || event.isComposing) return;
-  const turn = root.path().find(({ view }) => view.contains(document.activeElement));
+  if (talks.drawer.isOpen) return talks.drawer.close();
+  const turn = talk.root.path().find(({ view }) => view.contains(document.activeElement));
   if (turn && !turn.part('.editor').hidden) turn.openEditor(false);
   else if (active) active.abort();
   else if (edited) stopEditing();
 };
 find(editing, 'button', HTMLElement).onclick = stopEditing;
+find(missing, '.retry-open', HTMLElement).onclick = () => void open(talk.id, false);
 stopButton.onclick = () => active?.abort();
-newChat.onclick = () => {
-  active?.abort();
-  for (const turn of root.path()) turn.invitation.end();
-  root = new Fork();
-  edit(null);
-  draw();
-  refresh(null);
-  draft.focus();
-};
+for (const button of document.querySelectorAll('.new-chat')) button.addEventListener('click', newChat);
 for (const example of document.querySelectorAll('.example')) {
   example.addEventListener('click', () => ask(example.textContent ?? ''));
 }
-try {
-  draft.value ||= localStorage.getItem('everloop.draft') ?? ''; // Whoever was faster than this script is typing.
-} catch { /* As above. */ }
+const [attach, noFiles] = ['#attach', '#no-files'].map((selector) => find(document, selector, HTMLElement));
+refuseFiles(attach, noFiles, draft);
+
+const addressed = () => decodeURIComponent(/^\/c\/([^/]+)$/.exec(location.pathname)?.[1] ?? '');
+onpopstate = () => void open(addressed(), false);
+// Another tab may have written, renamed or deleted.
+document.onvisibilitychange = () => document.visibilityState === 'visible' && void talks.read();
+const typed = draft.value; // Whoever was faster than this script is typing.
+void open(addressed(), false);
+if (typed) draft.value = typed;
+document.body.classList.remove('starting');
 refresh();
+void talks.read();

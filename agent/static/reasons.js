@@ -35,7 +35,12 @@ export class Reasons {
   /** Asks why, for a thumb or none; what was said for another one is taken back. @param {number} thumb */
   ask(thumb) {
     if (this.chosen.size) this.save({ kind: 'reasons', reasons: [] }, () => {});
-    this.chosen.clear();
+    this.show(thumb, []);
+  }
+
+  /** @param {number} thumb @param {string[]} chosen */
+  show(thumb, chosen) {
+    this.chosen = new Set(chosen);
     this.thumb = thumb;
     this.root.hidden = thumb === 0;
     const chips = Object.entries(thumb === 1 ? CHIPS[1] : thumb === -1 ? CHIPS['-1'] : {});
@@ -46,7 +51,7 @@ export class Reasons {
   chip(reason, name) {
     const chip = document.createElement('button');
     Object.assign(chip, { type: 'button', className: 'chip', textContent: name });
-    chip.setAttribute('aria-pressed', 'false');
+    chip.setAttribute('aria-pressed', `${this.chosen.has(reason)}`);
     chip.onclick = () => {
       if (!this.chosen.delete(reason)) this.chosen.add(reason);
       chip.setAttribute('aria-pressed', `${this.chosen.has(reason)}`);

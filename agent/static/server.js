@@ -28,6 +28,7 @@ export function whoAsks(isNew = false) {
 /** A failure whose message is meant for the person reading the page. */
 export class Problem extends Error {
   code = '';
+  wait = 0; // Seconds after which the server would have it tried again, where it said so.
 }
 
 /**
@@ -49,7 +50,19 @@ export async function call(path, { method = 'GET', body, user, signal } = {}) {
   const wait = Number(response.headers.get('retry-after'));
   const problem = new Problem(wait > 0 ? `${message} Try again in ${wait} s.` : message);
   problem.code = envelope?.error?.code ?? '';
+  problem.wait = [429, 503].includes(response.status) && wait > 0 ? wait : 0;
   throw problem;
+}
+
+/** The data of each event, which the server puts on one line. @param {Response} response */
+export async function* events(response) {
+  const reader = response.body?.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
+    const lines = (rest + part.value).split('\n');
+    rest = lines.pop() ?? '';
+    for (const line of lines) if (line.startsWith('data:')) yield line.slice(5).trim();
+  }
 }
 
 /** An element of a page by its selector. @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */

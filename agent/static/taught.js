@@ -7,6 +7,7 @@
  *   reward: {p_before: number | null, p_after: number | null} | null, training: Training[]}} Receipt
  * @typedef {{erasure_id: string, complete: boolean, pending: string[], found: Record<string, Record<string, unknown>>}} Report
  */
+import { forgetDrafts } from './drafts.js';
 import { call, find, Problem, whoAsks } from './server.js';
 
 const PAGE_ROWS = 20;
@@ -161,9 +162,7 @@ function showReport(told) {
 async function forget() {
   let told = /** @type {Report} */ (await (await call('/v1/me', { method: 'DELETE', user })).json());
   user = whoAsks(true);
-  try {
-    localStorage.removeItem('everloop.draft');
-  } catch { /* No storage, no draft. */ }
+  forgetDrafts();
   showReport(told);
   begin().catch(fail);
   while (!told.complete) {

@@ -4,12 +4,11 @@
  *
  * @typedef {{delta?: {content?: string}, finish_reason?: string | null}} Choice
  * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}}} Chunk
- * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}
- *   | import('./reasons.js').Said} Feedback
  * @typedef {object} Page What a turn needs of the page around it.
  * @property {string} user
  * @property {() => boolean} isBusy
  * @property {(control: AbortController) => void} begin An answer is on its way.
+ * @property {(turn: Turn) => Promise<{conversation?: string, parent?: string}>} place Where it is kept.
  * @property {() => void} answered Its first word has come.
  * @property {(control: AbortController) => void} end
  * @property {(turn: Turn) => boolean} shows Whether it is on the screen.
@@ -22,21 +21,15 @@
  */
 import { Fork } from './branches.js';
 import { showChanges } from './changes.js';
+import { Countdown } from './countdown.js';
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
-import { call, find, Problem, uuid } from './server.js';
+import { Saving } from './saving.js';
+import { call, events, find, Problem, uuid } from './server.js';
 
-/** The data of each event, which the server puts on one line. @param {Response} response */
-async function* events(response) {
-  const reader = response.body?.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = '';
-  for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
-    const lines = (rest + part.value).split('\n');
-    rest = lines.pop() ?? '';
-    for (const line of lines) if (line.startsWith('data:')) yield line.slice(5).trim();
-  }
-}
+const MAX_EARLIER = 250; // Two messages each; the server takes 512.
+const BUSY = 'Too many questions just now.';
 
 /**
  * Copies a text and has its button say so for a while; whether it reached the clipboard, which insecure origins lack.
@@ -61,14 +54,14 @@ function copy(id) {
 export class Turn {
   answer = '';
   episode = ''; // The server's name for this answer; feedback refers to it.
+  conversation = ''; // In which it is kept, if it is.
   thumb = 0; // The person's choice: -1, 0 (none) or 1.
   correction = ''; // The last one handed to save().
-  queue = Promise.resolve();
-  /** What did not arrive, by place and kind. @type {Map<string, {place: string, message: string, again: () => void}>} */
-  unsaved = new Map();
   question = copy('#user-template');
   view = copy('#assistant-template');
   part = (/** @type {string} */ selector) => find(this.view, selector, HTMLElement);
+  saving = new Saving(this.view, () => ({ episode_id: this.episode, user: this.page.user }));
+  countdown = new Countdown(this.part('.wait'), () => this.runIfPossible());
   invitation = new Invitation(this.part('.invite'), this.part('.dismiss'), this.part('[data-thumb="1"]'));
 
   /** @param {string} prompt @param {Fork<Turn>} fork Its place. @param {Page} page */
@@ -85,10 +78,11 @@ export class Turn {
     find(this.question, '.text', HTMLElement).textContent = prompt;
     this.shown = new Markdown(this.part('.text'));
     this.reasons = new Reasons(this.part('.reasons'), (said, done) => {
-      this.save('.meta', said, () => (this.say('.meta', 'Saved'), done()));
+      this.save('.meta', said, () => (this.saving.say('.meta', 'Saved'), done()));
     });
     this.part('.actions .copy').onclick = () => this.copy();
-    this.part('.retry').onclick = () => page.isBusy() || this.run();
+    this.part('.retry').onclick = () => this.runIfPossible();
+    this.part('.leave').onclick = () => this.giveUp();
     this.part('.edit').onclick = () => page.takeBack(this);
     this.part('[data-thumb="1"]').onclick = () => this.toggleThumb(1);
     this.part('[data-thumb="-1"]').onclick = () => this.toggleThumb(-1);
@@ -98,7 +92,7 @@ export class Turn {
     this.field = find(this.view, 'textarea', HTMLTextAreaElement);
     this.field.oninput = () => {
       this.correction = '';
-      this.say('.editor', ''); // A Retry shown there would send the older text.
+      this.saving.say('.editor', ''); // A Retry shown there would send the older text.
       void this.compare();
     };
   }
@@ -107,7 +101,8 @@ export class Turn {
   async run() {
     const control = new AbortController();
     this.page.begin(control);
-    this.invitation.end();
+    this.leave();
+    this.view.classList.remove('waits');
     this.answer = this.episode = '';
     for (const line of ['.release', '.problem p']) this.part(line).textContent = '';
     this.shown.finish('');
@@ -131,7 +126,9 @@ export class Turn {
   /** Streams the answer in; returns why it ended. @param {AbortSignal} signal */
   async receive(signal) {
     const options = { model: 'everloop', stream: true, stream_options: { include_usage: true } };
-    const body = { ...options, user: this.page.user, messages: this.history() };
+    const place = await this.page.place(this);
+    this.conversation = place.conversation ?? '';
+    const body = { ...options, user: this.page.user, messages: this.history(), ...place };
     let reason = '';
     for await (const data of events(await call('/v1/chat/completions', { method: 'POST', body, signal }))) {
       if (data === '[DONE]') return reason;
@@ -151,7 +148,7 @@ export class Turn {
 
   /** What led here, except questions without any answer: they would put two in a row. */
   history() {
-    const earlier = this.fork.before().filter((turn) => turn.answer);
+    const earlier = this.fork.before().filter((turn) => turn.answer).slice(-MAX_EARLIER);
     const said = earlier.flatMap(({ prompt, answer }) => [
       { role: 'user', content: prompt },
       { role: 'assistant', content: answer },
@@ -161,14 +158,56 @@ export class Turn {
 
   /** @param {string} reason */
   settle(reason) {
+    const note = this.close(reason);
+    if (!this.page.shows(this)) return;
+    this.page.announce(`Everloop: ${this.answer} ${note}`);
+    if (this.episode) this.invitation.begin(this.episode, this.page.user);
+  }
+
+  /** Says how the answer ended, and offers what can be done with it. @param {string} reason */
+  close(reason) {
     let note = this.answer ? '' : 'The answer came back empty.';
     if (reason === 'stopped') note = 'You stopped this answer.';
     if (reason === 'length') note = 'This answer reached its length limit.';
     this.part('.note').textContent = note;
     this.part('.actions').hidden = !this.episode;
-    if (!this.page.shows(this)) return;
-    this.page.announce(`Everloop: ${this.answer} ${note}`);
-    if (this.episode) this.invitation.begin(this.episode, this.page.user);
+    return note;
+  }
+
+  /** Becomes a turn of before, as the server tells it. @param {import('./conversation.js').Row} row */
+  restore(row) {
+    [this.answer, this.episode] = [row.answer, row.id];
+    this.shown.finish(row.answer);
+    this.part('.release').textContent = `Answered by release ${row.release}`;
+    this.close(row.status === 'interrupted' ? 'stopped' : row.finish_reason ?? '');
+    if (row.status === 'failed') {
+      this.part('.note').textContent = '';
+      this.part('.problem p').textContent = 'The answer broke off.';
+    }
+    this.thumb = row.thumb;
+    this.showThumb();
+    if (row.reasons.length) this.reasons.show(row.thumb, row.reasons);
+    if (row.correction === null) return;
+    this.correction = this.field.value = row.correction;
+    this.part('.correct span').textContent = 'Corrected';
+  }
+
+  /** Stops waiting for anything. */
+  leave() {
+    this.invitation.end();
+    this.countdown.stop();
+  }
+
+  runIfPossible() {
+    if (this.page.isBusy() || !this.page.shows(this)) return false;
+    void this.run();
+    return true;
+  }
+
+  giveUp() {
+    this.countdown.stop();
+    this.view.classList.remove('waits');
+    this.part('.retry').focus(); // The button that was pressed is gone.
   }
 
   async copy() {
@@ -185,7 +224,10 @@ export class Turn {
   fail(error) {
     const known = error instanceof Problem;
     if (!known) console.error(error); // A lost connection or an unreadable chunk: keep the cause.
-    this.part('.problem p').textContent = known ? error.message : 'The answer broke off.';
+    const wait = known ? error.wait : 0;
+    this.part('.problem p').textContent = wait ? BUSY : known ? error.message : 'The answer broke off.';
+    this.view.classList.toggle('waits', wait > 0);
+    if (wait) this.countdown.start(wait);
   }
 
   /** Asks another way; what it says of this answer is told. @param {string} act @param {() => void} ask */
@@ -204,50 +246,22 @@ export class Turn {
   /** @param {number} value */
   toggleThumb(value) {
     this.thumb = this.thumb === value ? 0 : value;
+    this.showThumb();
+    this.reasons.ask(this.thumb);
+    const done = this.thumb ? 'Saved' : 'Withdrawn';
+    this.save('.meta', { kind: 'thumb', value: this.thumb }, () => this.saving.say('.meta', done));
+  }
+
+  showThumb() {
     for (const each of [1, -1]) {
       this.part(`[data-thumb="${each}"]`).setAttribute('aria-pressed', `${each === this.thumb}`);
     }
-    this.reasons.ask(this.thumb);
-    const done = this.thumb ? 'Saved' : 'Withdrawn';
-    this.save('.meta', { kind: 'thumb', value: this.thumb }, () => this.say('.meta', done));
   }
 
-  /** @param {string} place @param {Feedback} feedback @param {() => void} done */
+  /** @param {string} place @param {import('./saving.js').Feedback} feedback @param {() => void} done */
   save(place, feedback, done) {
     this.invitation.end();
-    const key = uuid(); // One key for all tries: a lost reply must not make feedback count twice.
-    const body = { episode_id: this.episode, user: this.page.user, ...feedback, idempotency_key: key };
-    const attempt = async () => {
-      this.say(place, 'Saving…');
-      const request = { method: 'POST', body, signal: AbortSignal.timeout(20_000) };
-      await call('/v1/feedback', request).then(
-        () => {
-          this.unsaved.delete(slot);
-          done();
-        },
-        (error) => this.unsaved.set(slot, { place, message: error.message, again }),
-      );
-      this.sayUnsaved(place);
-    };
-    // In a queue, so that quick clicks cannot overtake each other on the way.
-    const again = () => void (this.queue = this.queue.then(attempt));
-    const slot = `${place} ${feedback.kind}`;
-    this.unsaved.delete(slot); // What is said now takes its place.
-    again();
-  }
-
-  /** Offers to try again what did not arrive, whatever else did. @param {string} place */
-  sayUnsaved(place) {
-    const left = [...this.unsaved.values()].filter((each) => each.place === place);
-    if (!left.length) return;
-    this.say(place, `Not saved. ${left[0].message}`, () => left.forEach(({ again }) => again()));
-  }
-
-  /** @param {string} place @param {string} line @param {() => void} [again] Offered as Retry. */
-  say(place, line, again) {
-    this.part(`${place} .state`).textContent = line;
-    this.part(`${place} .again`).hidden = !again;
-    this.part(`${place} .again`).onclick = again ?? null;
+    this.saving.save(place, feedback, done);
   }
 
   /** @param {boolean} open @param {boolean} takesFocus Back to its button, when it closes. */
@@ -270,11 +284,11 @@ export class Turn {
 
   sendCorrection() {
     const text = this.field.value.trim();
-    if (!text || text === this.answer.trim()) return this.say('.editor', 'Change the text first.');
+    if (!text || text === this.answer.trim()) return this.saving.say('.editor', 'Change the text first.');
     if (text === this.correction) return this.part('.editor .again').click(); // Not a second one.
     this.correction = text;
     this.save('.editor', { kind: 'correction', text }, () => {
-      this.say('.editor', 'Sent. Thank you.');
+      this.saving.say('.editor', 'Sent. Thank you.');
       this.part('.correct span').textContent = 'Corrected';
       if (this.field.value.trim() !== text) return; // Somebody goes on improving it.
       const isThere = this.part('.editor').contains(document.activeElement);
