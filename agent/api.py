@@ -35,6 +35,12 @@ def chat_page() -> FileResponse:
     return FileResponse(STATIC_DIR / "index.html")
 
 
+@router.get("/docs", include_in_schema=False)
+def api_page() -> FileResponse:
+    """Serve the API's documentation."""
+    return FileResponse(STATIC_DIR / "api.html")
+
+
 @router.get("/taught", include_in_schema=False)
 def taught_page() -> FileResponse:
     """Serve the page on which people see what became of what they said, and ask to be forgotten."""

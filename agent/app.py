@@ -98,7 +98,7 @@ def build_app(settings: Settings) -> FastAPI:
         title="Everloop",
         version=version("everloop"),
         lifespan=lifespan,
-        docs_url="/docs",
+        docs_url=None,  # the framework's own page loads its script from elsewhere
         redoc_url=None,
         responses={"4XX": {"model": ErrorEnvelope}, "503": {"model": ErrorEnvelope}},
     )

@@ -21,8 +21,6 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
 }
-# FastAPI's own documentation page loads its script from elsewhere; the policy would leave it blank.
-DOCUMENTATION_PATHS = ("/docs", "/openapi.json")
 
 
 class Guard:
@@ -42,7 +40,7 @@ class Guard:
             return
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start" and not scope["path"].startswith(DOCUMENTATION_PATHS):
+            if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
                 if scope["path"].startswith("/static/"):  # or browsers guess how long they may keep it
                     MutableHeaders(scope=message)["Cache-Control"] = "no-cache"

@@ -253,6 +253,7 @@ class RatingSolicited(Event):
     episode_id: str = Field(description="The answer.")
     reason: Literal["random", "informative"] = Field(description="Why this one.")
     propensity: float = Field(description="Probability with which it was asked for.")
+    form: Literal["rating", "pair"] = Field("rating", description="What is asked for; of a pair, which is better.")
 
 
 class RebuildRequested(Event):

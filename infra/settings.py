@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     ask_informative_share: float = Field(
         0.5, ge=0, le=1, description="Of the answers that would teach the most, the share that is asked for."
     )
+    ask_pair_share: float = Field(
+        0.5, ge=0, le=1, description="Of those, the share for which another answer is offered to choose from."
+    )
 
     adapters_url: str | None = Field(
         None,

@@ -44,6 +44,7 @@ class SolicitationView(BaseModel):
     """Why a rating of an answer is asked for, and how probable that was."""
 
     reason: Literal["random", "informative"]
+    form: Literal["rating", "pair"] = Field(description="A rating, or a choice between it and another answer.")
     propensity: float
 
 

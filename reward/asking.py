@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import sqlalchemy as sa
@@ -48,6 +49,15 @@ def decide(episode_id: str, *, informative: bool, settings: Settings) -> tuple[s
     return ("informative" if chance(episode_id, "informative") < of_informative else None), propensity
 
 
+def form_of(episode_id: str, reason: str, settings: Settings) -> Literal["rating", "pair"]:
+    """Return what is asked for: a rating, or a choice between the answer and another one.
+
+    What is asked for at random anchors the ratings of those who rate by choice, so it is always a rating.
+    """
+    is_pair = reason == "informative" and chance(episode_id, "pair") < settings.ask_pair_share
+    return "pair" if is_pair else "rating"
+
+
 def note_answers(
     session: Session,
     learner: Learner,
@@ -82,8 +92,9 @@ def note_answers(
         rater.num_seen += 1
         choices.append({"episode_id": answer.id, "inputs": [*map(float, x), ask_propensity], "rated": None})
         if reason is not None:
-            asked.append({"episode_id": answer.id, "reason": reason, "propensity": ask_propensity})
-            event = RatingSolicited(episode_id=answer.id, reason=reason, propensity=ask_propensity)
+            form = form_of(answer.id, reason, settings)
+            event = RatingSolicited(episode_id=answer.id, reason=reason, propensity=ask_propensity, form=form)
+            asked.append(event.model_dump(include={"episode_id", "reason", "propensity", "form"}))
             entries.append(Entry(event, answer.id))
     session.execute(insert(RatingChoice).on_conflict_do_nothing(), choices)
     if asked:

@@ -168,17 +168,19 @@ class RatingChoice(Base):
 
 
 class Solicitation(Base):
-    """A rating was asked for: at random, or because it would teach much."""
+    """A rating (or, as a ``pair``, a choice between two answers) was asked for: at random, or to learn much."""
 
     __tablename__ = "solicitations"
 
     episode_id: Mapped[str] = mapped_column(primary_key=True)
     reason: Mapped[str]
     propensity: Mapped[float]
+    form: Mapped[str] = mapped_column(default="rating", server_default="rating")
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
 
     __table_args__ = (
         sa.CheckConstraint("reason IN ('random', 'informative')", name="reason"),
+        sa.CheckConstraint("form IN ('rating', 'pair')", name="form"),
         sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
     )
 

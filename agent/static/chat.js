@@ -8,6 +8,7 @@ import { Fork } from './branches.js';
 import { Conversation } from './conversation.js';
 import { draftOf, keepDraft } from './drafts.js';
 import { find, Problem, whoAsks } from './server.js';
+import { Pair } from './pair.js';
 import { Scroll } from './scroll.js';
 import { Talks } from './talks.js';
 import { copied, Turn } from './turn.js';
@@ -59,6 +60,25 @@ const page = {
     fork.turns[fork.shown].part(step < 0 ? '.earlier' : '.later').focus();
     live.textContent = `Version ${fork.shown + 1} of ${fork.turns.length}`;
   },
+  /** Shows another answer beside one; whoever just goes on writing goes on from the first. */
+  offer(first) {
+    first.leave();
+    const second = new Turn(first.prompt, first.fork, page);
+    const { fork } = first;
+    fork.add(second);
+    const pair = (second.pair = new Pair(first, second, (shown) => {
+      second.pair = null;
+      fork.shown = fork.turns.indexOf(shown);
+      draw();
+    }));
+    draw();
+    void second.run().then(() => {
+      if (second.pair !== pair) return;
+      if (second.answer && second.episode) return pair.open();
+      pair.end();
+      first.saving.say('.meta', 'The other answer did not come.');
+    });
+  },
   /** Before anything typed since; a question that others follow stays where it is, too. */
   takeBack(turn) {
     edit(null);
@@ -85,6 +105,7 @@ function saveDraft() {
 
 /** @param {string} prompt @param {Fork<Turn>} fork Where: at the end, or beside another version. */
 function ask(prompt, fork = talk.root.path().at(-1)?.next ?? talk.root) {
+  talk.root.path().at(-1)?.pair?.end();
   const turn = new Turn(prompt, fork, page);
   fork.add(turn);
   edit(null);
@@ -126,7 +147,7 @@ function edit(turn) {
 function draw() {
   const path = talk.root.path();
   for (const turn of path) turn.count();
-  const wanted = path.flatMap(({ question, view }) => [question, view]);
+  const wanted = path.flatMap(({ question, view, pair }) => [question, pair?.element ?? view]);
   const there = new Set(wanted);
   for (const part of [...messages.children]) if (!there.has(/** @type {HTMLElement} */ (part))) part.remove();
   messages.append(...wanted.slice(messages.children.length));

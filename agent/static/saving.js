@@ -2,7 +2,7 @@
 /**
  * What a person says of an answer, on its way to the server: in order, each once, offered again where it did not arrive.
  *
- * @typedef {{kind: 'thumb', value: number} | {kind: 'correction', text: string}
+ * @typedef {{kind: 'thumb', value: number} | {kind: 'preference', over: string} | {kind: 'correction', text: string}
  *   | import('./reasons.js').Said} Feedback
  */
 import { call, find, uuid } from './server.js';

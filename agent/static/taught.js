@@ -3,18 +3,19 @@
  * What a person taught: the way of each of their signals, whether they are learned from, and how to be forgotten.
  *
  * @typedef {{run_id: string, role: string, status: string | null, release: string | null, fate: string | null}} Training
- * @typedef {{id: string, kind: string, given_at: string, status: string, summary: string,
+ * @typedef {{id: string, episode_id: string, kind: string, given_at: string, status: string, summary: string,
  *   reward: {p_before: number | null, p_after: number | null} | null, training: Training[]}} Receipt
  * @typedef {{erasure_id: string, complete: boolean, pending: string[], found: Record<string, Record<string, unknown>>}} Report
  */
 import { forgetDrafts } from './drafts.js';
 import { call, find, Problem, whoAsks } from './server.js';
+import { thenAndNow } from './then.js';
 
 const PAGE_ROWS = 20;
 const LOOK_EVERY_MS = 3000;
 const SAID = /** @type {Record<string, string>} */ ({
   thumb: 'Your thumb', rating: 'Your rating', correction: 'Your correction', comment: 'Your comment',
-  preference: 'Your choice between two answers', implicit: 'What you did with an answer',
+  reasons: 'Your reasons', preference: 'Your choice between two answers', implicit: 'What you did with an answer',
 });
 const FATES = /** @type {Record<string, string>} */ ({
   canary: 'is being tried with a few people', promoted: 'answers everybody', not_promoted: 'was not better than before',
@@ -35,6 +36,7 @@ let user = whoAsks();
 let rows = PAGE_ROWS;
 let shown = '';
 let isBlind = false; // The last look failed.
+const answers = /** @type {Map<string, HTMLElement>} */ (new Map()); // By receipt.
 
 const percent = new Intl.NumberFormat(undefined, { style: 'percent' });
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
@@ -84,6 +86,9 @@ function view(receipt) {
     find(item, '.way', HTMLElement).append(station);
   }
   find(item, '.summary', HTMLElement).textContent = receipt.summary;
+  const answer = answers.get(receipt.id) ?? thenAndNow(receipt.episode_id, user);
+  answers.set(receipt.id, answer); // What somebody has opened stays.
+  item.append(answer);
   return item;
 }
 

@@ -16,6 +16,7 @@
  * @property {(prompt: string, fork: Fork<Turn>) => void} ask
  * @property {(turn: Turn) => void} edit Have its question in the composer, to be asked another way.
  * @property {(fork: Fork<Turn>, step: number) => void} show Another version.
+ * @property {(turn: Turn) => void} offer Another answer beside it, to choose from.
  * @property {(turn: Turn) => void} takeBack Put an unanswered question back into the composer.
  * @property {() => void} letGo Stop following new text.
  */
@@ -62,7 +63,10 @@ export class Turn {
   part = (/** @type {string} */ selector) => find(this.view, selector, HTMLElement);
   saving = new Saving(this.view, () => ({ episode_id: this.episode, user: this.page.user }));
   countdown = new Countdown(this.part('.wait'), () => this.runIfPossible());
-  invitation = new Invitation(this.part('.invite'), this.part('.dismiss'), this.part('[data-thumb="1"]'));
+  invitation = new Invitation(
+    this.part('.invite'), this.part('.another'), this.part('.dismiss'), this.part('[data-thumb="1"]'),
+  );
+  pair = /** @type {import('./pair.js').Pair | null} */ (null); // While it is to be chosen from two.
 
   /** @param {string} prompt @param {Fork<Turn>} fork Its place. @param {Page} page */
   constructor(prompt, fork, page) {
@@ -80,6 +84,7 @@ export class Turn {
     this.reasons = new Reasons(this.part('.reasons'), (said, done) => {
       this.save('.meta', said, () => (this.saving.say('.meta', 'Saved'), done()));
     });
+    this.part('.another').onclick = () => page.isBusy() || page.offer(this);
     this.part('.actions .copy').onclick = () => this.copy();
     this.part('.retry').onclick = () => this.runIfPossible();
     this.part('.leave').onclick = () => this.giveUp();
@@ -161,7 +166,7 @@ export class Turn {
     const note = this.close(reason);
     if (!this.page.shows(this)) return;
     this.page.announce(`Everloop: ${this.answer} ${note}`);
-    if (this.episode) this.invitation.begin(this.episode, this.page.user);
+    if (this.episode && !this.pair) this.invitation.begin(this.episode, this.page.user);
   }
 
   /** Says how the answer ended, and offers what can be done with it. @param {string} reason */
@@ -241,6 +246,11 @@ export class Turn {
     const { turns } = this.fork;
     this.part('.versions').hidden = turns.length < 2;
     this.part('.versions span').textContent = `${turns.indexOf(this) + 1}/${turns.length}`;
+  }
+
+  /** Says that this answer is better than another one to the same question. @param {Turn} other */
+  prefer(other) {
+    this.save('.meta', { kind: 'preference', over: other.episode }, () => this.saving.say('.meta', 'Saved'));
   }
 
   /** @param {number} value */

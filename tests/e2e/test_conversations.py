@@ -10,8 +10,7 @@ from playwright.sync_api import expect
 
 from feedback.tables import Conversation, Episode, Feedback
 from tests.conftest import wait_until
-from tests.e2e.test_page import ask, browser, page, problems  # noqa: F401 (fixtures)
-from tests.e2e.test_taught import me, shoot, violations
+from tests.e2e.browsing import ask, me, shoot, violations
 from tests.integration.test_conversations import record
 
 HOSTILE = "<img src=x onerror=window.hit=1>"
@@ -19,7 +18,7 @@ ADDRESS = re.compile(r"/c/cv_[0-9a-f]{32}$")
 
 
 @pytest.fixture
-def keep(page, stack):  # noqa: F811
+def keep(page, stack):
     """Write a conversation of the page's user straight into the tables; return its id and its turns'."""
 
     def write(*turns, title=None, user=None):
@@ -34,19 +33,19 @@ def keep(page, stack):  # noqa: F811
     return write
 
 
-def open_(page, stack, conversation):  # noqa: F811
+def open_(page, stack, conversation):
     page.goto(f"{stack.settings.public_url}/c/{conversation}")
 
 
-def links(page):  # noqa: F811
+def links(page):
     return page.locator("#talk-list a")
 
 
-def item(page, name):  # noqa: F811
+def item(page, name):
     return page.locator("#talk-list li").filter(has_text=name)
 
 
-def test_a_conversation_begins_with_its_first_message_and_is_there_after_a_reload(page, stack):  # noqa: F811
+def test_a_conversation_begins_with_its_first_message_and_is_there_after_a_reload(page, stack):
     texts, prompt = page.locator(".message .text"), page.locator("textarea#prompt")
     expect(page.locator("#talk-note")).to_have_text("What you ask is kept here.")
     prompt.fill("What is")
@@ -86,7 +85,7 @@ def test_a_conversation_begins_with_its_first_message_and_is_there_after_a_reloa
     assert len(rows[1].messages) == 3
 
 
-def test_branches_and_what_was_said_survive_a_reload(page, stack, keep):  # noqa: F811
+def test_branches_and_what_was_said_survive_a_reload(page, stack, keep):
     user = me(page)
     conversation, (one, two) = keep(("One", "1"), ("Two", "2"))
     again = record(stack.sessions, user, "One", "I", conversation)
@@ -115,7 +114,7 @@ def test_branches_and_what_was_said_survive_a_reload(page, stack, keep):  # noqa
     assert newest.parent_id == one and newest.id > edited and newest.messages[-1]["content"] == "Two"
 
 
-def test_two_tabs_write_into_one_conversation(page, stack, keep):  # noqa: F811
+def test_two_tabs_write_into_one_conversation(page, stack, keep):
     conversation, _ = keep(("One", "1"))
     other = page.context.new_page()
     for tab in (page, other):
@@ -130,7 +129,7 @@ def test_two_tabs_write_into_one_conversation(page, stack, keep):  # noqa: F811
     other.close()
 
 
-def test_conversations_are_renamed_searched_and_deleted(page, stack, keep):  # noqa: F811
+def test_conversations_are_renamed_searched_and_deleted(page, stack, keep):
     boats, _ = keep(("What is a boat?", "It floats."))
     keep(("What is a train?", "It has wheels."))
     page.reload()
@@ -188,7 +187,7 @@ def test_conversations_are_renamed_searched_and_deleted(page, stack, keep):  # n
     assert thumbs == [1, 0]
 
 
-def test_markup_in_a_question_and_a_title_stays_text(page, stack, keep):  # noqa: F811
+def test_markup_in_a_question_and_a_title_stays_text(page, stack, keep):
     conversation, _ = keep((HOSTILE, HOSTILE))
     open_(page, stack, conversation)
     expect(page.locator(".message .text")).to_have_text([HOSTILE, HOSTILE])
@@ -196,7 +195,7 @@ def test_markup_in_a_question_and_a_title_stays_text(page, stack, keep):  # noqa
     assert page.locator("#messages img, #talks img").count() == 0 and page.evaluate("window.hit") is None
 
 
-def test_an_unknown_address_says_so_and_offers_a_new_chat(page, stack, problems, keep):  # noqa: F811
+def test_an_unknown_address_says_so_and_offers_a_new_chat(page, stack, problems, keep):
     theirs, _ = keep(("A secret", "Yes."), user=f"other-{uuid.uuid4().hex}")
     for conversation in ("cv_nope", theirs):
         open_(page, stack, conversation)
@@ -211,7 +210,7 @@ def test_an_unknown_address_says_so_and_offers_a_new_chat(page, stack, problems,
     problems.clear()
 
 
-def test_a_server_that_cannot_be_read_is_said_and_the_page_still_chats(page, stack, problems, keep):  # noqa: F811
+def test_a_server_that_cannot_be_read_is_said_and_the_page_still_chats(page, stack, problems, keep):
     conversation, _ = keep(("One", "1"))
     page.route("**/v1/conversations**", lambda route: route.fulfill(status=500, json={"error": {"message": "No."}}))
     page.reload()
@@ -228,7 +227,7 @@ def test_a_server_that_cannot_be_read_is_said_and_the_page_still_chats(page, sta
     problems.clear()
 
 
-def test_the_drawer_is_opened_used_and_closed_by_keyboard(page, stack, keep):  # noqa: F811
+def test_the_drawer_is_opened_used_and_closed_by_keyboard(page, stack, keep):
     keep(("What is a barge?", "A boat."))
     page.set_viewport_size({"width": 360, "height": 740})
     page.reload()
@@ -261,7 +260,7 @@ def test_the_drawer_is_opened_used_and_closed_by_keyboard(page, stack, keep):  #
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_use_the_list(page, stack, keep, scheme, width):  # noqa: F811
+def test_everybody_can_use_the_list(page, stack, keep, scheme, width):
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.set_viewport_size({"width": width, "height": 800})
     keep(("What is a canal?", "Water between banks."), title="Canals of the north, and what became of them since")
@@ -272,17 +271,17 @@ def test_everybody_can_use_the_list(page, stack, keep, scheme, width):  # noqa: 
     if width == 360:
         page.get_by_role("button", name="Conversations", exact=True).click()
         assert violations(page) == []
-    shoot(page, f"talks-{scheme}-{width}")
+    shoot(page, f"talks-{width}", scheme)
     item(page, "Canals").hover()
     item(page, "Canals").get_by_role("button", name="Rename").click()
     assert violations(page) == []
     page.keyboard.press("Escape")
     item(page, "Canals").get_by_role("button", name="Delete").press("Enter")
     assert violations(page) == []
-    shoot(page, f"delete-{scheme}-{width}")
+    shoot(page, f"delete-{width}", scheme)
 
 
-def test_earlier_turns_come_as_one_scrolls_up_without_a_jump(page, stack, keep):  # noqa: F811
+def test_earlier_turns_come_as_one_scrolls_up_without_a_jump(page, stack, keep):
     conversation, _ = keep(*((f"Question {n}", f"Answer {n}. " + "More words. " * 30) for n in range(70)))
     open_(page, stack, conversation)
     expect(page.get_by_text("Answer 69.")).to_be_in_viewport()
@@ -313,7 +312,7 @@ FIRST_SEEN = """() => {
 }"""
 
 
-def busy(page, times, status=503, wait="2"):  # noqa: F811
+def busy(page, times, status=503, wait="2"):
     asked = []
 
     def refuse(route):
@@ -331,7 +330,7 @@ def busy(page, times, status=503, wait="2"):  # noqa: F811
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again_after_a_countdown(page, problems, status):  # noqa: F811
+def test_a_busy_server_is_asked_again_after_a_countdown(page, problems, status):
     asked = busy(page, 1, status)
     ask(page, "What is a quay?")
     problem = page.locator(".problem")
@@ -345,7 +344,7 @@ def test_a_busy_server_is_asked_again_after_a_countdown(page, problems, status):
     assert len(asked) == 2 and str(status) in problems.pop()
 
 
-def test_a_countdown_is_cut_short_or_left(page, problems):  # noqa: F811
+def test_a_countdown_is_cut_short_or_left(page, problems):
     asked = busy(page, 2, wait="30")
     ask(page, "What is a pier?")
     expect(page.locator(".problem")).to_contain_text("Trying again in")
@@ -363,7 +362,7 @@ def test_a_countdown_is_cut_short_or_left(page, problems):  # noqa: F811
     problems.clear()
 
 
-def test_files_are_refused_in_words_and_pasted_text_stays(page):  # noqa: F811
+def test_files_are_refused_in_words_and_pasted_text_stays(page):
     button, said = page.get_by_role("button", name="Attach a file"), page.locator("#no-files")
     expect(button).to_have_attribute("aria-disabled", "true")
     composer = page.locator("#composer").bounding_box()

@@ -1,13 +1,11 @@
 """Answers as Markdown in a real browser: shown as they grow, sanitised, with nothing from elsewhere."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.test_page import ask, browser, page, problems  # noqa: F401 (fixtures)
+from tests.e2e.browsing import ask, shoot
 
 RICH = r"""# Rivers
 
@@ -60,7 +58,7 @@ code
 """
 
 
-def answer(page, text, *, pieces=1):  # noqa: F811
+def answer(page, text, *, pieces=1):
     """Have the page's next answer be a text, in some pieces."""
     size = -(-len(text) // pieces)
     parts = [text[at : at + size] for at in range(0, len(text), size)]
@@ -81,7 +79,7 @@ def answer(page, text, *, pieces=1):  # noqa: F811
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_answer_is_shown_as_it_was_meant(page, scheme):  # noqa: F811
+def test_an_answer_is_shown_as_it_was_meant(page, scheme):
     page.emulate_media(color_scheme=scheme)
     text = answer(page, RICH, pieces=40)
     expect(text.locator("h3")).to_have_text("Rivers")
@@ -96,14 +94,13 @@ def test_an_answer_is_shown_as_it_was_meant(page, scheme):  # noqa: F811
     expect(text.locator("a[href$='x.png']")).to_have_text("a picture")
     assert text.locator("img").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
-    if shots := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=str(Path(shots) / f"markdown-{scheme}.png"))
-        page.set_viewport_size({"width": 360, "height": 800})
-        page.screenshot(path=str(Path(shots) / f"markdown-{scheme}-360.png"))
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    shoot(page, "markdown", scheme)
+    page.set_viewport_size({"width": 360, "height": 800})
+    shoot(page, "markdown-360", scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_what_is_complete_is_not_drawn_again_while_the_rest_comes(page):  # noqa: F811
+def test_what_is_complete_is_not_drawn_again_while_the_rest_comes(page):
     changes = page.evaluate(
         """async () => {
           const { Markdown } = await import('/static/markdown.js');
@@ -125,13 +122,13 @@ def test_what_is_complete_is_not_drawn_again_while_the_rest_comes(page):  # noqa
 
 
 @pytest.mark.parametrize("text", ["\\[\nf = a\n+ b\n\\]", "$$\nx\n=\ny\n$$", "So\n$$\nx\n\n- y\n$$\nand on"])
-def test_mathematics_on_lines_of_its_own_is_no_list_and_no_heading(page, text):  # noqa: F811
+def test_mathematics_on_lines_of_its_own_is_no_list_and_no_heading(page, text):
     shown = answer(page, text)
     expect(shown.locator(".math.display math")).to_have_count(1)
     expect(shown.locator("ul, h3, h4")).to_have_count(0)
 
 
-def test_a_hostile_answer_stays_text(page):  # noqa: F811
+def test_a_hostile_answer_stays_text(page):
     text = answer(page, HOSTILE)
     page.wait_for_timeout(300)
     assert page.evaluate("window.hit") is None
@@ -141,7 +138,7 @@ def test_a_hostile_answer_stays_text(page):  # noqa: F811
     expect(text).to_contain_text("<script>window.hit = 1</script>")
 
 
-def test_code_and_answers_are_copied(page, stack):  # noqa: F811
+def test_code_and_answers_are_copied(page, stack):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=stack.settings.public_url)
     text = answer(page, RICH)
     text.locator(".code .copy").click()
@@ -152,7 +149,7 @@ def test_code_and_answers_are_copied(page, stack):  # noqa: F811
     assert page.evaluate("navigator.clipboard.readText()") == RICH
 
 
-def test_pages_are_under_a_strict_policy_and_small(page, stack):  # noqa: F811
+def test_pages_are_under_a_strict_policy_and_small(page, stack):
     sizes = {}
     session = page.context.new_cdp_session(page)
     session.send("Network.enable")

@@ -1,6 +1,5 @@
 """The operators' pages in a real browser, against the real stack."""
 
-import os
 import uuid
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from infra.db import LongLock
 from reward.tables import GoldProbe, RewardUpdate
 from tests.adapters import PLAN
 from tests.conftest import wait_until
-from tests.e2e.test_page import browser, page, problems  # noqa: F401 (fixtures)
-from tests.e2e.test_taught import violations
+from tests.e2e.browsing import shoot, violations
 from trainer.config import RunConfig
 from trainer.record import RunRecord
 
@@ -26,7 +24,7 @@ MARKUP = "<img src=x onerror=alert(1)><b>bold</b>"
 
 
 @pytest.fixture
-def go(page, stack):  # noqa: F811
+def go(page, stack):
     def to(path):
         page.goto(stack.settings.public_url + path)
 
@@ -46,26 +44,17 @@ def champion(stack):
     return stack.http.get("/v1/deployment").json()["champion"]
 
 
-def decide(page, why, word=None):  # noqa: F811
+def decide(page, why, word=None):
     """Fill the dialog, and send it from the keyboard."""
-    page.get_by_label("Reason").fill(why)
-    field = page.get_by_label("Reason")
+    page.locator("#act-reason").fill(why)
+    field = page.locator("#act-reason")
     if word is not None:
-        field = page.get_by_label("to confirm")
+        field = page.locator("#act-confirm")
         field.fill(word)
     field.press("Enter")
 
 
-def shoot(page, name):  # noqa: F811
-    if path := os.environ.get("EVERLOOP_SHOTS"):
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.wait_for_timeout(100)
-            page.screenshot(path=Path(path) / f"operate-{name}-{scheme}.png", full_page=True)
-        page.emulate_media(color_scheme="light")
-
-
-def test_an_operator_promotes_and_goes_back_in_two_clicks(page, go, stack, release):  # noqa: F811
+def test_an_operator_promotes_and_goes_back_in_two_clicks(page, go, stack, release):
     before = champion(stack)
     go("/operate/releases")
     page.get_by_role("button", name=f"Promote {release}").click()
@@ -81,8 +70,8 @@ def test_an_operator_promotes_and_goes_back_in_two_clicks(page, go, stack, relea
     expect(page.locator(".serving .what")).to_contain_text(f"{release} answers everybody.")
     expect(page.locator(".serving")).to_contain_text(MARKUP)
     page.get_by_role("button", name=f"Roll back to {before}").click()  # the first click
-    page.get_by_label("Reason").fill("too terse")
-    page.get_by_label("to confirm").fill(before)
+    page.locator("#act-reason").fill("too terse")
+    page.locator("#act-confirm").fill(before)
     page.locator("#act-do").click()  # the second
     expect(page.locator(".serving .what")).to_contain_text(f"{before} answers everybody.", timeout=40_000)
     assert champion(stack) == before and stack.ask().model == before
@@ -93,7 +82,7 @@ def test_an_operator_promotes_and_goes_back_in_two_clicks(page, go, stack, relea
     expect(page.locator("#audit")).to_contain_text(MARKUP)
     page.get_by_role("button", name="Verify the chain").click()
     expect(page.locator("#verified")).to_contain_text("The chain holds")
-    shoot(page, "audit")
+    shoot(page, "operate-audit")
 
 
 @pytest.fixture
@@ -124,7 +113,7 @@ def votes(stack, canary, number, good):
         journal.append(session, canary.id, events)
 
 
-def test_a_canary_is_followed_live_held_and_aborted(page, go, stack, canary, release):  # noqa: F811
+def test_a_canary_is_followed_live_held_and_aborted(page, go, stack, canary, release):
     votes(stack, canary, 20, "challenger")
     go("/operate/rollout")
     expect(page.locator("h1")).to_contain_text(f"{release} against {champion(stack)}")
@@ -142,7 +131,7 @@ def test_a_canary_is_followed_live_held_and_aborted(page, go, stack, canary, rel
         page.get_by_role("link", name="CSV of Evidence over time").click()
     lines = Path(told.value.path()).read_text().splitlines()
     assert lines[0].startswith("minutes since it opened,better,worse") and len(lines) == 121
-    shoot(page, "rollout")
+    shoot(page, "operate-rollout")
 
     page.get_by_role("button", name="Hold").click()
     decide(page, "wait for the morning", release)
@@ -150,7 +139,7 @@ def test_a_canary_is_followed_live_held_and_aborted(page, go, stack, canary, rel
     go("/operate")
     expect(page.locator(".needs")).to_contain_text("The canary is held")
     expect(page.locator("#part-canary")).to_contain_text("50%")
-    shoot(page, "now")
+    shoot(page, "operate-now")
     go("/operate/rollout")
     page.get_by_role("button", name="Abort").click()
     decide(page, "not now", release)
@@ -158,7 +147,7 @@ def test_a_canary_is_followed_live_held_and_aborted(page, go, stack, canary, rel
     assert stack.http.get("/v1/deployment").json()["canary_id"] is None
 
 
-def test_a_proposal_waits_first_and_is_declined(page, go, stack, release):  # noqa: F811
+def test_a_proposal_waits_first_and_is_declined(page, go, stack, release):
     with stack.sessions.begin() as session:
         assert autonomy.propose(session, stack.settings, "canary", release, actor="test", reason=MARKUP)
     go("/operate")
@@ -169,7 +158,7 @@ def test_a_proposal_waits_first_and_is_declined(page, go, stack, release):  # no
     expect(needs).to_have_count(0, timeout=10_000)
 
 
-def test_the_autonomy_is_set_from_the_keyboard_alone(page, go, stack):  # noqa: F811
+def test_the_autonomy_is_set_from_the_keyboard_alone(page, go, stack):
     go("/operate/rollout#autonomy")
     page.get_by_role("button", name="Set the autonomy to propose").focus()
     page.keyboard.press("Enter")
@@ -183,7 +172,7 @@ def test_the_autonomy_is_set_from_the_keyboard_alone(page, go, stack):  # noqa: 
         autonomy.set_level(session, stack.settings, "auto", actor="test", reason="the test has ended")
 
 
-def test_a_run_is_followed_and_cancelled(page, go, stack, tmp_path):  # noqa: F811
+def test_a_run_is_followed_and_cancelled(page, go, stack, tmp_path):
     record = RunRecord(stack.sessions, stack.settings.runs_dir)
     record.create(RunConfig())
     record.phase("train", 40)
@@ -206,11 +195,11 @@ def test_a_run_is_followed_and_cancelled(page, go, stack, tmp_path):  # noqa: F8
         decide(page, "<b>wrong</b> recipe")
         expect(row).to_contain_text("ends after its current step", timeout=10_000)
         assert record.is_cancelled()
-        shoot(page, "learning")
+        shoot(page, "operate-learning")
     row.get_by_role("link", name=record.run_id).click()
     expect(page.locator("#chart-loss tbody tr")).to_have_count(2)
     expect(page.locator("#chart-overoptimisation tbody")).to_contain_text("2")
-    shoot(page, "run")
+    shoot(page, "operate-run")
     with stack.sessions.begin() as session:
         record.end(session, "cancelled", {"reason": "The run was cancelled."})
     expect(page.locator(".what")).to_contain_text("The run was cancelled.", timeout=10_000)
@@ -224,7 +213,7 @@ def say(stack, user, **signal):
     return episode, answer.json()["id"]
 
 
-def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):  # noqa: F811
+def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):
     user = f"<i>{uuid.uuid4().hex}"
     word = f"w{uuid.uuid4().hex[:10]}"
     episode, thumb = say(stack, user, kind="thumb", value=-1)
@@ -233,7 +222,7 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):  #
     rows = page.get_by_role("region", name="Signals, the newest first").locator("tbody tr")
     expect(rows).to_have_count(1)
     expect(rows).to_contain_text(MARKUP)
-    shoot(page, "feedback")
+    shoot(page, "operate-feedback")
     page.get_by_label("Words").fill("nobody-said-this")
     page.get_by_label("Words").press("Enter")
     expect(rows).to_have_text("Nothing that fits.")
@@ -251,7 +240,7 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):  #
     page.get_by_role("button", name="Judge it bad").click()
     decide(page, "it says nothing")
     expect(page.locator("main")).to_contain_text("Judged bad by operator: it says nothing", timeout=10_000)
-    shoot(page, "context")
+    shoot(page, "operate-context")
     page.get_by_role("button", name="Exclude", exact=True).click()
     decide(page, "it was a test", "exclude")
     expect(page.locator("main")).to_contain_text("excluded by an operator", timeout=10_000)
@@ -274,7 +263,7 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):  #
     assert again.json()["error"]["code"] == "not_learned_from"
 
 
-def test_a_rater_is_excluded_and_reinstated(page, go, stack):  # noqa: F811
+def test_a_rater_is_excluded_and_reinstated(page, go, stack):
     user = uuid.uuid4().hex
     episode, _ = say(stack, user, kind="thumb", value=1)
 
@@ -293,7 +282,7 @@ def test_a_rater_is_excluded_and_reinstated(page, go, stack):  # noqa: F811
     expect(page.get_by_role("button", name=f"Exclude {user}")).to_be_visible(timeout=10_000)
 
 
-def test_two_releases_answer_the_same_prompt_blind(page, go, stack, release):  # noqa: F811
+def test_two_releases_answer_the_same_prompt_blind(page, go, stack, release):
     go(f"/operate/compare?a=base&b={release}")
     with stack.sessions() as session:
         before = session.query(Episode).filter_by(learn=True).count()
@@ -305,14 +294,14 @@ def test_two_releases_answer_the_same_prompt_blind(page, go, stack, release):  #
     pair.get_by_role("button", name="This one is better").first.click()
     assert sorted(pair.locator("h3").all_text_contents()) == sorted(["base", release])
     expect(page.locator("#tally")).to_contain_text("about the same 0")
-    shoot(page, "compare")
+    shoot(page, "operate-compare")
     with stack.sessions() as session:
         assert session.query(Episode).filter_by(learn=True).count() == before, "it was kept to be learned from"
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_use_every_page(page, go, stack, release, scheme, width):  # noqa: F811
+def test_everybody_can_use_every_page(page, go, stack, release, scheme, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     with stack.sessions() as session:
@@ -335,7 +324,7 @@ def test_everybody_can_use_every_page(page, go, stack, release, scheme, width): 
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
 
 
-def test_a_page_says_when_it_is_not_live_and_catches_up(page, go, stack, problems):  # noqa: F811
+def test_a_page_says_when_it_is_not_live_and_catches_up(page, go, stack, problems):
     page.route("**/operate/live", lambda route: route.abort())
     go("/operate")
     expect(page.locator("#live")).to_have_text("not live: trying again")
@@ -345,7 +334,7 @@ def test_a_page_says_when_it_is_not_live_and_catches_up(page, go, stack, problem
     problems.clear()
 
 
-def test_what_is_not_there_is_a_page_that_says_so(page, go, stack, problems):  # noqa: F811
+def test_what_is_not_there_is_a_page_that_says_so(page, go, stack, problems):
     go("/operate/releases/nothing-of-that-name")
     expect(page.locator("body")).to_contain_text("There is no release")
     problems.clear()

@@ -1,60 +1,17 @@
 """The chat page in a real browser, against the real stack."""
 
 import json
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from feedback.tables import Episode, Feedback
 from reward.tables import Solicitation
 from tests.conftest import wait_until
+from tests.e2e.browsing import ask, shoot
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 INVITATION = "Was this helpful?"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("No Chromium was found; install one or name it in CHROMIUM.")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def problems():
-    """What the console complained of, and addresses elsewhere that were asked; none may be left."""
-    return []
-
-
-@pytest.fixture
-def page(browser, stack, problems):
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    own = stack.settings.public_url
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda r: problems.append(r.url) if not r.url.startswith((own, "data:")) else None)
-    page.goto(own)
-    yield page
-    context.close()
-    assert not problems
-
-
-def ask(page, text):
-    page.fill("textarea#prompt", text)
-    expect(page.locator("#send")).to_be_enabled()  # the script is there
-    page.press("textarea#prompt", "Enter")
 
 
 def test_an_answer_streams_in_and_a_thumb_is_saved_and_withdrawn(page, stack):
@@ -75,9 +32,7 @@ def test_an_answer_streams_in_and_a_thumb_is_saved_and_withdrawn(page, stack):
     up.click()
     expect(up).to_have_attribute("aria-pressed", "false")
     wait_until(lambda: thumbs() == [1, 0])
-    shots = os.environ.get("EVERLOOP_SHOTS")
-    if shots:
-        page.screenshot(path=str(Path(shots) / "chat.png"))
+    shoot(page, "chat")
 
 
 def test_stop_keeps_the_partial_text_and_the_episode_is_interrupted(page, stack):
@@ -121,7 +76,7 @@ def test_it_fits_a_narrow_screen(page):
 def solicit(page, stack):
     """Decide, in the worker's place, whether a rating of the next answer is asked for; count the page's looks."""
 
-    def decide(wanted):
+    def decide(wanted, form="rating"):
         looks = []
 
         def look(route):
@@ -130,7 +85,8 @@ def solicit(page, stack):
             with stack.sessions.begin() as session:
                 session.query(Solicitation).filter_by(episode_id=episode_id).delete()
                 if wanted:
-                    session.add(Solicitation(episode_id=episode_id, reason="informative", propensity=1.0))
+                    asked = {"reason": "informative", "propensity": 1.0, "form": form}
+                    session.add(Solicitation(episode_id=episode_id, **asked))
             route.continue_()
 
         page.route("**/v1/episodes/*", look)
@@ -145,11 +101,7 @@ def test_a_rating_that_is_asked_for_is_asked_for_quietly_until_it_is_given(page,
     line = page.get_by_role("status").filter(has_text=INVITATION)
     expect(line).to_be_visible(timeout=60_000)
     assert page.evaluate("document.activeElement.id") == "prompt", "it took the focus away"
-    shots = os.environ.get("EVERLOOP_SHOTS")
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)
-        if shots:
-            page.screenshot(path=str(Path(shots) / f"invitation-{scheme}.png"))
+    shoot(page, "invitation")
     page.locator('.message.assistant button[data-thumb="-1"]').click()
     expect(page.get_by_text(INVITATION)).to_have_count(0)
     expect(page.get_by_role("button", name="Do not rate this answer")).to_be_hidden()
@@ -187,6 +139,50 @@ def test_who_has_rated_already_is_not_asked(page, solicit):
     assert looks == [] and page.get_by_text(INVITATION).count() == 0
 
 
+@pytest.fixture
+def pair(page, solicit):
+    """Two answers to one question, side by side."""
+    solicit(True, form="pair")
+    ask(page, "What is the capital of Portugal?")
+    page.get_by_role("button", name="Show another answer").click(timeout=60_000)
+    pair = page.locator(".pair")
+    expect(pair.locator(".assistant")).to_have_count(2)
+    expect(pair.get_by_role("status").first).to_have_text("Which one is better?", timeout=60_000)
+    return pair
+
+
+def said_by(page, stack, kind):
+    user = page.evaluate("localStorage.getItem('everloop.user')")
+    with stack.sessions() as session:
+        rows = session.query(Feedback).filter_by(user_id=user, kind=kind).all()
+        return [(row.episode_id, row.over) for row in rows]
+
+
+def test_of_two_answers_the_better_one_is_chosen_and_gone_on_with(page, stack, pair):
+    expect(pair.locator(".release").first).to_be_hidden()
+    shoot(page, "pair")
+    chosen = pair.locator(".assistant").nth(1)
+    text = chosen.locator(".text").inner_text()
+    pair.get_by_role("button", name="This one is better").nth(1).press("Enter")
+    expect(pair).to_have_count(0)
+    expect(page.locator(".assistant")).to_have_count(1)
+    expect(page.locator(".assistant .text")).to_have_text(text)
+    expect(page.locator(".assistant .meta .state")).to_have_text("Saved")
+    expect(page.locator(".versions span")).to_have_text(re.compile("[12]/2"))
+    (said,) = wait_until(lambda: said_by(page, stack, "preference"))
+    assert said[0] != said[1] and None not in said
+    page.locator('.assistant button[data-thumb="1"]').click()
+    assert [said[0]] == [about for about, _ in wait_until(lambda: said_by(page, stack, "thumb"))]
+
+
+def test_who_does_not_choose_just_goes_on(page, stack, pair):
+    ask(page, "And of Spain?")
+    expect(page.locator(".assistant")).to_have_count(2)
+    expect(pair).to_have_count(0)
+    expect(page.locator(".assistant .actions").nth(1)).to_be_visible(timeout=60_000)
+    assert said_by(page, stack, "preference") == []
+
+
 def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, stack):
     ask(page, "What is a canal?")
     down = page.locator('.message.assistant button[data-thumb="-1"]')
@@ -206,8 +202,7 @@ def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, s
 
     wait_until(lambda: [row.reasons for row in said("reasons")] == [["too_long"], ["incorrect", "too_long"]])
     assert len(said("comment")) == 1
-    if shots := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=str(Path(shots) / "reasons.png"))
+    shoot(page, "reasons")
     page.locator('.message.assistant button[data-thumb="1"]').click()
     expect(page.locator(".chip")).to_have_count(2)
     wait_until(lambda: said("reasons")[-1].reasons == [])
@@ -283,8 +278,7 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     ask(page, "Two, but shorter")
     expect(texts).to_have_text(["One", "Answer 1.", "Two, but shorter", "Answer 5."])
     assert asked[4] == ["One", "Answer 1.", "Two, but shorter"] and hints[1] == ("ep_2", "edited_and_resent")
-    if shots := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=str(Path(shots) / "versions.png"))
+    shoot(page, "versions")
     page.get_by_role("button", name="Later version").first.click()
     expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])
     page.get_by_role("button", name="New chat").click()
@@ -301,8 +295,7 @@ def test_a_correction_shows_what_it_changes_and_arrives(page, stack):
     field.fill(f"Indeed {rest}")
     expect(page.locator(".changes del")).to_have_text(first)
     expect(page.locator(".changes ins")).to_have_text("Indeed")
-    if shots := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=str(Path(shots) / "correction.png"))
+    shoot(page, "correction")
     field.fill(answer)
     expect(page.locator(".changes")).to_be_hidden()
     field.fill(f"Indeed {rest}")
@@ -359,3 +352,13 @@ def test_a_failed_question_that_others_follow_stays_when_it_is_edited(page, prob
     page.get_by_role("button", name="Edit question").first.click()
     expect(page.locator("textarea#prompt")).to_have_value("First")
     expect(page.locator(".message.user")).to_have_count(2)
+
+
+def test_the_api_is_documented_without_another_host(page, stack, problems):
+    page.goto(f"{stack.settings.public_url}/docs")
+    page.get_by_text("/v1/chat/completions").first.click(timeout=20_000)
+    expect(page.get_by_role("button", name="Try it out")).to_be_visible()
+    shoot(page, "api")
+    # The library writes styles into what it draws, which the policy leaves out without harm.
+    assert all("style" in each for each in problems), problems
+    problems.clear()

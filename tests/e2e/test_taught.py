@@ -1,36 +1,15 @@
 """Both pages of people: what became of what they said, being forgotten, and whether everybody can use them."""
 
-import os
-from pathlib import Path
-
 import pytest
 from playwright.sync_api import expect
 
-from feedback.tables import Erasure, User
-from infra.stack.parts import ROOT
+from feedback.tables import Episode, Erasure, User
 from tests.conftest import wait_until
+from tests.e2e.browsing import ask, me, shoot, violations
 from tests.e2e.test_markdown import RICH, answer
-from tests.e2e.test_page import ask, browser, page, problems  # noqa: F401 (fixtures)
-
-AXE = ROOT / "infra" / "web" / "node_modules" / "axe-core" / "axe.min.js"
 
 
-def me(page):  # noqa: F811
-    return page.evaluate("localStorage.getItem('everloop.user')")
-
-
-def shoot(page, name):  # noqa: F811
-    if shots := os.environ.get("EVERLOOP_SHOTS"):
-        page.screenshot(path=str(Path(shots) / f"{name}.png"), full_page=True)
-
-
-def violations(page):  # noqa: F811
-    page.evaluate(AXE.read_text())
-    found = page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
-    return [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in found]
-
-
-def test_a_thumb_is_followed_and_its_giver_is_forgotten(page, stack):  # noqa: F811
+def test_a_thumb_is_followed_and_its_giver_is_forgotten(page, stack):
     page.get_by_role("link", name="What I taught it").click()
     expect(page.locator("#nothing")).to_be_visible()
     page.get_by_role("link", name="Back to the chat").click()
@@ -42,8 +21,16 @@ def test_a_thumb_is_followed_and_its_giver_is_forgotten(page, stack):  # noqa: F
     expect(receipt.locator(".way li").nth(1)).to_contain_text("good", timeout=30_000)  # it is looked at again
     expect(receipt.locator(".way .reached")).to_have_count(2)
     expect(receipt).to_contain_text("moved the belief")
+    receipt.get_by_text("The answer, then and now").click()
+    expect(receipt.locator(".asked")).to_have_text("What is the longest river?")
+    receipt.get_by_role("button", name="What does it say now?").click()
+    expect(receipt.locator(".sides > div")).to_have_count(2, timeout=60_000)
+    expect(receipt.locator(".sides h4").nth(1)).to_contain_text("Now, by release")
     shoot(page, "taught")
     user = me(page)
+    with stack.sessions() as session:
+        asked = session.query(Episode).filter_by(user_id=user).order_by(Episode.id).all()
+        assert [episode.learn for episode in asked] == [True, False]
 
     page.locator("#forget").click()
     page.get_by_role("button", name="Keep it").click()
@@ -58,7 +45,7 @@ def test_a_thumb_is_followed_and_its_giver_is_forgotten(page, stack):  # noqa: F
         assert session.get(User, user) is None and session.query(Erasure).count() > 0
 
 
-def test_whether_it_learns_from_me_is_mine_to_say(page, stack, problems):  # noqa: F811
+def test_whether_it_learns_from_me_is_mine_to_say(page, stack, problems):
     page.goto(f"{stack.settings.public_url}/taught")
     switch = page.get_by_role("switch")
     expect(switch).to_be_enabled()
@@ -82,7 +69,7 @@ def test_whether_it_learns_from_me_is_mine_to_say(page, stack, problems):  # noq
     assert "503" in problems.pop()
 
 
-def test_there_is_nothing_to_forget_of_a_stranger(page, stack, problems):  # noqa: F811
+def test_there_is_nothing_to_forget_of_a_stranger(page, stack, problems):
     page.goto(f"{stack.settings.public_url}/taught")
     page.locator("#forget").click()
     page.locator("#sure").get_by_role("button", name="Forget me").click()
@@ -92,7 +79,7 @@ def test_there_is_nothing_to_forget_of_a_stranger(page, stack, problems):  # noq
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_use_them(page, stack, scheme, width):  # noqa: F811
+def test_everybody_can_use_them(page, stack, scheme, width):
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.set_viewport_size({"width": width, "height": 800})
     assert violations(page) == []
@@ -121,12 +108,12 @@ def test_everybody_can_use_them(page, stack, scheme, width):  # noqa: F811
     expect(page.locator(".receipt").nth(2).locator("li").nth(1)).to_contain_text("40% → 60% good")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert violations(page) == []
-    shoot(page, f"story-{scheme}-{width}")
+    shoot(page, f"story-{width}", scheme)
     page.locator("#forget").click()
     assert violations(page) == []
 
 
-def test_what_it_cannot_see_is_said_until_it_can(page, stack, problems):  # noqa: F811
+def test_what_it_cannot_see_is_said_until_it_can(page, stack, problems):
     page.goto(f"{stack.settings.public_url}/taught")
     expect(page.locator("#nothing")).to_be_visible()
     page.route("**/v1/me/receipts*", lambda route: route.fulfill(status=503, json={"error": {"message": "Away."}}))

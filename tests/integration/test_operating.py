@@ -8,14 +8,17 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import deploy.api
-from agent.app import _everloop_error
-from deploy import autonomy, head, serving
+from agent.app import _everloop_error, build_app
+from deploy import autonomy, canary, head, journal, serving
 from deploy.followers import Followers
+from deploy.rollout import Event
 from deploy.tables import AuditEntry, Replica
 from infra.errors import EverloopError
 from infra.events import DeploymentChanged
 from infra.tables import OutboxRow
-from tests.adapters import serve
+from tests.adapters import CANARY, serve
+
+ARMS = ("champion", "challenger")
 
 
 @pytest.fixture
@@ -153,3 +156,41 @@ def test_the_command_line_goes_back_by_name_and_verifies_the_audit_log(database,
         session.execute(sa.update(AuditEntry).where(AuditEntry.id == 1).values(reason="another"))
     status, _, err = everloop("audit", "verify")
     assert status == 1 and "[audit_changed]" in err and "Traceback" not in err
+
+
+def test_what_is_kept_of_a_canary_is_what_its_log_says_and_stays_small(database, names):
+    events = [Event(n, "vote", arm, good=(n + (arm == "champion")) % 3 > 0) for n in range(1500) for arm in ARMS]
+    with database.begin() as session:
+        opened = head.open_canary(session, challenger=names[0], **CANARY)
+        followers = Followers()
+        for start in range(0, len(events), 400):
+            journal.append(session, opened.id, events[start : start + 400])
+            follower = followers.catch_up(session, opened)
+        assert follower.rollout.evidence() == canary.recompute(session, opened).evidence()
+        assert follower.num_events == len(events) and len(follower.points) >= canary.MAX_POINTS / 2
+        assert len(follower.points) <= canary.MAX_POINTS
+        assert [point.at_s for point in follower.points] == sorted(point.at_s for point in follower.points)
+        assert followers.catch_up(session, opened) is follower, "it was computed again"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/operate/rollout/77", 404, "There is no canary 77"),
+        ("/operate/releases/nothing", 404, "There is no release"),
+        ("/operate/runs/run_none", 404, "There is no run"),
+        ("/operate/feedback/ep_none", 404, "There is no episode"),
+        ("/operate/learning?csv=nothing", 404, "There is no chart"),
+        ("/operate/audit?before_id=x", 400, "before_id"),
+        ("/operate/feedback?user=a%00b", 400, "user"),
+        ("/operate/nothing", 404, "Not Found"),
+    ],
+)
+def test_what_a_page_cannot_show_is_a_page_that_says_why(database, settings, path, status, said):
+    url = database.kw["bind"].url.render_as_string(hide_password=False)
+    with TestClient(
+        build_app(settings.model_copy(update={"database_url": url, "engine_url": "http://127.0.0.1:9"}))
+    ) as client:
+        answer = client.get(path)
+    assert answer.status_code == status and said in answer.text
+    assert answer.headers["content-type"].startswith("text/html")

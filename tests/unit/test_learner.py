@@ -210,6 +210,13 @@ def test_who_is_asked_is_chance_that_repeats_itself_with_the_logged_probability(
     assert abs(share - 0.51) < 5 * math.sqrt(0.25 / 20_000)
 
 
+def test_what_anchors_is_a_rating_and_of_the_rest_a_share_is_a_choice_between_two():
+    ours = Settings(home="/nowhere", ask_pair_share=0.25)
+    forms = [asking.form_of(f"ep_{n}", "informative", ours) for n in range(20_000)]
+    assert abs(forms.count("pair") / len(forms) - 0.25) < 0.015
+    assert {asking.form_of(f"ep_{n}", "random", ours) for n in range(1000)} == {"rating"}
+
+
 def test_a_vote_teaches_most_where_the_outcome_is_open_and_little_is_known():
     score = {
         name: asking.expected_gain(Score(0.0, sd, p))
