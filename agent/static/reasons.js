@@ -4,7 +4,7 @@
  *
  * @typedef {{kind: 'reasons', reasons: string[]} | {kind: 'comment', text: string}} Said
  */
-import { find } from './server.js';
+import { copyOf, find } from './server.js';
 
 const CHIPS = {
   1: { exactly_right: 'Exactly right', well_explained: 'Well explained' },
@@ -24,9 +24,17 @@ export class Reasons {
   constructor(root, save) {
     this.root = root;
     this.save = save;
-    this.chips = find(root, '.chips', HTMLElement);
-    this.field = find(root, 'input', HTMLInputElement);
-    find(root, 'form', HTMLFormElement).onsubmit = (event) => {
+  }
+
+  get field() {
+    return find(this.root, 'input', HTMLInputElement);
+  }
+
+  /** Puts the chips' place and the field on the page, the first time. */
+  fill() {
+    if (this.root.firstElementChild) return;
+    this.root.append(copyOf('#why-template'));
+    find(this.root, 'form', HTMLFormElement).onsubmit = (event) => {
       event.preventDefault();
       this.comment();
     };
@@ -43,8 +51,10 @@ export class Reasons {
     this.chosen = new Set(chosen);
     this.thumb = thumb;
     this.root.hidden = thumb === 0;
-    const chips = Object.entries(thumb === 1 ? CHIPS[1] : thumb === -1 ? CHIPS['-1'] : {});
-    this.chips.replaceChildren(...chips.map(([reason, name]) => this.chip(reason, name)));
+    if (!thumb) return;
+    this.fill();
+    const chips = Object.entries(thumb === 1 ? CHIPS[1] : CHIPS['-1']);
+    find(this.root, '.chips', HTMLElement).replaceChildren(...chips.map(([reason, name]) => this.chip(reason, name)));
   }
 
   /** @param {string} reason @param {string} name */

@@ -65,6 +65,9 @@ export async function* events(response) {
   }
 }
 
+/** What is in a template, to be put on the page. @param {string} id */
+export const copyOf = (id) => document.importNode(find(document, id, HTMLTemplateElement).content, true);
+
 /** An element of a page by its selector. @type {<T extends HTMLElement>(root: ParentNode, selector: string, type: new () => T) => T} */
 export const find = (root, selector, type) => {
   const element = root.querySelector(selector);

@@ -5,7 +5,7 @@
  * @typedef {{id: string, title: string | null, updated_at: string}} Talk
  */
 import { Drawer } from './drawer.js';
-import { call, find, Problem } from './server.js';
+import { call, copyOf, find, Problem } from './server.js';
 
 const SEARCH_AFTER_MS = 200;
 const GROUPS = ['Today', 'Yesterday', 'Earlier'];
@@ -110,8 +110,7 @@ export class Talks {
 
   /** @param {Talk} talk */
   item(talk) {
-    const template = find(document, '#talk-template', HTMLTemplateElement);
-    const item = find(document.importNode(template.content, true), 'li', HTMLElement);
+    const item = find(copyOf('#talk-template'), 'li', HTMLElement);
     const link = find(item, 'a', HTMLAnchorElement);
     item.dataset.id = link.dataset.id = talk.id;
     link.href = `/c/${talk.id}`;

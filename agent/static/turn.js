@@ -27,7 +27,7 @@ import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
 import { Saving } from './saving.js';
-import { call, events, find, Problem, uuid } from './server.js';
+import { call, copyOf, events, find, Problem, uuid } from './server.js';
 
 const MAX_EARLIER = 250; // Two messages each; the server takes 512.
 const BUSY = 'Too many questions just now.';
@@ -46,10 +46,7 @@ export async function copied(button, text, announce) {
 }
 
 /** A new message from its template. @param {string} id */
-function copy(id) {
-  const { content } = find(document, id, HTMLTemplateElement);
-  return find(document.importNode(content, true), '.message', HTMLElement);
-}
+const copy = (id) => find(copyOf(id), '.message', HTMLElement);
 
 /** One question with its answer, on the page and in memory. */
 export class Turn {
@@ -92,9 +89,20 @@ export class Turn {
     this.part('[data-thumb="1"]').onclick = () => this.toggleThumb(1);
     this.part('[data-thumb="-1"]').onclick = () => this.toggleThumb(-1);
     this.part('.correct').onclick = () => this.openEditor(this.part('.editor').hidden);
+  }
+
+  /** Where a correction is written; on the page from its first use on. */
+  get field() {
+    const editor = this.part('.editor');
+    if (!editor.firstElementChild) this.fillEditor(editor);
+    return find(editor, 'textarea', HTMLTextAreaElement);
+  }
+
+  /** @param {HTMLElement} editor */
+  fillEditor(editor) {
+    editor.append(copyOf('#editor-template'));
     this.part('.cancel').onclick = () => this.openEditor(false);
     this.part('.send-correction').onclick = () => this.sendCorrection();
-    this.field = find(this.view, 'textarea', HTMLTextAreaElement);
     this.field.oninput = () => {
       this.correction = '';
       this.saving.say('.editor', ''); // A Retry shown there would send the older text.
