@@ -14,8 +14,7 @@ import sqlalchemy as sa
 from playwright.sync_api import expect
 
 from infra.ids import new_id
-from tests.e2e.test_page import ask, browser, page, problems  # noqa: F401 (fixtures)
-from tests.e2e.test_taught import me
+from tests.e2e.browsing import ask, me
 
 RUNS = 3
 MAX_FRAME_MS, MAX_PAINT_MS, MAX_LAG_MS = 100.0, 1000.0, 50.0
@@ -54,7 +53,7 @@ _TURNS = sa.text("""
 """)
 
 
-def keep_long(page, stack, num_turns):  # noqa: F811
+def keep_long(page, stack, num_turns):
     """Write a long conversation straight into the tables; return its address."""
     user = me(page)
     answer = stack.http.post("/v1/conversations", json={}, headers={"X-Everloop-User": user})
@@ -73,7 +72,7 @@ FRAMES = """() => {
 }"""
 
 
-def wheel(page, towards, is_there):  # noqa: F811
+def wheel(page, towards, is_there):
     while not page.evaluate(is_there):
         page.mouse.wheel(0, towards * WHEEL_PX)
         page.wait_for_timeout(WHEEL_EVERY_MS)
@@ -81,7 +80,7 @@ def wheel(page, towards, is_there):  # noqa: F811
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_turns", [200, pytest.param(5_000, marks=pytest.mark.slow)])
-def test_thousands_of_messages_scroll_without_a_long_frame(page, stack, num_turns):  # noqa: F811
+def test_thousands_of_messages_scroll_without_a_long_frame(page, stack, num_turns):
     address = keep_long(page, stack, num_turns)
 
     def scroll():
@@ -107,10 +106,10 @@ def test_thousands_of_messages_scroll_without_a_long_frame(page, stack, num_turn
     best_of(f"longest frame while scrolling {2 * num_turns} messages up and down, ms", MAX_FRAME_MS, scroll)
 
 
-def test_the_first_paint_comes_within_a_second(browser, stack):  # noqa: F811
+def test_the_first_paint_comes_within_a_second(browser, stack):
     def once():
         context = browser.new_context(viewport={"width": 1280, "height": 800})
-        page = context.new_page()  # noqa: F811
+        page = context.new_page()
         page.goto(stack.settings.public_url)
         paint = page.evaluate(
             """() => new Promise((resolve) => new PerformanceObserver((list) => {
@@ -156,7 +155,7 @@ LAGS = """
 """
 
 
-def test_words_are_on_the_screen_soon_after_they_come(page, stack):  # noqa: F811
+def test_words_are_on_the_screen_soon_after_they_come(page, stack):
     page.add_init_script(LAGS)
 
     def measure():
