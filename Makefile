@@ -34,7 +34,7 @@ lint: setup ## ruff, strict mypy, import-linter, the types of the pages' JavaScr
 
 shots: setup ## Take the pictures of the pages in docs/img/ (a real stack, a real browser).
 	@mkdir -p docs/img
-	@EVERLOOP_SHOTS=docs/img .venv/bin/python -m pytest -q tests/e2e
+	@EVERLOOP_SHOTS=docs/img .venv/bin/python -m pytest -q -m "not slow" tests/e2e
 
 clean: ## Remove both environments and all caches (not what Everloop has learned).
 	@rm -rf .venv .venv-engine agent/static/vendor infra/web/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

@@ -103,9 +103,10 @@ function saveDraft() {
   keepDraft(talk.id, (edited && kept) || draft.value);
 }
 
-/** @param {string} prompt @param {Fork<Turn>} fork Where: at the end, or beside another version. */
-function ask(prompt, fork = talk.root.path().at(-1)?.next ?? talk.root) {
+/** @param {string} prompt @param {Fork<Turn>} [beside] Where: beside another version, or (unset) at the end. */
+function ask(prompt, beside) {
   talk.root.path().at(-1)?.pair?.end();
+  const fork = beside ?? talk.root.path().at(-1)?.next ?? talk.root;
   const turn = new Turn(prompt, fork, page);
   fork.add(turn);
   edit(null);

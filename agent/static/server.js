@@ -28,6 +28,8 @@ export function whoAsks(isNew = false) {
 /** A failure whose message is meant for the person reading the page. */
 export class Problem extends Error {
   code = '';
+  plain = ''; // The message without when to try again.
+  isBusy = false; // Too much was asked, by this person or all.
   wait = 0; // Seconds after which the server would have it tried again, where it said so.
 }
 
@@ -50,6 +52,8 @@ export async function call(path, { method = 'GET', body, user, signal } = {}) {
   const wait = Number(response.headers.get('retry-after'));
   const problem = new Problem(wait > 0 ? `${message} Try again in ${wait} s.` : message);
   problem.code = envelope?.error?.code ?? '';
+  problem.plain = message;
+  problem.isBusy = response.status === 429;
   problem.wait = [429, 503].includes(response.status) && wait > 0 ? wait : 0;
   throw problem;
 }

@@ -238,7 +238,8 @@ export class Turn {
     const known = error instanceof Problem;
     if (!known) console.error(error); // A lost connection or an unreadable chunk: keep the cause.
     const wait = known ? error.wait : 0;
-    this.part('.problem p').textContent = wait ? BUSY : known ? error.message : 'The answer broke off.';
+    const busy = known && wait ? (error.isBusy ? BUSY : error.plain) : '';
+    this.part('.problem p').textContent = busy || (known ? error.message : 'The answer broke off.');
     this.view.classList.toggle('waits', wait > 0);
     if (wait) this.countdown.start(wait);
   }

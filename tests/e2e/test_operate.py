@@ -2,6 +2,7 @@
 
 import uuid
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import expect
@@ -63,6 +64,7 @@ def test_an_operator_promotes_and_goes_back_in_two_clicks(page, go, stack, relea
     expect(page.get_by_role("alert")).to_have_text(f"Type {release} to confirm.")
     assert champion(stack) == before
     decide(page, MARKUP, release)
+    expect(page.locator("#act-replicas li")).to_contain_text(stack.settings.engine_url)
     expect(page.locator("#told")).to_have_text(f"Done: Promote {release}.", timeout=40_000)
     assert champion(stack) == release and stack.ask().model == release
 
@@ -331,6 +333,21 @@ def test_a_page_says_when_it_is_not_live_and_catches_up(page, go, stack, problem
     page.unroute("**/operate/live")
     expect(page.locator("#live")).to_have_text("live", timeout=10_000)
     assert problems and all("ERR_FAILED" in each for each in problems)
+    problems.clear()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("/operate/feedback?words=", "/operate/feedback?user=", "/operate/feedback?reason=", "/operate/feedback/"),
+        *("/operate/audit?about=", "/operate/audit?by=", "/operate/releases/", "/operate/runs/"),
+        *("/operate/compare?a=base&b=", "/operate/learning?csv="),
+    ],
+)
+def test_what_an_address_holds_stays_text(page, go, problems, address):
+    go(address + quote(f'">{MARKUP}'))
+    assert page.locator("img").count() == 0 and page.locator("b").count() == 0
+    assert all("404" in each or "400" in each for each in problems), problems
     problems.clear()
 
 

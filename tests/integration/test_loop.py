@@ -7,6 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -105,6 +106,15 @@ def release(stack, night):
 
 def dataset_of(stack, night):
     return stack.settings.datasets_dir / night.dataset_digest / DATASET_FILE
+
+
+def test_operators_see_the_night_and_find_it_in_prefect(stack, night):
+    in_prefect = httpx.get(f"{stack.settings.prefect_url}/flow_runs/{night.flow_run_id}", trust_env=False)
+    assert in_prefect.status_code == 200 and in_prefect.json()["state_type"] == "COMPLETED"
+    page = stack.http.get(f"/operate/runs/{night.id}").text
+    assert f"/runs/flow-run/{night.flow_run_id}" in page
+    assert 'id="chart-loss"' in page and 'id="chart-overoptimisation"' in page
+    assert stack.http.get(f"/operate/runs/{night.id}?csv=overoptimisation").text.startswith('"sqrt(KL), nats"')
 
 
 def test_the_night_trains_and_judges_by_what_is_really_served(stack, night):
