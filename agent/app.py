@@ -32,6 +32,7 @@ from agent.guard import Guard
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
 from deploy.followers import Followers
+from deploy.pages.live import Pulse
 from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
@@ -82,6 +83,7 @@ def build_app(settings: Settings) -> FastAPI:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
         app.state.canary_followers = Followers()
+        app.state.pulse = Pulse(app.state.sessions)
         routes = RouteTable(app.state.sessions)
         async with routes.kept_fresh(), Fleet(settings, routes, routes.read).running() as fleet:
             app.state.fleet = fleet

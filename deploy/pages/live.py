@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import anyio
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from infra.errors import UnavailableError
 router = APIRouter(prefix="/operate", include_in_schema=False)
 
 LOOK_EVERY_S = 1.0
-ALIVE_EVERY_S = 15.0
+ALIVE_LOOKS = 15
 
 # One look for all topics; each is the newest id, or something as small, of what its pages show.
 _STAMPS = sa.text("""
@@ -45,27 +46,57 @@ def _read(sessions: Sessions) -> dict[str, str | None]:
         return {}
 
 
-async def _changes(request: Request, is_stopping: Callable[[], bool]) -> AsyncIterator[str]:
+class Pulse:
+    """Looks at the stamps once a second while anybody listens, however many do."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
+        self._listeners: set[asyncio.Queue[list[str]]] = set()
+        self._looking: asyncio.Task[None] | None = None
+        self._seen: dict[str, str | None] = {}
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[asyncio.Queue[list[str]]]:
+        """Yield a queue of the topics that changed, after each look; what changes from now on is in it."""
+        queue: asyncio.Queue[list[str]] = asyncio.Queue()
+        if not self._listeners:
+            self._seen = await anyio.to_thread.run_sync(_read, self.sessions)
+        self._listeners.add(queue)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        try:
+            yield queue
+        finally:
+            self._listeners.discard(queue)
+
+    async def _look(self) -> None:
+        while self._listeners:
+            await asyncio.sleep(LOOK_EVERY_S)
+            found = await anyio.to_thread.run_sync(_read, self.sessions)
+            changed = [topic for topic, stamp in found.items() if self._seen.get(topic, stamp) != stamp]
+            self._seen |= found
+            for queue in self._listeners:
+                queue.put_nowait(changed)
+        self._looking = None
+
+
+async def _events(pulse: Pulse, is_stopping: Callable[[], bool]) -> AsyncIterator[str]:
     """Yield the topics that changed, in one event per look."""
-    seen = await anyio.to_thread.run_sync(_read, request.app.state.sessions)
-    silent_s = 0.0
-    yield "retry: 2000\n\n"  # whoever reads the page anew now misses nothing
-    while not is_stopping():
-        found = await anyio.to_thread.run_sync(_read, request.app.state.sessions)
-        changed = [topic for topic, stamp in found.items() if seen.get(topic, stamp) != stamp]
-        seen |= found
-        silent_s = 0.0 if changed else silent_s + LOOK_EVERY_S
-        if changed:
-            yield f"event: changed\ndata: {json.dumps(changed)}\n\n"
-        elif silent_s >= ALIVE_EVERY_S:
-            silent_s = 0.0
-            yield ": still here\n\n"
-        await asyncio.sleep(LOOK_EVERY_S)
+    num_silent = 0
+    async with pulse.listen() as changes:
+        yield "retry: 2000\n\n"  # whoever reads the page anew now misses nothing
+        while not is_stopping():
+            changed = await changes.get()
+            num_silent = 0 if changed else num_silent + 1
+            if changed:
+                yield f"event: changed\ndata: {json.dumps(changed)}\n\n"
+            elif num_silent % ALIVE_LOOKS == 0:
+                yield ": still here\n\n"
 
 
 @router.get("/live")
 async def live(request: Request) -> StreamingResponse:
     """Tell of changes until the reader goes or the server stops."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    changes = _changes(request, request.app.state.is_stopping)
-    return StreamingResponse(changes, media_type="text/event-stream", headers=headers)
+    events = _events(request.app.state.pulse, request.app.state.is_stopping)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
