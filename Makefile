@@ -20,7 +20,7 @@ test-engine: setup ## The engine plug-in against vLLM's own functions, in the en
 	@cd infra/engine_plugin && ../../.venv-engine/bin/python -P -m pytest -q
 
 test: setup lint test-engine ## What CI runs: linters, types, layers, and all tests but the slow ones.
-	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -m "not slow" --durations=20 $(ARGS)
 
 test-all: setup lint test-engine ## Everything, the slow tests too.
 	@.venv/bin/python -m pytest $(ARGS)
