@@ -23,6 +23,7 @@ Named = Annotated[CleanText, Path(max_length=200)]
 class RulingRequest(Reasoned):
     """What is decided about a rater, and why."""
 
+    rater: CleanText = Field(max_length=200, description="A user, or (as program:NAME) a verifier or judge.")
     ruling: Literal["banned", "cleared"] | None = Field(description="null: their record counts again.")
 
 
@@ -46,24 +47,28 @@ class Decided(BaseModel):
     id: str
 
 
-@router.post("/raters/{user}/ruling", status_code=202)
-def rule(user: Named, body: RulingRequest, request: Request) -> Decided:
-    """Take out all that a rater said, count them whatever their record says, or let the record count again."""
+@router.post("/raters/rulings", status_code=202)
+def rule(body: RulingRequest, request: Request) -> Decided:
+    """Take out all that a rater said, count them whatever their record says, or let the record count again.
+
+    The audit log, which nobody can change, names a person by their key only: it outlives their being forgotten.
+    """
     with by_operator(request) as (session, actor):
+        rater = _rater(session, body.rater)
         decided = decisions.give_ruling(
-            session, rater=_rater(session, user), ruling=body.ruling, operator=actor, reason=body.reason
+            session, rater=rater, ruling=body.ruling, operator=actor, reason=body.reason
         )
         action = {"banned": "rater_banned", "cleared": "rater_cleared", None: "rater_reinstated"}[body.ruling]
-        audit.write(session, actor=actor, action=action, subject=user, reason=body.reason)
+        audit.write(session, actor=actor, action=action, subject=rater, reason=body.reason)
         return Decided(id=decided)
 
 
-def _rater(session: Session, user: str) -> str:
+def _rater(session: Session, name: str) -> str:
     """Return under which name the reward model knows a user or program."""
-    known = session.get(User, user)
-    if known is None and not user.startswith(PROGRAM):
-        raise NotFoundError(f"There is no user {user!r}.", code="user_not_found", param="user")
-    return user if known is None else known.key_id
+    known = session.get(User, name)
+    if known is None and not name.startswith(PROGRAM):
+        raise NotFoundError(f"There is no user {name!r}.", code="user_not_found", param="rater")
+    return name if known is None else known.key_id
 
 
 @router.post("/quarantines/{name}", status_code=202)

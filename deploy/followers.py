@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from deploy.canary import Follower
 from deploy.tables import Canary
 
-MAX_KEPT = 4
+MAX_KEPT = 16
 
 
 class Followers:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from deploy import autonomy, canary, head, runs
+from deploy import autonomy, canary, head, runs, serving
 from deploy.rollout import Rollout
 from deploy.runs import TrainingRun
 from deploy.tables import AuditEntry, Replica
@@ -72,7 +72,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Who is served what, since when and why."""
+    """Who is served what, since when and why; and the engines, each with whether it was seen up lately."""
 
     champion: str
     challenger: str | None
@@ -81,7 +81,7 @@ class Served:
     rolls_back_to: str | None
     changed: AuditEntry | None
     yesterday: str | None
-    replicas: list[Replica]
+    replicas: list[tuple[Replica, bool]]
 
 
 def served(session: Session) -> Served:
@@ -101,7 +101,7 @@ def served(session: Session) -> Served:
         rolls_back_to=rolls_back_to(session),
         changed=changed,
         yesterday=_a_day_ago(session, current.champion),
-        replicas=list(session.scalars(sa.select(Replica).order_by(Replica.url))),
+        replicas=serving.replicas(session),
     )
 
 
@@ -232,8 +232,8 @@ def _canary(session: Session, rollout: Rollout | None, now: Served) -> Part:
 
 
 def _champion(now: Served) -> Part:
-    up = sum(replica.is_up for replica in now.replicas)
-    well = sum(replica.is_up and replica.problem is None for replica in now.replicas)
+    up = sum(is_up for _, is_up in now.replicas)
+    well = sum(is_up and replica.problem is None for replica, is_up in now.replicas)
     health: Health = "good" if up and well == len(now.replicas) else "trouble"
     told = f"{up} of {len(now.replicas)} engines up"
     return Part("Champion", health, now.champion, told, f"/operate/releases/{now.champion}")
@@ -264,9 +264,10 @@ def decisions(session: Session, now: Served, rollout: Rollout | None) -> list[De
 
 
 def _broken(session: Session, now: Served) -> Iterator[Decision]:
-    for replica in now.replicas:
-        if not replica.is_up or replica.problem:
-            told = replica.problem or "it does not answer"
+    for replica, is_up in now.replicas:
+        if not is_up or replica.problem:
+            away = "nobody has looked at it lately" if replica.is_up else "it does not answer"
+            told = replica.problem or f"{away}; `everloop status` shows the parts"
             yield Decision(f"Engine {replica.url} is not well", told, f"/operate/releases/{now.champion}")
     newest = runs.newest(session, 1)
     if newest and newest[0].status == "failed":

@@ -119,6 +119,12 @@ def verdicts(session: Session, release: str) -> list[Attestation] | None:
     return list(found) if urls and len(found) == len(urls) else None
 
 
+def replicas(session: Session) -> list[tuple[Replica, bool]]:
+    """Return the known replicas, each with whether it was seen up, and lately."""
+    rows = session.execute(sa.select(Replica, _is_up()).order_by(Replica.url))
+    return [(replica, is_up) for replica, is_up in rows]
+
+
 class Shown(BaseModel):
     """What a replica has shown of a release.
 

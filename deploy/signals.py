@@ -13,9 +13,11 @@ from sqlalchemy.orm import Session
 from feedback import receipts
 from feedback.episodes import get as get_episode
 from feedback.receipts import Receipt
+from feedback.signals import MACHINE_KINDS
 from feedback.tables import Episode, Feedback, ReceiptRow, User
 from feedback.users import TOMBSTONE
 from infra.errors import UnavailableError
+from reward.raters import PROGRAM
 from reward.tables import GoldProbe, RewardRater, RewardScore, Ruling
 
 SEARCH_TIMEOUT_MS = 3000
@@ -126,12 +128,13 @@ def in_context(session: Session, episode_id: str) -> InContext:
     episode = get_episode(session, episode_id)
     about = sa.or_(Feedback.episode_id == episode_id, Feedback.over == episode_id)
     signals = session.scalars(sa.select(Feedback).where(about).order_by(Feedback.seq)).all()
-    users = {signal.user_id for signal in signals}
+    users = {signal.user_id for signal in signals if signal.kind not in MACHINE_KINDS}
+    programs = [PROGRAM + signal.user_id for signal in signals if signal.kind in MACHINE_KINDS]
     keys = sa.select(User.key_id, User.user_id).where(User.user_id.in_(users))
     named = dict(session.execute(keys).tuples().all())
-    raters = session.scalars(sa.select(RewardRater).where(RewardRater.name.in_([*named, *users])))
+    raters = session.scalars(sa.select(RewardRater).where(RewardRater.name.in_([*named, *programs])))
     probes = session.scalars(sa.select(GoldProbe).where(GoldProbe.episode_id == episode_id).order_by(GoldProbe.id))
-    rulings = session.scalars(sa.select(Ruling).where(Ruling.rater.in_([*named, *users])).order_by(Ruling.id))
+    rulings = session.scalars(sa.select(Ruling).where(Ruling.rater.in_([*named, *programs])).order_by(Ruling.id))
     return InContext(
         episode=episode,
         score=session.get(RewardScore, episode_id),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from pydantic import BaseModel, Field
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from feedback import episodes
@@ -90,7 +91,10 @@ class Target:
 
 
 def _targets(session: Session, signals: Sequence[BaseSignal]) -> dict[str, Target]:
-    """Return the named episodes that exist, of users who are not forgotten and will not be before this commits."""
+    """Return the named episodes that exist, of users who are not forgotten and will not be before this commits.
+
+    Of an answer that was deleted the row is left, without words.
+    """
     named = {s.episode_id for s in signals} | {s.over for s in signals if s.kind == "preference"}  # type: ignore[attr-defined]
     rows = session.execute(
         sa.select(Episode.id, User.user_id, User.key_id, SubjectKeyRow.key)
@@ -99,11 +103,16 @@ def _targets(session: Session, signals: Sequence[BaseSignal]) -> dict[str, Targe
         .where(Episode.id.in_(named), SubjectKeyRow.key.is_not(None))
         .with_for_update(of=User, key_share=True, read=True)
     )
-    return {
+    found = {
         episode_id: Target(user_id, SubjectKey(key_id, key))
         for episode_id, user_id, key_id, key in rows
         if key is not None
     }
+    # Only now: whoever deletes a conversation holds a stronger lock on the user, for which that query has waited.
+    deleted = sa.select(Episode.id).where(Episode.id.in_(found), Episode.messages == sa.literal([], JSONB))
+    for episode_id in session.scalars(deleted).all():
+        del found[episode_id]
+    return found
 
 
 def _refusal(session: Session, signal: BaseSignal, targets: Mapping[str, Target]) -> EverloopError | None:

@@ -14,10 +14,13 @@ from feedback import episodes, users
 from feedback.acceptance import accept_many
 from feedback.fold import Standing, fold, histories
 from feedback.signals import Withdrawal
-from feedback.tables import QUESTION, WORDS, Conversation, Episode, Feedback
+from feedback.tables import QUESTION, WORDS, Conversation, Episode, Feedback, User
 from infra.db import among
 from infra.errors import EverloopError, InvalidRequestError, NotFoundError
+from infra.events import AnswerExcluded
 from infra.ids import new_id
+from infra.log import outbox
+from infra.log.outbox import Entry
 
 MAX_TITLE_CHARS = 80
 LOOKED_AT_CHARS = 400  # of a question, for a title
@@ -290,15 +293,19 @@ def delete(session: Session, conversation_id: str, user_id: str) -> Deletion:
     NotFoundError
         Code ``conversation_not_found``.
     """
-    # In the order in which turns are written: first the user, then the conversation.
-    users.key_of(session, user_id)
+    # In the order in which turns are written: first the user, then the conversation. Whoever says something about
+    # one of the answers holds a weaker lock on the user: they end first, or find an answer without words.
+    session.get(User, user_id, with_for_update=True)
     conversation = _own(session, conversation_id, user_id, lock=True)
     own = session.scalars(sa.select(Episode.id).where(Episode.conversation_id == conversation_id)).all()
     num_signals = _withdraw(session, user_id, own)
-    words = sa.update(Feedback).where(among(Feedback.episode_id, own), Feedback.text.is_not(None))
-    session.execute(words.values(text=None).execution_options(synchronize_session=False))
+    words = sa.update(Feedback).where(among(Feedback.episode_id, own))
+    nothing = {"text": None, "body_digest": "", "address_block": None}
+    session.execute(words.values(**nothing).execution_options(synchronize_session=False))
     blank = sa.update(Episode).where(Episode.conversation_id == conversation_id)
     session.execute(blank.values(learn=False, **episodes.blanked()).execution_options(synchronize_session=False))
+    gone = [Entry(AnswerExcluded(episode_id=episode_id, by="owner"), episode_id) for episode_id in own]
+    outbox.append_many(session, gone)  # after the withdrawals: what is left then are operators' judgements
     session.delete(conversation)
     session.flush()
     return Deletion(len(own), num_signals)

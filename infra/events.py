@@ -223,12 +223,13 @@ class ProbeJudged(Event):
 
 
 class AnswerExcluded(Event):
-    """An operator decided that nothing is learned from an answer, whatever is said of it."""
+    """Nothing is learned from an answer any more, whatever is said of it."""
 
     topic = "everloop.feedback"
     type = "answer.excluded"
 
     episode_id: str = Field(description="The answer.")
+    by: Literal["operator", "owner"] = Field("operator", description="Who decided; its owner by deleting it.")
 
 
 class RaterRuled(Event):

@@ -24,10 +24,15 @@ def give_probe(
     ------
     NotFoundError
         Code ``episode_not_found``.
+    ConflictError
+        Code ``not_learned_from`` where nothing may be, an operator's judgement included.
     """
     for name in (episode_id, over):
-        if name is not None and session.get(Episode, name) is None:
+        episode = None if name is None else session.get(Episode, name)
+        if name is not None and episode is None:
             raise NotFoundError(f"There is no episode {name!r}.", code="episode_not_found", param="episode_id")
+        if episode is not None and not episode.learn:
+            raise _not_learned_from()
     probe_id = new_id("go")
     session.add(
         GoldProbe(id=probe_id, episode_id=episode_id, over=over, good=good, operator=operator, reason=reason)
@@ -83,6 +88,12 @@ def exclude(session: Session, episode_id: str) -> None:
     if episode is None:
         raise NotFoundError(f"There is no episode {episode_id!r}.", code="episode_not_found", param="episode_id")
     if not episode.learn:
-        raise ConflictError("Nothing is learned from this answer anyway.", code="not_learned_from")
+        raise _not_learned_from()
     episode.learn, episode.excluded = False, True
     outbox.append(session, AnswerExcluded(episode_id=episode_id), key=episode_id)
+
+
+def _not_learned_from() -> ConflictError:
+    return ConflictError(
+        "Nothing is learned from this answer: its owner, or an operator, said so.", code="not_learned_from"
+    )

@@ -16,6 +16,7 @@ from infra.log.outbox import Entry
 from reward import history, store
 from reward.kinds import EXPLICIT
 from reward.learner import Book, Change, Learner
+from reward.observations import reason_against
 from reward.raters import Rater
 from reward.signals import verdict_of_gold, why
 from reward.tables import GoldProbe
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
 
 
 def take_out(worker: RewardWorker, session: Session, event: AnswerExcluded) -> None:
-    """Take out what was learned from an excluded answer, and say so to those who rated it."""
+    """Take out what was learned from an answer, operators' judgements included; say so to those who rated it.
+
+    To the owner of a deleted answer there is nothing to say: their signals are withdrawn already.
+    """
     about = sa.or_(Feedback.episode_id == event.episode_id, Feedback.over == event.episode_id)
     said = session.execute(sa.select(Feedback.id, Feedback.episode_id).where(about).order_by(Feedback.seq)).all()
-    for change in history.latest_of(session, worker.encoder.name, [row.id for row in said]).values():
+    ids = [*(row.id for row in said), *store.probes_about(session, [event.episode_id])]
+    for change in history.latest_of(session, worker.encoder.name, ids).values():
         worker.note(worker.learner.withdraw(change))
+    if event.by == "owner":
+        return
     reason = "answer_excluded"
     reports = [SignalSetAside(feedback_id=row.id, episode_id=row.episode_id, reason=reason) for row in said]
     outbox.append_many(session, [Entry(report, report.episode_id) for report in reports])
@@ -45,8 +52,8 @@ def follow(learner: Learner, event: RaterRuled, book: Book) -> list[Change]:
 def judge(worker: RewardWorker, session: Session, event: ProbeJudged) -> None:
     """Learn a gold probe, and hold what was said of the same thing against it."""
     episodes = [session.get(Episode, name) for name in (event.episode_id, event.over) if name is not None]
-    if any(episode is None or not episode.answer.strip() for episode in episodes):
-        return  # forgotten in the meantime
+    if any(episode is None or reason_against(episode) is not None for episode in episodes):
+        return  # forgotten or excluded in the meantime
     answers = [(episode, episode.answer) for episode in episodes if episode is not None]
     features = worker.features(session, answers)
     phis = [features[episode.id, text] for episode, text in answers]

@@ -164,6 +164,8 @@ def _usable(
 
 
 def _reason_against(episode: Episode) -> str | None:
+    if episode.excluded:
+        return "answer_excluded"
     if not episode.learn:
         return "no_consent"
     if episode.status != "complete":

@@ -33,7 +33,10 @@ const page = {
   isBusy: () => active !== null,
   begin(control) {
     refresh(control);
-    draft.focus(); // The button that started this may be gone by now.
+    // The button that started this may be gone by now; but a question that was waiting begins by itself.
+    if (!(document.activeElement instanceof HTMLInputElement || document.activeElement instanceof HTMLTextAreaElement)) {
+      draft.focus();
+    }
     live.textContent = '';
     scroll.forget();
   },
@@ -48,12 +51,12 @@ const page = {
   announce: (text) => (live.textContent = text),
   ask,
   edit(turn) {
-    edit(turn);
+    edit(turn, true);
     draft.focus();
   },
   show(fork, step) {
     if (active) return;
-    edit(null);
+    edit(null, true);
     fork.step(step);
     draw();
     // The button that was pressed went with its version.
@@ -81,7 +84,7 @@ const page = {
   },
   /** Before anything typed since; a question that others follow stays where it is, too. */
   takeBack(turn) {
-    edit(null);
+    edit(null, true);
     if (!turn.next.turns.length) turn.fork.remove(turn);
     draft.value = [turn.prompt, draft.value].filter(Boolean).join('\n');
     saveDraft();
@@ -95,7 +98,10 @@ const scroll = new Scroll(messages, () => older.hidden || void showOlder());
 const talks = new Talks(find(document, '#talks', HTMLElement), {
   user: whoAsks,
   open: (id) => void open(id),
-  gone: (id) => id === talk.id && void open(''),
+  gone: (id) => {
+    if (id === talk.id) void open('');
+    keepDraft(id, '');
+  },
 });
 let talk = new Conversation('', page);
 
@@ -115,14 +121,14 @@ function ask(prompt, beside) {
   turn.run();
 }
 
-/** Where a turn is kept; nowhere, if the server cannot keep it just now. @param {Turn} turn */
+/** Where a turn is kept; null, if the server cannot keep it just now. @param {Turn} turn */
 async function place(turn) {
   const [here, before] = [talk, talk.id];
   try {
     await here.begin();
   } catch (error) {
-    talks.note.textContent = error instanceof Problem ? 'This chat cannot be kept just now.' : '';
-    return {};
+    if (!(error instanceof Problem)) console.error(error);
+    return null;
   }
   if (here.id !== before && here === talk) {
     keepDraft(here.id, draftOf(before) || draft.value);
@@ -134,8 +140,13 @@ async function place(turn) {
   return here.place(turn);
 }
 
-/** Begins to ask a question another way, or leaves that: then what was being written before is back. @param {Turn | null} turn */
-function edit(turn) {
+/**
+ * Begins to ask a question another way, or leaves that: then what was being written before is back.
+ *
+ * @param {Turn | null} turn @param {boolean} keeps Whether what was written of it stays, too: nobody has said to drop it.
+ */
+function edit(turn, keeps = false) {
+  if (edited && keeps && draft.value !== edited.prompt) kept = [kept, draft.value].filter(Boolean).join('\n');
   if (turn && !edited) kept = draft.value;
   if (turn) draft.value = turn.prompt;
   else if (edited) draft.value = kept;
@@ -167,7 +178,10 @@ function refresh(control = active) {
 async function open(id, isNew = true) {
   active?.abort();
   for (const turn of talk.root.path()) turn.leave();
-  edit(null);
+  if (edited) {
+    edit(null, true);
+    saveDraft();
+  }
   const here = (talk = new Conversation(id, page));
   if (isNew) history.pushState(null, '', id ? `/c/${id}` : '/');
   talks.show(id);
@@ -270,7 +284,8 @@ document.onkeydown = (event) => {
     event.preventDefault();
     return newChat();
   }
-  if (event.key !== 'Escape' || event.isComposing) return;
+  if (event.key !== 'Escape' || event.isComposing || document.querySelector('dialog[open]')) return;
+  if (event.target === talks.search && talks.search.value) return; // It empties the field.
   if (talks.drawer.isOpen) return talks.drawer.close();
   const turn = talk.root.path().find(({ view }) => view.contains(document.activeElement));
   if (turn && !turn.part('.editor').hidden) turn.openEditor(false);

@@ -7,7 +7,7 @@ import { find } from './server.js';
 import { Turn } from './turn.js';
 
 export class Pair {
-  element = document.createElement('section');
+  element = document.createElement('li');
   note = document.createElement('p');
   buttons = /** @type {HTMLButtonElement[]} */ ([]);
 
@@ -16,20 +16,20 @@ export class Pair {
     this.first = first;
     this.done = done;
     this.element.className = 'pair';
-    this.element.setAttribute('aria-label', 'Two answers to choose from');
     this.note.setAttribute('role', 'status');
     this.note.textContent = 'Another answer is on its way …';
-    const sides = document.createElement('div');
+    const sides = document.createElement('ol');
     sides.className = 'sides';
     const order = Math.random() < 0.5 ? [first, second] : [second, first];
-    sides.append(...order.map((turn) => this.side(turn, turn === first ? second : first)));
+    sides.append(...order.map((turn, index) => this.side(turn, turn === first ? second : first, index + 1)));
     this.element.append(this.note, sides, this.button('About the same', () => this.end()));
   }
 
-  /** @param {Turn} turn @param {Turn} other */
-  side(turn, other) {
-    const side = document.createElement('div');
-    side.append(turn.view, this.button('This one is better', () => {
+  /** @param {Turn} turn @param {Turn} other @param {number} number */
+  side(turn, other, number) {
+    const [side, holder] = ['li', 'ol'].map((tag) => document.createElement(tag));
+    holder.append(turn.view);
+    side.append(holder, this.button(`Answer ${number} is better`, () => {
       turn.prefer(other);
       this.end(turn);
     }));

@@ -160,7 +160,8 @@ export class Talks {
       const title = field.value.trim();
       if (title === nameOf(talk)) return leave();
       void this.act(`/v1/conversations/${talk.id}`, 'POST', { title: title || null }, async (response) => {
-        talk.title = (await response.json()).title;
+        const { title: name } = await response.json();
+        for (const each of this.talks) if (each.id === talk.id) each.title = name; // It may have been read anew.
         leave();
       });
     };
@@ -182,8 +183,8 @@ export class Talks {
 
   /** @param {Talk} talk */
   remove(talk) {
-    const at = this.talks.indexOf(talk);
-    this.talks = this.talks.filter((each) => each !== talk);
+    const at = Math.max(0, this.talks.findIndex(({ id }) => id === talk.id));
+    this.talks = this.talks.filter(({ id }) => id !== talk.id);
     this.draw();
     this.note.textContent = 'Deleted.';
     const next = this.talks[Math.min(at, this.talks.length - 1)];

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * An answer that somebody said something about: as it was then, and (asked again) as it is now. What is asked here is
- * not kept, and nothing is learned from it.
+ * An answer that somebody said something about: as it was then, and (asked again) as it is now. Nothing is learned from
+ * what is asked here.
  */
 import { call, Problem } from './server.js';
 
@@ -53,9 +53,9 @@ export function thenAndNow(episode, user) {
   details.append(element('summary', 'The answer, then and now'), body);
   details.className = 'then';
   details.ontoggle = () => {
-    if (!details.open || body.firstChild) return;
+    if (!details.open || body.firstElementChild) return;
     body.textContent = 'Reading …';
-    tell(body, episode, user).catch((error) => {
+    tell(body, episode, user).catch((error) => { // Opened again, it is read again.
       body.textContent = error instanceof Problem ? error.message : 'It could not be read.';
     });
   };

@@ -8,7 +8,7 @@
  * @property {string} user
  * @property {() => boolean} isBusy
  * @property {(control: AbortController) => void} begin An answer is on its way.
- * @property {(turn: Turn) => Promise<{conversation?: string, parent?: string}>} place Where it is kept.
+ * @property {(turn: Turn) => Promise<{conversation?: string, parent?: string} | null>} place Where it is kept; null: nowhere.
  * @property {() => void} answered Its first word has come.
  * @property {(control: AbortController) => void} end
  * @property {(turn: Turn) => boolean} shows Whether it is on the screen.
@@ -53,6 +53,7 @@ export class Turn {
   answer = '';
   episode = ''; // The server's name for this answer; feedback refers to it.
   conversation = ''; // In which it is kept, if it is.
+  isUnkept = false; // The server could not keep it.
   thumb = 0; // The person's choice: -1, 0 (none) or 1.
   correction = ''; // The last one handed to save().
   question = copy('#user-template');
@@ -140,7 +141,8 @@ export class Turn {
   async receive(signal) {
     const options = { model: 'everloop', stream: true, stream_options: { include_usage: true } };
     const place = await this.page.place(this);
-    this.conversation = place.conversation ?? '';
+    this.conversation = place?.conversation ?? '';
+    this.isUnkept = place === null;
     const body = { ...options, user: this.page.user, messages: this.history(), ...place };
     let reason = '';
     for await (const data of events(await call('/v1/chat/completions', { method: 'POST', body, signal }))) {
@@ -182,6 +184,7 @@ export class Turn {
     let note = this.answer ? '' : 'The answer came back empty.';
     if (reason === 'stopped') note = 'You stopped this answer.';
     if (reason === 'length') note = 'This answer reached its length limit.';
+    if (this.isUnkept) note = `${note} It is not in the list: chats could not be kept just then.`.trim();
     this.part('.note').textContent = note;
     this.part('.actions').hidden = !this.episode;
     return note;
@@ -304,7 +307,7 @@ export class Turn {
   sendCorrection() {
     const text = this.field.value.trim();
     if (!text || text === this.answer.trim()) return this.saving.say('.editor', 'Change the text first.');
-    if (text === this.correction) return this.part('.editor .again').click(); // Not a second one.
+    if (text === this.correction) return this.openEditor(false); // Not a second one.
     this.correction = text;
     this.save('.editor', { kind: 'correction', text }, () => {
       this.saving.say('.editor', 'Sent. Thank you.');

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from deploy import audit
 from deploy.pages.rendering import Chart, Page, Series
+from feedback.tables import User
 from infra.db import transaction
 from infra.text import CleanText
 
@@ -30,10 +32,15 @@ def audit_page(
     automatic = {"people": False, "platform": True}.get(by)
     limit = CSV_ROWS if csv else PAGE_ROWS + 1
     with transaction(request.app.state.sessions) as session:
-        found = audit.newest(session, limit, before_id=before_id, automatic=automatic, subject=about or None)
+        person = session.get(User, about) if about else None
+        subject = person.key_id if person else about or None
+        found = audit.newest(session, limit, before_id=before_id, automatic=automatic, subject=subject)
+        keys = sa.select(User.key_id, User.user_id).where(User.key_id.in_({e.subject for e in found}))
+        people = dict(session.execute(keys).tuples().all())
     entries, has_more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
     context = {
         "entries": entries,
+        "people": people,  # the log names them by their keys, which say nothing once they are forgotten
         "by": by,
         "about": about,
         "before_id": before_id,

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
+from deploy import runs
 from infra.db import Sessions, transaction
 from infra.errors import UnavailableError
 
@@ -19,6 +20,7 @@ router = APIRouter(prefix="/operate", include_in_schema=False)
 
 LOOK_EVERY_S = 1.0
 ALIVE_LOOKS = 15
+UNKNOWN = "?"  # what could not be read may have changed
 
 # One look for all topics; each is the newest id, or something as small, of what its pages show.
 _STAMPS = sa.text("""
@@ -30,8 +32,11 @@ _STAMPS = sa.text("""
          FROM deployment_head h) AS canary,
         (SELECT string_agg(concat_ws('/', id, status, phase, phase_done, cancel_requested), ' ')
          FROM (SELECT * FROM training_runs ORDER BY started_at DESC LIMIT 5) newest) AS runs,
-        (SELECT string_agg(concat_ws('/', url, is_up, problem), ' ' ORDER BY url) FROM replicas) AS replicas,
-        (SELECT max(update_seq) FROM reward_state)::text AS reward,
+        (SELECT string_agg(concat_ws('/', url, is_up, seen_at > now() - interval '2 minutes', problem), ' '
+                           ORDER BY url)
+         FROM replicas) AS replicas,
+        (SELECT concat_ws('/', max(update_seq), max(updated_at)) FROM reward_state) AS reward,
+        (SELECT count(*) FROM dead_letters WHERE state = 'open')::text AS log,
         (SELECT max(seq) FROM feedback)::text AS signals,
         (SELECT max(id) FROM episodes) AS episodes
 """)
@@ -41,7 +46,8 @@ def _read(sessions: Sessions) -> dict[str, str | None]:
     """Return the stamps; none where the database is away: a page goes on showing what it has."""
     try:
         with transaction(sessions) as session:
-            return dict(session.execute(_STAMPS).mappings().one())
+            stamps = dict(session.execute(_STAMPS).mappings().one())
+            return stamps | {"runs": f"{stamps['runs']} {runs.is_training(session)}"}
     except UnavailableError:
         return {}
 
@@ -73,7 +79,7 @@ class Pulse:
         while self._listeners:
             await asyncio.sleep(LOOK_EVERY_S)
             found = await anyio.to_thread.run_sync(_read, self.sessions)
-            changed = [topic for topic, stamp in found.items() if self._seen.get(topic, stamp) != stamp]
+            changed = [topic for topic, stamp in found.items() if self._seen.get(topic, UNKNOWN) != stamp]
             self._seen |= found
             for queue in self._listeners:
                 queue.put_nowait(changed)
@@ -84,7 +90,7 @@ async def _events(pulse: Pulse, is_stopping: Callable[[], bool]) -> AsyncIterato
     """Yield the topics that changed, in one event per look."""
     num_silent = 0
     async with pulse.listen() as changes:
-        yield "retry: 2000\n\n"  # whoever reads the page anew now misses nothing
+        yield "retry: 2000\nevent: ready\ndata: \n\n"  # whoever reads the page anew now misses nothing
         while not is_stopping():
             changed = await changes.get()
             num_silent = 0 if changed else num_silent + 1

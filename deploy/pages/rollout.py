@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deploy import autonomy, canary, explanation, head, loop
+from deploy.api import CanaryId
 from deploy.canary import Follower
 from deploy.followers import Followers
 from deploy.gates import wilson_interval
@@ -30,7 +31,7 @@ def rollout_page(request: Request, csv: str | None = None) -> Response:
 
 
 @router.get("/rollout/{canary_id}")
-def canary_page(canary_id: int, request: Request, csv: str | None = None) -> Response:
+def canary_page(canary_id: CanaryId, request: Request, csv: str | None = None) -> Response:
     """Serve a canary."""
     return _respond(request, canary_id, csv)
 

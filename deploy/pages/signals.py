@@ -17,6 +17,7 @@ from deploy.signals import Found, Wanted
 from feedback.acceptance import COLUMNS
 from feedback.signals import KINDS
 from infra.db import Sessions, transaction
+from infra.errors import EverloopError
 from infra.text import CleanText
 from reward import report
 
@@ -60,21 +61,28 @@ def feedback_page(request: Request, asked: Asked, before: Text = "") -> Response
 def export(request: Request, asked: Asked) -> StreamingResponse:
     """Stream all that a search finds, a line each."""
     headers = {"Content-Disposition": 'attachment; filename="everloop-feedback.jsonl"'}
-    lines = _lines(request.app.state.sessions, asked)
+    sessions = request.app.state.sessions
+    lines = _lines(sessions, asked, _page(sessions, asked))  # what is too wide is refused before anything is sent
     return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
 
 
-def _lines(sessions: Sessions, asked: Wanted) -> Iterator[str]:
+def _page(sessions: Sessions, asked: Wanted) -> list[Found]:
+    with transaction(sessions) as session:
+        return signals.search(session, asked, EXPORT_ROWS)
+
+
+def _lines(sessions: Sessions, asked: Wanted, found: list[Found]) -> Iterator[str]:
     """Yield lines page by page, so that neither memory nor a transaction grows with them."""
-    before: str | None = None
-    while True:
-        with transaction(sessions) as session:
-            found = signals.search(session, replace(asked, before=before), EXPORT_ROWS)
+    while found:
         for row in found:
             yield json.dumps(_line(row), ensure_ascii=False) + "\n"
         if len(found) < EXPORT_ROWS:
             return
-        before = found[-1].signal.id
+        try:
+            found = _page(sessions, replace(asked, before=found[-1].signal.id))
+        except EverloopError as error:  # too late for another status
+            yield json.dumps(error.envelope()) + "\n"
+            return
 
 
 def _line(found: Found) -> dict[str, Any]:

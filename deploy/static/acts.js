@@ -10,27 +10,31 @@ const confirm = find(dialog, '#act-confirm', HTMLInputElement);
 const problem = find(dialog, '#act-problem', HTMLElement);
 const replicas = find(dialog, '#act-replicas', HTMLElement);
 const doIt = find(dialog, '#act-do', HTMLButtonElement);
+const keep = find(dialog, '#act-keep', HTMLButtonElement);
 const told = find(document, '#told', HTMLElement);
 
 /** @type {HTMLElement | null} */
-let asked = null;
+let button = null; // That was pressed; a refresh may make it another one's.
+/** @type {DOMStringMap} */
+let asked = {}; // What it said then.
+let isBusy = false;
 
 /** Says what was done, where everybody sees it. @param {string} text */
 export function tell(text) {
   told.textContent = text;
-  told.hidden = !text;
 }
 
-/** @param {HTMLElement} button */
-function ask(button) {
-  asked = button;
-  const { title = '', says = '', confirm: word = '' } = button.dataset;
+/** @param {HTMLElement} pressed */
+function ask(pressed) {
+  button = pressed;
+  asked = { ...pressed.dataset };
+  const { title = '', says = '', confirm: word = '' } = asked;
   find(dialog, '#act-title', HTMLElement).textContent = title;
   find(dialog, '#act-text', HTMLElement).textContent = says;
   find(dialog, '#act-word', HTMLElement).textContent = word;
   find(dialog, '#act-typed', HTMLElement).hidden = !word;
-  doIt.textContent = (button.textContent ?? '').trim();
-  doIt.className = button.className;
+  doIt.textContent = (pressed.textContent ?? '').trim();
+  doIt.className = pressed.className;
   problem.textContent = reason.value = confirm.value = '';
   replicas.hidden = true;
   replicas.replaceChildren();
@@ -56,44 +60,51 @@ async function watch(release, signal) {
   }
 }
 
-/** @param {() => Promise<void>} refresh */
+/** @param {() => Promise<boolean>} refresh */
 async function act(refresh) {
-  if (!asked) return;
-  const { path = '', method, body, watch: release } = asked.dataset;
-  const name = asked.dataset.title?.replace(/\?$/, '') ?? '';
+  const { path = '', method, body, watch: release } = asked;
+  const name = asked.title?.replace(/\?$/, '') ?? '';
   const progress = new AbortController();
-  doIt.setAttribute('aria-disabled', 'true');
+  isBusy = true;
+  for (const each of [doIt, keep]) each.setAttribute('aria-disabled', 'true');
   problem.textContent = '';
   if (release) watch(release, progress.signal);
   try {
     await call(path, { method, body: { ...JSON.parse(body ?? '{}'), reason: reason.value.trim() } });
     dialog.close();
     await refresh();
+    settleFocus();
     tell(`Done: ${name}.`);
   } catch (error) {
     problem.textContent = error instanceof Problem ? error.message : String(error);
   } finally {
     progress.abort();
-    doIt.removeAttribute('aria-disabled');
+    isBusy = false;
+    for (const each of [doIt, keep]) each.removeAttribute('aria-disabled');
   }
 }
 
-/** Has buttons that act ask first. @param {() => Promise<void>} refresh */
+/** The button may have gone with what it did. */
+function settleFocus() {
+  if (button?.isConnected) button.focus();
+  else find(document, '#main', HTMLElement).focus();
+}
+
+/** Has buttons that act ask first. @param {() => Promise<boolean>} refresh */
 export function listen(refresh) {
   document.addEventListener('click', (event) => {
-    const button = event.target instanceof Element ? event.target.closest('[data-act]') : null;
-    if (button instanceof HTMLElement) ask(button);
+    const pressed = event.target instanceof Element ? event.target.closest('[data-act]') : null;
+    if (pressed instanceof HTMLElement) ask(pressed);
   });
-  find(dialog, '#act-keep', HTMLButtonElement).addEventListener('click', () => dialog.close());
-  dialog.addEventListener('close', () => {
-    // The button may have gone with what it did.
-    if (asked?.isConnected) asked.focus();
-    else find(document, '#main', HTMLElement).focus();
+  keep.addEventListener('click', () => isBusy || dialog.close());
+  dialog.addEventListener('cancel', (event) => {
+    if (isBusy) event.preventDefault(); // It is being done: how it ends has to be seen.
   });
+  dialog.addEventListener('close', settleFocus);
   find(dialog, 'form', HTMLFormElement).addEventListener('submit', (event) => {
     event.preventDefault();
-    if (doIt.hasAttribute('aria-disabled') || !asked) return;
-    const word = asked.dataset.confirm;
+    if (isBusy) return;
+    const word = asked.confirm;
     if (!reason.value.trim()) problem.textContent = 'Say why; it is kept with what you do.';
     else if (word && confirm.value.trim() !== word) problem.textContent = `Type ${word} to confirm.`;
     else act(refresh);

@@ -58,6 +58,7 @@ function show(prompt, order, answers, isBlind, names) {
     } else ties += 1;
     name();
     item.querySelectorAll('button').forEach((each) => each.remove());
+    find(document, '#ask-prompt', HTMLInputElement).focus(); // The button that was pressed is gone.
     count(names);
   });
   find(document, '#asked', HTMLElement).prepend(item);

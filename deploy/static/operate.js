@@ -36,19 +36,22 @@ const KEEP = {
     !(node instanceof HTMLCanvasElement || (name === 'open' && node instanceof HTMLDetailsElement)),
 };
 
-/** Reads the page anew, and changes what has changed in it. */
+/** Reads the page anew, and changes what has changed in it; tells whether it could. */
 export async function refresh() {
-  const response = await fetch(location.href, { headers: { accept: 'text/html' } }).catch(() => null);
-  if (!response?.ok) {
-    show('away');
-    return;
+  try {
+    const response = await fetch(location.href, { headers: { accept: 'text/html' } });
+    if (!response.ok) return false;
+    const page = new DOMParser().parseFromString(await response.text(), 'text/html');
+    const main = find(page, '#main', HTMLElement);
+    Idiomorph.morph(find(document, '#main', HTMLElement), main, {
+      morphStyle: 'outerHTML', restoreFocus: true, callbacks: KEEP,
+    });
+    dress();
+    return true;
+  } catch (error) {
+    if (!(error instanceof TypeError)) console.error(error); // Else the server could not be reached.
+    return false;
   }
-  const page = new DOMParser().parseFromString(await response.text(), 'text/html');
-  const main = find(page, '#main', HTMLElement);
-  Idiomorph.morph(find(document, '#main', HTMLElement), main, {
-    morphStyle: 'outerHTML', restoreFocus: true, callbacks: KEEP,
-  });
-  dress();
 }
 
 function dress() {
@@ -56,38 +59,59 @@ function dress() {
   draw(document);
 }
 
-function follow() {
-  const topics = new Set(find(document, '#main', HTMLElement).dataset.live?.split(' ').filter(Boolean));
-  if (!topics.size) {
-    live.hidden = true;
-    return;
+/** Follows what the server says has changed, while somebody can see the page. */
+class Follower {
+  /** @type {EventSource | null} */
+  source = null;
+  isDue = false;
+  isReading = false;
+
+  /** @param {Set<string>} topics */
+  constructor(topics) {
+    this.topics = topics;
+    document.addEventListener('visibilitychange', () => this.listen());
+    addEventListener('pagehide', () => this.end());
+    addEventListener('pageshow', () => this.listen());
+    this.listen();
   }
-  const source = new EventSource('/operate/live');
-  let isDue = false;
-  let isReading = false;
-  const look = async () => {
-    if (isReading || document.hidden) return;
-    isReading = true;
-    while (isDue) {
-      isDue = false;
-      await refresh();
+
+  /** A page that nobody sees holds no connection: browsers have few of them for one server. */
+  listen() {
+    if (document.hidden) return this.end();
+    if (this.source) return;
+    this.source = new EventSource('/operate/live');
+    // What happened since the page was made was told to nobody.
+    this.source.addEventListener('ready', () => this.look(true));
+    this.source.addEventListener('error', () => show('away'));
+    this.source.addEventListener('changed', (event) => {
+      const changed = /** @type {string[]} */ (JSON.parse(event.data));
+      this.look(changed.some((topic) => this.topics.has(topic)));
+    });
+  }
+
+  end() {
+    this.source?.close();
+    this.source = null;
+  }
+
+  /** Reads the page where that is due, at most once a second, and again where it could not. @param {boolean} isDue */
+  async look(isDue) {
+    this.isDue ||= isDue;
+    if (this.isReading) return;
+    this.isReading = true;
+    while (this.isDue && this.source) {
+      this.isDue = !(await refresh());
+      show(this.isDue ? 'away' : 'live');
       await new Promise((done) => setTimeout(done, LEAST_MS));
     }
-    isReading = false;
-  };
-  source.addEventListener('open', () => {
-    isDue = true; // what happened since the page was made was told to nobody
-    show('live');
-    look();
-  });
-  source.addEventListener('error', () => show('away'));
-  source.addEventListener('changed', (event) => {
-    const changed = /** @type {string[]} */ (JSON.parse(event.data));
-    if (changed.some((topic) => topics.has(topic))) isDue = true;
-    look();
-  });
-  document.addEventListener('visibilitychange', look);
-  addEventListener('pagehide', () => source.close());
+    this.isReading = false;
+  }
+}
+
+function follow() {
+  const topics = new Set(find(document, '#main', HTMLElement).dataset.live?.split(' ').filter(Boolean));
+  live.hidden = !topics.size;
+  if (topics.size) new Follower(topics);
 }
 
 document.querySelector('nav [aria-current]')?.scrollIntoView({ block: 'nearest', inline: 'center' });

@@ -13,7 +13,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while it is there, nobody else may run an event loop
 def browser():
     if CHROMIUM is None:
         pytest.skip("No Chromium was found; install one or name it in CHROMIUM.")

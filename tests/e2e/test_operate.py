@@ -11,7 +11,7 @@ from deploy import autonomy, head, journal, registry
 from deploy.rollout import Event
 from deploy.runs import LOCK
 from deploy.tables import AuditEntry, Canary, Release
-from feedback.tables import Episode
+from feedback.tables import Episode, User
 from flows.bench.adapters import linear_shapes, write_adapter
 from infra.db import LongLock
 from reward.tables import GoldProbe, RewardUpdate
@@ -185,7 +185,7 @@ def test_a_run_is_followed_and_cancelled(page, go, stack, tmp_path):
     record.metric(phase="train", step=2, loss=1.5)
     record.metric(phase="peak", step=2, kl=4.0, proxy=1.0, gold=0.5, taken=True)
     go("/operate/learning")
-    row = page.locator(f'tr[data-run="{record.run_id}"]')
+    row = page.locator(f"tr#{record.run_id}")
     expect(row).to_contain_text("train 10 of 40, stopped, the next run goes on with it")
     with LongLock(stack.sessions, LOCK) as lock:
         assert lock.take()
@@ -231,12 +231,12 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):
     expect(rows).to_have_text("Nothing that fits.")
     assert "words=nobody-said-this" in page.url, "the search can be shared"
 
-    def last_action():
+    def last_action(said):
         with stack.sessions() as session:
-            found = session.query(RewardUpdate).filter_by(feedback_id=thumb).order_by(RewardUpdate.seq.desc())
+            found = session.query(RewardUpdate).filter_by(feedback_id=said).order_by(RewardUpdate.seq.desc())
             return (row := found.first()) and row.action
 
-    wait_until(lambda: last_action() == "add")
+    wait_until(lambda: last_action(thumb) == "add")
     go(f"/operate/feedback?words={word}")
     page.get_by_role("link", name="In context").click()
     expect(page.locator(".talk")).to_contain_text("What is a canal?")
@@ -247,7 +247,10 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):
     page.get_by_role("button", name="Exclude", exact=True).click()
     decide(page, "it was a test", "exclude")
     expect(page.locator("main")).to_contain_text("excluded by an operator", timeout=10_000)
-    wait_until(lambda: last_action() == "remove", what="what was learned from it stayed")
+    wait_until(lambda: last_action(thumb) == "remove", what="what was learned from it stayed")
+    with stack.sessions() as session:
+        probe = session.query(GoldProbe).filter_by(episode_id=episode).one().id
+    assert last_action(probe) == "remove", "what an operator judged of it stayed"
     receipt = wait_until(
         lambda: (
             (r := stack.http.get(f"/v1/feedback/{thumb}/receipt", headers={"X-Everloop-User": user}).json())[
@@ -262,12 +265,17 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):
         assert session.query(GoldProbe).filter_by(episode_id=episode).count() == 1
         assert not session.get_one(Episode, episode).learn
         assert session.query(AuditEntry).filter_by(action="answer_excluded", subject=episode).count() == 1
-    again = stack.http.post(f"/v1/episodes/{episode}/exclude", json={"reason": "again"})
-    assert again.json()["error"]["code"] == "not_learned_from"
+    expect(page.get_by_role("button", name="Judge it good")).to_have_count(0)
+    for path, body in (
+        (f"/v1/episodes/{episode}/exclude", {}),
+        ("/v1/probes", {"episode_id": episode, "good": True}),
+    ):
+        again = stack.http.post(path, json={"reason": "again", **body})
+        assert again.json()["error"]["code"] == "not_learned_from"
 
 
 def test_a_rater_is_excluded_and_reinstated(page, go, stack):
-    user = uuid.uuid4().hex
+    user = f"team/{uuid.uuid4().hex}"
     episode, _ = say(stack, user, kind="thumb", value=1)
 
     def ruling():
@@ -277,9 +285,17 @@ def test_a_rater_is_excluded_and_reinstated(page, go, stack):
     go(f"/operate/feedback/{episode}")
     expect(page.get_by_role("button", name=f"Exclude {user}")).to_be_visible(timeout=10_000)
     page.get_by_role("button", name=f"Exclude {user}").click()
+    # What is asked about stays, whatever becomes of the button while the page reads itself anew.
+    page.evaluate("""() => document.querySelectorAll('[data-act]').forEach((each) => {
+      each.dataset.body = '{"rater": "somebody else", "ruling": "banned"}';
+    })""")
     decide(page, "an advertiser", "exclude")
     expect(page.get_by_role("button", name=f"Reinstate {user}")).to_be_visible(timeout=10_000)
     assert "banned" in ruling()
+    with stack.sessions() as session:
+        row = session.query(AuditEntry).filter_by(action="rater_banned").order_by(AuditEntry.id.desc()).first()
+        assert row.subject == session.get_one(User, user).key_id, "a name stands where it cannot be erased"
+    assert user in stack.http.get("/operate/audit", params={"about": user}).text
     page.get_by_role("button", name=f"Reinstate {user}").click()
     decide(page, "an error")
     expect(page.get_by_role("button", name=f"Exclude {user}")).to_be_visible(timeout=10_000)
@@ -335,6 +351,28 @@ def test_a_page_says_when_it_is_not_live_and_catches_up(page, go, stack, problem
     expect(page.locator("#live")).to_have_text("live", timeout=10_000)
     assert problems and all("ERR_FAILED" in each for each in problems)
     problems.clear()
+
+
+def test_a_look_that_failed_is_tried_again(page, go, stack, release, problems):
+    go("/operate")
+    expect(page.locator("#live")).to_have_text("live")
+    failed = []
+
+    def fail_once(route):
+        if route.request.resource_type == "fetch" and not failed:
+            failed.append(1)
+            return route.fulfill(status=503, body="away")
+        return route.continue_()
+
+    page.route("**/operate", fail_once)
+    with stack.sessions.begin() as session:
+        assert autonomy.propose(session, stack.settings, "promote", release, actor="test", reason="a test")
+    expect(page.locator(".needs")).to_contain_text(f"Promote {release}?", timeout=10_000)
+    expect(page.locator("#live")).to_have_text("live")
+    assert failed and "503" in problems.pop()
+    (proposal,) = stack.http.get("/v1/proposals").json()
+    stack.http.post(f"/v1/proposals/{proposal['id']}/decline", json={"reason": "the test has ended"})
+    expect(page.locator(".needs")).to_have_count(0, timeout=10_000)
 
 
 @pytest.mark.parametrize(

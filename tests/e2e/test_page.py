@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from feedback.tables import Episode, Feedback
 from reward.tables import Solicitation
 from tests.conftest import wait_until
-from tests.e2e.browsing import ask, shoot
+from tests.e2e.browsing import ask, shoot, violations
 
 INVITATION = "Was this helpful?"
 
@@ -163,7 +163,8 @@ def test_of_two_answers_the_better_one_is_chosen_and_gone_on_with(page, stack, p
     shoot(page, "pair")
     chosen = pair.locator(".assistant").nth(1)
     text = chosen.locator(".text").inner_text()
-    pair.get_by_role("button", name="This one is better").nth(1).press("Enter")
+    assert violations(page) == []
+    pair.get_by_role("button", name="Answer 2 is better").press("Enter")
     expect(pair).to_have_count(0)
     expect(page.locator(".assistant")).to_have_count(1)
     expect(page.locator(".assistant .text")).to_have_text(text)

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from deploy import head
+from deploy import head, runs
 from deploy.runs import LOCK, TrainingRun
 from deploy.tables import Adapter
 from feedback import episodes
@@ -98,6 +98,12 @@ def close_canary(stack):
             head.close_canary(session, canary_id, decision="expired", evidence={}, actor="test", reason="a test")
 
 
+def runs_newest(stack):
+    with stack.sessions() as session:
+        [run] = runs.newest(session, 1)
+        return run.status, run.phase, run.result
+
+
 def running(stack):
     with stack.sessions() as session:
         return session.scalars(sa.select(TrainingRun).where(TrainingRun.status == "running")).all()
@@ -107,7 +113,7 @@ def test_a_night_that_was_killed_goes_on_where_its_last_checkpoint_was(stack):
     teach(stack)
     close_canary(stack)
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(GIVEN)], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert killed.returncode == -signal.SIGKILL, (killed.stderr[-2000:], runs_newest(stack))
     [run] = running(stack)
     run_dir = stack.settings.runs_dir / run.id
     assert 'recipe = "dpo"' in (run_dir / CONFIG_FILE).read_text()

@@ -272,6 +272,25 @@ def test_deleting_withdraws_every_kind_blanks_the_words_and_keeps_the_rest(ann, 
     assert ann("DELETE", f"/{ann.keeps()}")["num_turns"] == 0
 
 
+def test_nothing_can_be_said_of_what_was_deleted_however_close_behind(ann, database):
+    for _ in range(5):
+        own = ann.keeps()
+        answers = [record(database, "ann", "A secret?", "Yes.", own) for _ in range(4)]
+        bodies = [
+            {"episode_id": answer, "user": "ann", "kind": "comment", "text": "A secret.", "idempotency_key": answer}
+            for answer in answers
+        ]
+        with ThreadPoolExecutor(5) as pool:
+            saying = [pool.submit(ann.client.post, "/v1/feedback", json=body) for body in bodies]
+            pool.submit(ann, "DELETE", f"/{own}").result()
+            assert {each.result().status_code for each in saying} <= {202, 404}
+        refused = ann.client.post("/v1/feedback", json={**bodies[0], "idempotency_key": "later"})
+        assert refused.json()["error"]["code"] == "episode_not_found"
+        with database() as session:
+            said = session.scalars(sa.select(Feedback).where(Feedback.episode_id.in_(answers))).all()
+            assert [row.text for row in said if row.text is not None] == []
+
+
 def test_a_turn_that_ends_after_its_conversation_was_deleted_leaves_no_word(ann, database):
     own = ann.keeps()
     parent = record(database, "ann", "One?", "1", own)
@@ -390,6 +409,8 @@ def test_a_turn_of_the_assistant_is_kept_and_a_deleted_one_is_taken_out_of_the_r
     assert turns[1]["question"] == "What is wind?" and turns[1]["answer"] and turns[1]["finish_reason"]
     assert person("GET", f"/{own}")["updated_at"] > before
     signals = {person.says(first, kind="thumb", value=1), person.says(chunks[0].id, kind="implicit", name="copied")}
+    judged = {"episode_id": first, "good": False, "reason": "a test"}
+    signals.add(stack.http.post("/v1/probes", json=judged).json()["id"])
 
     def actions():
         with stack.sessions() as session:
@@ -403,5 +424,7 @@ def test_a_turn_of_the_assistant_is_kept_and_a_deleted_one_is_taken_out_of_the_r
     wait_until(lambda: set(actions()) == signals, what="the signals did not arrive")
     assert person("DELETE", f"/{own}")["num_signals_withdrawn"] == 2
     wait_until(lambda: set(actions().values()) == {"remove"}, what="they are still in the posterior")
+    refused = stack.http.post("/v1/probes", json=judged).json()["error"]
+    assert refused["code"] == "not_learned_from"
     receipts = stack.http.get("/v1/me/receipts", headers={"X-Everloop-User": user}).json()["data"]
     assert {r["status"] for r in receipts if r["id"] in signals} == {"superseded"}, "by the withdrawal"
