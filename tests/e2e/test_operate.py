@@ -9,9 +9,9 @@ from playwright.sync_api import expect
 
 from deploy import autonomy, head, journal, registry
 from deploy.rollout import Event
-from deploy.runs import LOCK
+from deploy.runs import LOCK, TrainingRun
 from deploy.tables import AuditEntry, Canary, Release
-from feedback.tables import Episode, User
+from feedback.tables import Episode, Feedback, User
 from flows.bench.adapters import linear_shapes, write_adapter
 from infra.db import LongLock
 from reward.tables import GoldProbe, RewardUpdate
@@ -326,6 +326,8 @@ def test_everybody_can_use_every_page(page, go, stack, release, scheme, width):
     with stack.sessions() as session:
         canary = session.query(Canary).order_by(Canary.id.desc()).first()
         names = [name for (name,) in session.query(Release.name).limit(2)]
+        runs = [f"/operate/runs/{run}" for (run,) in session.query(TrainingRun.id).limit(1)]
+        said = [f"/operate/feedback/{episode}" for (episode,) in session.query(Feedback.episode_id).limit(1)]
     paths = [
         "/operate",
         "/operate/releases",
@@ -335,6 +337,8 @@ def test_everybody_can_use_every_page(page, go, stack, release, scheme, width):
         "/operate/learning",
         "/operate/feedback",
         "/operate/audit",
+        *runs,
+        *said,
     ]
     for path in paths:
         go(path)
