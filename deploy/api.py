@@ -111,8 +111,7 @@ def get_deployment(request: Request) -> DeploymentView:
     followers: Followers = request.app.state.canary_followers
     with followers.lock, transaction(request.app.state.sessions) as session:
         current = head.read(session)
-        found = canary.get(session, current.canary_id) if current.canary_id else None
-        rollout = followers.catch_up(session, found).rollout if found else None
+        rollout = followers.open_rollout(session)
         return DeploymentView(
             version=current.version,
             champion=current.champion,

@@ -6,15 +6,11 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
-from sqlalchemy.orm import Session
 
 from deploy import audit
 from deploy.api import Reasoned, by_operator
-from feedback.tables import User
-from infra.errors import NotFoundError
 from infra.text import CleanText
 from reward import decisions
-from reward.raters import PROGRAM
 
 router = APIRouter(prefix="/v1", tags=["rewards"])
 Named = Annotated[CleanText, Path(max_length=200)]
@@ -54,21 +50,13 @@ def rule(body: RulingRequest, request: Request) -> Decided:
     The audit log, which nobody can change, names a person by their key only: it outlives their being forgotten.
     """
     with by_operator(request) as (session, actor):
-        rater = _rater(session, body.rater)
+        rater = decisions.rater_of(session, body.rater)
         decided = decisions.give_ruling(
             session, rater=rater, ruling=body.ruling, operator=actor, reason=body.reason
         )
         action = {"banned": "rater_banned", "cleared": "rater_cleared", None: "rater_reinstated"}[body.ruling]
         audit.write(session, actor=actor, action=action, subject=rater, reason=body.reason)
         return Decided(id=decided)
-
-
-def _rater(session: Session, name: str) -> str:
-    """Return under which name the reward model knows a user or program."""
-    known = session.get(User, name)
-    if known is None and not name.startswith(PROGRAM):
-        raise NotFoundError(f"There is no user {name!r}.", code="user_not_found", param="rater")
-    return name if known is None else known.key_id
 
 
 @router.post("/quarantines/{name}", status_code=202)

@@ -6,7 +6,9 @@ import threading
 
 from sqlalchemy.orm import Session
 
+from deploy import canary, head
 from deploy.canary import Follower
+from deploy.rollout import Rollout
 from deploy.tables import Canary
 
 MAX_KEPT = 16
@@ -25,11 +27,16 @@ class Followers:
         self.lock = threading.Lock()
         self._kept: dict[int, Follower] = {}
 
-    def catch_up(self, session: Session, canary: Canary) -> Follower:
+    def open_rollout(self, session: Session) -> Rollout | None:
+        """Return the open canary as its log has it by now; None where none is open."""
+        canary_id = head.read(session).canary_id
+        return self.catch_up(session, canary.get(session, canary_id)).rollout if canary_id else None
+
+    def catch_up(self, session: Session, found: Canary) -> Follower:
         """Return a canary as its log has it by now."""
-        follower = self._kept.pop(canary.id, None) or Follower()
-        follower.catch_up(session, canary)
-        self._kept[canary.id] = follower  # the last in the order is the one that was used last
+        follower = self._kept.pop(found.id, None) or Follower()
+        follower.catch_up(session, found)
+        self._kept[found.id] = follower  # the last in the order is the one that was used last
         for oldest in list(self._kept)[:-MAX_KEPT]:
             del self._kept[oldest]
         return follower

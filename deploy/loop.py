@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -71,21 +71,35 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """Who is served what, since when and why; and the engines, each with whether it was seen up lately."""
+class Now:
+    """What parts and decisions are told from, read once.
+
+    Attributes
+    ----------
+    rolls_back_to, yesterday
+        Where a rollback goes that names nothing; the champion of this time yesterday, where it was another.
+    changed
+        The act that made the champion one.
+    replicas
+        The engines, each with whether it was seen up lately.
+    rollout
+        The open canary as its log has it, if one is open.
+    """
 
     champion: str
     challenger: str | None
     share: float
-    version: int
     rolls_back_to: str | None
     changed: AuditEntry | None
     yesterday: str | None
     replicas: list[tuple[Replica, bool]]
+    rollout: Rollout | None
+    log: LogStatus
+    newest_run: TrainingRun | None
 
 
-def served(session: Session) -> Served:
-    """Return what the head says, and the act that made it so."""
+def read(session: Session, rollout: Rollout | None) -> Now:
+    """Return who is served what and why, and the state of what serves and learns."""
     current = head.read(session)
     changed = session.scalars(
         sa.select(AuditEntry)
@@ -93,15 +107,17 @@ def served(session: Session) -> Served:
         .order_by(AuditEntry.id.desc())
         .limit(1)
     ).first()
-    return Served(
+    return Now(
         champion=current.champion,
         challenger=current.challenger,
         share=current.share,
-        version=current.version,
         rolls_back_to=rolls_back_to(session),
         changed=changed,
         yesterday=_a_day_ago(session, current.champion),
         replicas=serving.replicas(session),
+        rollout=rollout,
+        log=metrics.read(session),
+        newest_run=next(iter(runs.newest(session, 1)), None),
     )
 
 
@@ -125,30 +141,21 @@ def rolls_back_to(session: Session) -> str | None:
         return None
 
 
-def parts(session: Session, settings: Settings, now: Served, rollout: Rollout | None) -> list[Part]:
-    """Return the parts in the order in which data goes round.
-
-    Parameters
-    ----------
-    rollout
-        The open canary as its log has it, if one is open.
-    """
-    log = metrics.read(session)
-    newest = runs.newest(session, 1)
-    judged = _newest_judged(session)
+def parts(session: Session, settings: Settings, now: Now) -> list[Part]:
+    """Return the parts in the order in which data goes round."""
     return [
         _people(session),
-        _log(log),
-        _reward(session, log),
-        _training(session, settings, newest[0] if newest else None),
-        _gate(judged),
-        _canary(session, rollout, now),
+        _log(now.log),
+        _reward(session, now.log),
+        _training(session, settings, now.newest_run),
+        _gate(runs.newest_judged(session)),
+        _canary(session, now),
         _champion(now),
     ]
 
 
 def _people(session: Session) -> Part:
-    since = _now(session) - RECENT
+    since = _time(session) - RECENT
     failed = sa.func.count().filter(Episode.status == "failed")
     answers, num_failed, people = session.execute(
         sa.select(sa.func.count(), failed, sa.func.count(Episode.user_id.distinct())).where(
@@ -220,7 +227,8 @@ def _gate(judged: TrainingRun | None) -> Part:
     return Part("Gate", health, f"{passed} of {len(gates)} passed", told, f"/operate/releases/{judged.release}")
 
 
-def _canary(session: Session, rollout: Rollout | None, now: Served) -> Part:
+def _canary(session: Session, now: Now) -> Part:
+    rollout = now.rollout
     if rollout is not None and now.challenger:
         votes = {arm: f"{tally.good}/{tally.votes}" for arm, tally in rollout.tallies.items()}
         told = f"{now.challenger}: {votes['challenger']} good votes against {votes['champion']}"
@@ -231,7 +239,7 @@ def _canary(session: Session, rollout: Rollout | None, now: Served) -> Part:
     return Part("Canary", "idle", "none open", told, "/operate/rollout")
 
 
-def _champion(now: Served) -> Part:
+def _champion(now: Now) -> Part:
     up = sum(is_up for _, is_up in now.replicas)
     well = sum(is_up and replica.problem is None for replica, is_up in now.replicas)
     health: Health = "good" if up and well == len(now.replicas) else "trouble"
@@ -239,42 +247,35 @@ def _champion(now: Served) -> Part:
     return Part("Champion", health, now.champion, told, f"/operate/releases/{now.champion}")
 
 
-def _newest_judged(session: Session) -> TrainingRun | None:
-    has_gates = TrainingRun.result["gates"].is_not(None)
-    judged = sa.select(TrainingRun).where(has_gates, TrainingRun.release.is_not(None))
-    return session.scalars(judged.order_by(TrainingRun.started_at.desc()).limit(1)).first()
-
-
-def _now(session: Session) -> datetime:
-    now: datetime = session.execute(sa.select(sa.func.now())).scalar_one()
-    return now
+def _time(session: Session) -> datetime:
+    time: datetime = session.execute(sa.select(sa.func.now())).scalar_one()
+    return time
 
 
 # -- what waits for somebody ------------------------------------------------------------------------
 
 
-def decisions(session: Session, now: Served, rollout: Rollout | None) -> list[Decision]:
+def decisions(session: Session, now: Now) -> list[Decision]:
     """Return what waits for an operator, the most pressing first."""
     return [
-        *_broken(session, now),
+        *_broken(now),
         *_proposed(session),
-        *_held(session, rollout),
+        *_held(now),
         *_bursts(session),
     ]
 
 
-def _broken(session: Session, now: Served) -> Iterator[Decision]:
+def _broken(now: Now) -> Iterator[Decision]:
     for replica, is_up in now.replicas:
         if not is_up or replica.problem:
             away = "nobody has looked at it lately" if replica.is_up else "it does not answer"
             told = replica.problem or f"{away}; `everloop status` shows the parts"
             yield Decision(f"Engine {replica.url} is not well", told, f"/operate/releases/{now.champion}")
-    newest = runs.newest(session, 1)
-    if newest and newest[0].status == "failed":
-        told = str((newest[0].result or {}).get("reason", "its log says why"))
-        yield Decision("The last run failed", told, f"/operate/runs/{newest[0].id}")
-    dead: dict[str, Any] = metrics.read(session).dead_letters
-    if dead:
+    newest = now.newest_run
+    if newest is not None and newest.status == "failed":
+        told = str((newest.result or {}).get("reason", "its log says why"))
+        yield Decision("The last run failed", told, f"/operate/runs/{newest.id}")
+    if dead := now.log.dead_letters:
         told = "`everloop log dead list` shows them; retry or drop each"
         title = f"{_plural(sum(dead.values()), 'event was', 'events were')} given up"
         yield Decision(title, told, "/operate/learning#log")
@@ -293,8 +294,8 @@ def _proposed(session: Session) -> Iterator[Decision]:
         )
 
 
-def _held(session: Session, rollout: Rollout | None) -> Iterator[Decision]:
-    if rollout is not None and rollout.is_held:
+def _held(now: Now) -> Iterator[Decision]:
+    if now.rollout is not None and now.rollout.is_held:
         told = "an operator holds it; nothing is decided by itself until it is resumed"
         yield Decision("The canary is held", told, "/operate/rollout")
 

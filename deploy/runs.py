@@ -82,6 +82,13 @@ def metrics(runs_dir: Path, run_id: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half written
 
 
+def newest_judged(session: Session) -> TrainingRun | None:
+    """Return the newest run whose release was judged by gates; None where none was."""
+    has_gates = TrainingRun.result["gates"].is_not(None)
+    judged = sa.select(TrainingRun).where(has_gates, TrainingRun.release.is_not(None))
+    return session.scalars(judged.order_by(TrainingRun.started_at.desc()).limit(1)).first()
+
+
 def is_training(session: Session) -> bool:
     """Tell whether any process trains now; a run that is recorded as running without one was stopped or killed."""
     return is_locked(session, LOCK)

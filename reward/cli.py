@@ -12,7 +12,7 @@ from rich.table import Table
 
 from infra import report
 from infra.db import Sessions, connect, transaction
-from infra.errors import ConflictError, InvalidRequestError, NotFoundError
+from infra.errors import ConflictError, InvalidRequestError
 from infra.report import JsonPath
 from infra.settings import load
 from reward import CONSUMER
@@ -181,15 +181,10 @@ def backbone(
 
 
 def _rule(user: str, ruling: Any, reason: str, json_path: str | None) -> None:
-    from feedback.tables import User
-    from reward.decisions import give_ruling
-    from reward.raters import PROGRAM
+    from reward.decisions import give_ruling, rater_of
 
     with transaction(_sessions()) as session:
-        known = session.get(User, user)
-        if known is None and not user.startswith(PROGRAM):
-            raise NotFoundError(f"There is no user {user!r}.", code="user_not_found")
-        rater = user if known is None else known.key_id
+        rater = rater_of(session, user)
         found = give_ruling(session, rater=rater, ruling=ruling, operator=getpass.getuser(), reason=reason)
     report.write_json(json_path, {"ruling": found})
     report.say(f"{user}: {ruling or 'as their record says'}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from feedback.tables import Episode
+from feedback.tables import Episode, User
 from infra.errors import ConflictError, NotFoundError
 from infra.events import AnswerExcluded, ProbeJudged, RaterRuled
 from infra.ids import new_id
 from infra.log import outbox
-from reward.raters import Ruling
+from reward.raters import PROGRAM, Ruling
 from reward.tables import GoldProbe, RewardRater
 from reward.tables import Ruling as RulingRow
 
@@ -72,6 +72,20 @@ def give_ruling(
     event = RaterRuled(rater=rater, quarantine=quarantine, ruling=ruling)
     outbox.append(session, event, key=rater or str(quarantine), event_id=ruling_id)
     return ruling_id
+
+
+def rater_of(session: Session, name: str) -> str:
+    """Return under which name the reward model knows a user, or a program (``program:NAME``).
+
+    Raises
+    ------
+    NotFoundError
+        Code ``user_not_found``.
+    """
+    known = session.get(User, name)
+    if known is None and not name.startswith(PROGRAM):
+        raise NotFoundError(f"There is no user {name!r}.", code="user_not_found", param="rater")
+    return name if known is None else known.key_id
 
 
 def exclude(session: Session, episode_id: str) -> None:

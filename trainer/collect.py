@@ -19,6 +19,7 @@ from feedback.fold import Standing, standing_of
 from feedback.tables import Episode, Feedback, User
 from feedback.users import TOMBSTONE
 from infra.db import among
+from reward.observations import reason_against
 from reward.raters import CROWD
 from reward.state import reasons_against_raters
 from trainer.redactor import Redactor
@@ -164,13 +165,9 @@ def _usable(
 
 
 def _reason_against(episode: Episode) -> str | None:
-    if episode.excluded:
-        return "answer_excluded"
-    if not episode.learn:
-        return "no_consent"
-    if episode.status != "complete":
+    if episode.learn and episode.status != "complete":
         return f"answer_{episode.status}"
-    return None if episode.answer.strip() else "answer_empty"
+    return reason_against(episode)
 
 
 def _split(said: Sequence[_Said], set_aside: Counter[str]) -> tuple[list[_Said], list[_Said]]:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sqlalchemy.orm import Session
 
 from deploy import runs, signals
 from deploy.pages.rendering import SKILL, Chart, Page, Series
@@ -56,7 +54,7 @@ def learning_page(request: Request, csv: str | None = None) -> Response:
     counts = _counts(request, sessions)
     with transaction(sessions) as session:
         is_training = runs.is_training(session)
-        judged = _newest_with_gates(session)
+        judged = runs.newest_judged(session)
         context = {
             "counts": counts,
             "reward": counts.reward,
@@ -67,11 +65,6 @@ def learning_page(request: Request, csv: str | None = None) -> Response:
             "settings": settings,
         }
         return Page("learning.html", context, _charts(counts, settings, judged)).respond(request, csv)
-
-
-def _newest_with_gates(session: Session) -> TrainingRun | None:
-    query = sa.select(TrainingRun).where(TrainingRun.result["gates"].is_not(None))
-    return session.scalars(query.order_by(TrainingRun.started_at.desc()).limit(1)).first()
 
 
 def skills(run: TrainingRun | None) -> list[dict[str, Any]]:
@@ -151,7 +144,6 @@ def run_page(run_id: CleanText, request: Request, csv: str | None = None) -> Res
             "run": run,
             "result": run.result or {},
             "is_stopped": run.status == "running" and not runs.is_training(session),
-            "skills": skills(run),
             "log": measured[-40:],
             "in_prefect": f"{prefect}/runs/flow-run/{run.flow_run_id}" if prefect and run.flow_run_id else None,
         }

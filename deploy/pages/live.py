@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from deploy import runs
+from deploy.serving import SEEN_WITHIN
 from infra.db import Sessions, transaction
 from infra.errors import UnavailableError
 
@@ -32,8 +33,8 @@ _STAMPS = sa.text("""
          FROM deployment_head h) AS canary,
         (SELECT string_agg(concat_ws('/', id, status, phase, phase_done, cancel_requested), ' ')
          FROM (SELECT * FROM training_runs ORDER BY started_at DESC LIMIT 5) newest) AS runs,
-        (SELECT string_agg(concat_ws('/', url, is_up, seen_at > now() - interval '2 minutes', problem), ' '
-                           ORDER BY url)
+        (SELECT string_agg(concat_ws('/', url, is_up, problem, seen_at > now() - CAST(:seen_within AS interval)),
+                           ' ' ORDER BY url)
          FROM replicas) AS replicas,
         (SELECT concat_ws('/', max(update_seq), max(updated_at)) FROM reward_state) AS reward,
         (SELECT count(*) FROM dead_letters WHERE state = 'open')::text AS log,
@@ -46,7 +47,7 @@ def _read(sessions: Sessions) -> dict[str, str | None]:
     """Return the stamps; none where the database is away: a page goes on showing what it has."""
     try:
         with transaction(sessions) as session:
-            stamps = dict(session.execute(_STAMPS).mappings().one())
+            stamps = dict(session.execute(_STAMPS, {"seen_within": SEEN_WITHIN}).mappings().one())
             return stamps | {"runs": f"{stamps['runs']} {runs.is_training(session)}"}
     except UnavailableError:
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deploy import audit, autonomy, canary, head, loop
+from deploy import audit, autonomy, loop
 from deploy.followers import Followers
 from deploy.pages.rendering import Page
 from infra.db import transaction
@@ -21,14 +21,11 @@ def now_page(request: Request) -> Response:
     settings = request.app.state.settings
     followers: Followers = request.app.state.canary_followers
     with followers.lock, transaction(request.app.state.sessions) as session:
-        served = loop.served(session)
-        canary_id = head.read(session).canary_id
-        rollout = followers.catch_up(session, canary.get(session, canary_id)).rollout if canary_id else None
+        now = loop.read(session, followers.open_rollout(session))
         context = {
-            "served": served,
-            "parts": loop.parts(session, settings, served, rollout),
-            "decisions": loop.decisions(session, served, rollout),
-            "sentence": rollout.sentence() if rollout else None,
+            "now": now,
+            "parts": loop.parts(session, settings, now),
+            "decisions": loop.decisions(session, now),
             "lately": audit.newest(session, NUM_LATELY),
             "autonomy": autonomy.level(session, settings),
         }

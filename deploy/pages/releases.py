@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
-from deploy import canary, explanation, head, registry, serving
-from deploy.lineage import lineage, releases
+from deploy import canary, explanation, head, serving
+from deploy.lineage import LineageView, lineage, releases
 from deploy.pages.rendering import Page
 from deploy.runs import TrainingRun
 from feedback.tables import Episode
@@ -66,23 +66,23 @@ def release_page(name: CleanText, request: Request) -> Response:
 def compare_page(request: Request, a: Name, b: Name) -> Response:
     """Serve two releases side by side: gates, votes where they met, and answers to the same prompts."""
     with transaction(request.app.state.sessions) as session:
-        names = [registry.get_release(session, name).name for name in (a, b)]
+        views = [lineage(session, name) for name in (a, b)]
+        names = [view.name for view in views]
         gates = [{gate["gate"]: gate for gate in canary.gates_before(session, name)} for name in names]
         context = {
             "names": names,
-            "views": [lineage(session, name) for name in names],
             "gates": [(gate, *(of.get(gate) for of in gates)) for gate in dict.fromkeys([*gates[0], *gates[1]])],
-            "met": _met(session, *names),
+            "met": _met(session, *views),
             "prompts": _prompts(session),
             "everything": [release.name for release in releases(session, limit=200)],
         }
         return Page("compare.html", context).respond(request)
 
 
-def _met(session: Session, one: str, other: str) -> dict[str, Any] | None:
+def _met(session: Session, one: LineageView, other: LineageView) -> dict[str, Any] | None:
     """Return the last canary in which two releases stood against each other, told with its difference."""
-    canaries = [found for found in lineage(session, one).canaries if other in (found.champion, found.challenger)]
-    if not canaries or one == other:
+    canaries = [found for found in one.canaries if other.name in (found.champion, found.challenger)]
+    if not canaries or one.name == other.name:
         return None
     return explanation.explain(session, canary.get(session, canaries[-1].id))
 

@@ -20,7 +20,7 @@ let asked = {}; // What it said then.
 let isBusy = false;
 
 /** Says what was done, where everybody sees it. @param {string} text */
-export function tell(text) {
+function tell(text) {
   told.textContent = text;
 }
 

@@ -9,7 +9,7 @@ const COLOURS = ['--accent', '--danger', '--code-name', '--code-word'];
 /** @param {string} name */
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** @param {Element} figure */
+/** @typedef {ReturnType<typeof read>} Table @param {Element} figure */
 function read(figure) {
   const heads = [...figure.querySelectorAll('thead th')];
   const rows = [...figure.querySelectorAll('tbody tr')].map((row) =>
@@ -21,9 +21,8 @@ function read(figure) {
 /** @param {string} text */
 const value = (text) => text === '' ? null : Number(text);
 
-/** @param {Element} figure */
-function datasets(figure) {
-  const { heads, rows, isNamed } = read(figure);
+/** @param {Table} table */
+function datasets({ heads, rows, isNamed }) {
   let number = 0;
   return heads.slice(1).flatMap((head, index) => {
     const style = head instanceof HTMLElement ? head.dataset.style : 'line';
@@ -39,11 +38,10 @@ function datasets(figure) {
   });
 }
 
-/** @param {HTMLElement} figure */
-function options(figure) {
+/** @param {HTMLElement} figure @param {Table} table */
+function options(figure, { heads, isNamed }) {
   const ink = colour('--muted');
   const grid = { color: colour('--line') };
-  const { heads, isNamed } = read(figure);
   const title = { display: true, text: heads[0]?.textContent ?? '', color: ink };
   const unit = figure.dataset.unit ? { display: true, text: figure.dataset.unit, color: ink } : { display: false };
   const x = isNamed ? { type: 'category', ticks: { color: ink }, grid } : { type: 'linear', title, ticks: { color: ink }, grid };
@@ -70,16 +68,15 @@ export async function draw(root) {
   for (const figure of figures) {
     const canvas = figure.querySelector('canvas');
     if (!canvas || !(figure instanceof HTMLElement)) continue;
+    const table = read(figure);
+    const data = { datasets: datasets(table), labels: table.rows.map(([x]) => x) };
+    const config = /** @type {any} */ ({ type: table.isNamed ? 'bar' : 'line', data, options: options(figure, table) });
     const known = drawn.get(canvas);
-    const data = /** @type {any} */ ({ datasets: datasets(figure), labels: read(figure).rows.map(([x]) => x) });
     if (known) {
-      known.data = data;
-      known.options = /** @type {any} */ (options(figure));
+      known.data = config.data;
+      known.options = config.options;
       known.update('none');
-    } else {
-      const type = read(figure).isNamed ? 'bar' : 'line';
-      drawn.set(canvas, new Chart(canvas, /** @type {any} */ ({ type, data, options: options(figure) })));
-    }
+    } else drawn.set(canvas, new Chart(canvas, config));
   }
 }
 

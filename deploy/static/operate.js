@@ -37,7 +37,7 @@ const KEEP = {
 };
 
 /** Reads the page anew, and changes what has changed in it; tells whether it could. */
-export async function refresh() {
+async function refresh() {
   try {
     const response = await fetch(location.href, { headers: { accept: 'text/html' } });
     if (!response.ok) return false;
