@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from agent.schema import ChatRequest, chunk, completion, usage
 from agent.turn import Turn
@@ -24,6 +24,8 @@ from infra.errors import EverloopError
 from infra.settings import ASSISTANT_MODEL
 
 STATIC_DIR = Path(__file__).parent / "static"
+
+HUNG_UP = 499  # nobody is there to read it
 
 router = APIRouter(tags=["assistant"])
 
@@ -76,17 +78,26 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     turn = Turn(state.book, state.fleet, state.settings, body)
     if not body.stream:
         return await _whole_answer(turn, request)
-    await turn.begin()
-    return ClosingStream(
-        _server_sent_events(turn),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        background=BackgroundTask(state.self_evaluator.offer, turn.recording),
-    )
+    if not await _while_there(request, turn.begin):
+        return Response(status_code=HUNG_UP)
+    return TurnStream(turn, BackgroundTask(state.self_evaluator.offer, turn.recording))
 
 
-class ClosingStream(StreamingResponse):
-    """A stream whose source is closed with it, so that a client's hanging up reaches the engine at once."""
+class TurnStream(StreamingResponse):
+    """A turn as server-sent events, closed with them: that the client hung up reaches the engine at once."""
+
+    def __init__(self, turn: Turn, background: BackgroundTask) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(
+            _server_sent_events(turn), media_type="text/event-stream", headers=headers, background=background
+        )
+        self.turn = turn
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.turn.close()  # of a client who hung up before the first event, nothing was iterated
 
     async def stream_response(self, send: Send) -> None:
         async with aclosing(self.body_iterator):  # type: ignore[type-var]
@@ -112,8 +123,8 @@ async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-async def _whole_answer(turn: Turn, request: Request) -> Response:
-    """Generate the answer; a client that hangs up, be it in the queue, stops the engine."""
+async def _while_there(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
+    """Do the work while the client waits for it, be it in the queue; return False where it hung up instead."""
     is_gone = False
     async with anyio.create_task_group() as tasks:
 
@@ -127,17 +138,24 @@ async def _whole_answer(turn: Turn, request: Request) -> Response:
         tasks.start_soon(watch_client)
         error: EverloopError | None = None
         try:
-            await turn.begin()
-            async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
-                async for _ in deltas:
-                    pass
-        except EverloopError as caught:
+            await work()
+        except EverloopError as caught:  # out of here it would be a group of one
             error = caught
         tasks.cancel_scope.cancel()
     if error is not None:
         raise error
-    if is_gone:
-        return Response(status_code=499)
+    return not is_gone
+
+
+async def _whole_answer(turn: Turn, request: Request) -> Response:
+    async def generate() -> None:
+        await turn.begin()
+        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
+            async for _ in deltas:
+                pass
+
+    if not await _while_there(request, generate):
+        return Response(status_code=HUNG_UP)
     recording = turn.recording
     used = usage(recording.num_prompt_tokens, len(recording.token_ids))
     return JSONResponse(

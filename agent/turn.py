@@ -26,7 +26,7 @@ class Turn:
     """An answer from its request to its episode.
 
     Use :meth:`begin`, then iterate :meth:`deltas` to the end, or close it early: the episode is written
-    either way, marked complete, interrupted or failed.
+    either way, marked complete, interrupted or failed. Whoever may never come to iterate calls :meth:`close`.
     """
 
     def __init__(self, book: Book, fleet: Fleet, settings: Settings, body: ChatRequest) -> None:
@@ -39,6 +39,7 @@ class Turn:
         self._key: SubjectKey
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
+        self._is_closed = False
         self._started_s = time.perf_counter()
 
     async def begin(self) -> None:
@@ -91,15 +92,15 @@ class Turn:
             self._events = await self._stream.__aenter__()
         except (EngineError, UnavailableError):
             if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
-                await self._end("failed")
+                self.recording.status = "failed"
+                await self._end()
             raise
         except anyio.get_cancelled_exc_class():  # the client is gone
             with anyio.CancelScope(shield=True):
-                await self._end("interrupted")
+                await self._end()
             raise
 
-    async def _end(self, status: str) -> None:
-        self.recording.status = status
+    async def _end(self) -> None:
         self.recording.latency_ms = self._elapsed_ms()
         await self.book.end(self.recording, self._key)
 
@@ -126,24 +127,30 @@ class Turn:
 
         Closing it early stops the engine and writes the episode as interrupted.
         """
-        status = "interrupted"
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]
                 async for event in events:
                     text = self._take(event)
                     if text:
                         yield text
-            status = "complete" if self.recording.finish_reason else "failed"
+            self.recording.status = "complete" if self.recording.finish_reason else "failed"
         except EverloopError:
-            status = "failed"
+            self.recording.status = "failed"
             raise
         finally:
-            # The client may be gone and this task cancelled: the episode is written all the same.
-            with anyio.CancelScope(shield=True):
-                try:
-                    await self._stream.__aexit__(None, None, None)
-                finally:
-                    await self._end(status)
+            await self.close()
+
+    async def close(self) -> None:
+        """Stop the engine and write the episode, if that has not been done; needs a turn that has begun."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # The client may be gone and this task cancelled: the episode is written all the same.
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._stream.__aexit__(None, None, None)
+            finally:
+                await self._end()
 
     def _take(self, event: dict[str, Any]) -> str:
         recording = self.recording

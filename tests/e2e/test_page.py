@@ -37,7 +37,7 @@ def test_an_answer_streams_in_and_a_thumb_is_saved_and_withdrawn(page, stack):
 
 def test_stop_keeps_the_partial_text_and_the_episode_is_interrupted(page, stack):
     ask(page, "Write a very long story about a lighthouse.")
-    answer = page.locator(".message.assistant")
+    answer = page.locator(".message.assistant .text")
     expect(answer).to_contain_text(re.compile(r"\w+ \w+ \w+"), timeout=60_000)
     page.press("textarea#prompt", "Escape")
     expect(page.locator("button#stop")).to_be_hidden(timeout=10_000)
@@ -162,7 +162,7 @@ def test_of_two_answers_the_better_one_is_chosen_and_gone_on_with(page, stack, p
     expect(pair.locator(".release").first).to_be_hidden()
     shoot(page, "pair")
     chosen = pair.locator(".assistant").nth(1)
-    text = chosen.locator(".text").inner_text()
+    text = chosen.locator(".text").text_content()
     assert violations(page) == []
     pair.get_by_role("button", name="Answer 2 is better").press("Enter")
     expect(pair).to_have_count(0)

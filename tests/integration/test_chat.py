@@ -1,6 +1,7 @@
 """The assistant through the official client, on a real engine."""
 
 import json
+import uuid
 
 import openai
 import pytest
@@ -75,6 +76,21 @@ def test_hanging_up_without_a_stream_stops_the_engine_too(stack):
             return session.query(Episode).filter_by(user_id="impatient", status="interrupted").first()
 
     wait_until(interrupted, what="the interrupted episode was not written")
+    wait_until(lambda: running_requests(stack) == 0, timeout_s=10, what="the engine goes on generating")
+
+
+def test_hanging_up_before_the_first_token_stops_the_engine_too(stack):
+    with pytest.raises(openai.APITimeoutError):
+        for _ in range(5):
+            prompt = " ".join(uuid.uuid4().hex[:5] for _ in range(250))  # not in the cache: seconds to read
+            stack.ask(prompt, stream=True, user="more impatient", timeout=0.3)
+
+    def interrupted():
+        with stack.sessions() as session:
+            return session.query(Episode).filter_by(user_id="more impatient", status="interrupted").first()
+
+    row = wait_until(interrupted, what="the interrupted episode was not written")
+    assert not row.token_ids and not row.answer
     wait_until(lambda: running_requests(stack) == 0, timeout_s=10, what="the engine goes on generating")
 
 

@@ -21,15 +21,15 @@ class Log:
 
     def __init__(self, session):
         self.session = session
-        uncut = self._take(max_user_share=1.0)
-        self.before = {example.episode_id for example in [*uncut.train, *uncut.gate]}
-        self.set_aside_before = self._take().set_aside
+        before = self._take()
+        self.before = {example.episode_id for example in [*before.train, *before.gate]}
+        self.set_aside_before = before.set_aside
 
-    def _take(self, **options):
-        return collect.take(self.session, Redactor(), **options)
+    def _take(self, max_user_share=1.0, **options):
+        return collect.take(self.session, Redactor(), max_user_share=max_user_share, **options)
 
     def take(self, **options):
-        """Return (train, gate, what this log added to what is set aside)."""
+        """Return (train, gate, what this log added to what is set aside); of nobody's answers is a share cut."""
         data = self._take(**options)
         train, gate = ([e for e in part if e.episode_id not in self.before] for part in (data.train, data.gate))
         added = {k: n - self.set_aside_before.get(k, 0) for k, n in data.set_aside.items()}
@@ -176,12 +176,12 @@ def test_nobody_is_more_than_their_share_of_a_crowd(log):
     for _ in range(2 * CROWD):
         somebody = user("quiet")
         log.say(somebody, log.answer(somebody, prompt()))
-    train, _, _ = log.take()
+    train, _, _ = log.take(max_user_share=collect.USER_SHARE)
     kept = [e.episode_id for e in train if e.episode_id in theirs]
     assert 0 < len(kept) < many and kept == theirs[-len(kept) :], "the newest stay"
     assert len(train) - len(kept) >= 2 * CROWD * 0.5, "of the others nothing is cut: they gave one answer each"
-    assert log._take().set_aside["over_user_cap"] >= many - len(kept)
-    whole, _, _ = log.take(max_user_share=1.0)
+    assert log._take(collect.USER_SHARE).set_aside["over_user_cap"] >= many - len(kept)
+    whole, _, _ = log.take()
     assert {e.episode_id for e in whole} - {e.episode_id for e in train} == set(theirs) - set(kept)
 
 
