@@ -10,6 +10,7 @@ import { draftOf, keepDraft } from './drafts.js';
 import { find, Problem, whoAsks } from './server.js';
 import { Pair } from './pair.js';
 import { Scroll } from './scroll.js';
+import { Sheets } from './sheets.js';
 import { Talks } from './talks.js';
 import { copied, Turn } from './turn.js';
 
@@ -94,6 +95,7 @@ const page = {
   },
   letGo: () => (scroll.isStuck = false),
 };
+const sheets = new Sheets(messages);
 const scroll = new Scroll(messages, () => older.hidden || void showOlder());
 const talks = new Talks(find(document, '#talks', HTMLElement), {
   user: whoAsks,
@@ -155,14 +157,11 @@ function edit(turn, keeps = false) {
   refresh();
 }
 
-/** Puts the shown versions on the page; what stays is not touched. */
+/** Puts the shown versions on the page. */
 function draw() {
   const path = talk.root.path();
   for (const turn of path) turn.count();
-  const wanted = path.flatMap(({ question, view, pair }) => [question, pair?.element ?? view]);
-  const there = new Set(wanted);
-  for (const part of [...messages.children]) if (!there.has(/** @type {HTMLElement} */ (part))) part.remove();
-  messages.append(...wanted.slice(messages.children.length));
+  sheets.show(path.flatMap(({ question, view, pair }) => [question, pair?.element ?? view]));
 }
 
 /** Brings the controls up to date. @param {AbortController | null} control */
@@ -230,7 +229,7 @@ async function showOlder() {
         here.add(rows.splice(0, TURNS_A_FRAME));
         const path = here.root.path();
         scroll.keep();
-        messages.prepend(...path.slice(0, path.indexOf(first)).flatMap(({ question, view }) => [question, view]));
+        sheets.prepend(path.slice(0, path.indexOf(first)).flatMap(({ question, view }) => [question, view]));
         await new Promise((resolve) => requestAnimationFrame(resolve));
       }
     } while (here === talk && here.before && scroll.isNearTop());

@@ -7,7 +7,7 @@ import { find } from './server.js';
 import { Turn } from './turn.js';
 
 export class Pair {
-  element = document.createElement('li');
+  element = document.createElement('div');
   note = document.createElement('p');
   buttons = /** @type {HTMLButtonElement[]} */ ([]);
 
@@ -27,9 +27,8 @@ export class Pair {
 
   /** @param {Turn} turn @param {Turn} other @param {number} number */
   side(turn, other, number) {
-    const [side, holder] = ['li', 'ol'].map((tag) => document.createElement(tag));
-    holder.append(turn.view);
-    side.append(holder, this.button(`Answer ${number} is better`, () => {
+    const side = document.createElement('li');
+    side.append(turn.view, this.button(`Answer ${number} is better`, () => {
       turn.prefer(other);
       this.end(turn);
     }));
