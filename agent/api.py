@@ -18,16 +18,20 @@ from starlette.types import Receive, Scope, Send
 from agent.schema import ChatRequest, chunk, completion, usage
 from agent.turn import Turn
 from deploy.tables import Release
+from feedback.episodes import Recording
+from infra.access.gate import SignedIn, needs
+from infra.access.roles import ANONYMOUS, Caller, Role
 from infra.db import transaction
 from infra.engine import LATEST, RUN_PREFIX
-from infra.errors import EverloopError
+from infra.errors import EverloopError, ForbiddenError
 from infra.settings import ASSISTANT_MODEL
 
 STATIC_DIR = Path(__file__).parent / "static"
 
 HUNG_UP = 499  # nobody is there to read it
 
-router = APIRouter(tags=["assistant"])
+router = APIRouter(tags=["assistant"], dependencies=[needs(Role.USER)])
+public = APIRouter(dependencies=[needs(None)], include_in_schema=False)
 
 
 @router.get("/", include_in_schema=False)
@@ -47,6 +51,18 @@ def api_page() -> FileResponse:
 def taught_page() -> FileResponse:
     """Serve the page on which people see what became of what they said, and ask to be forgotten."""
     return FileResponse(STATIC_DIR / "taught.html")
+
+
+@router.get("/account", include_in_schema=False)
+def account_page() -> FileResponse:
+    """Serve the page of one's account: password, keys, signing out."""
+    return FileResponse(STATIC_DIR / "account.html")
+
+
+@public.get("/login")
+def login_page() -> FileResponse:
+    """Serve the page on which one signs in."""
+    return FileResponse(STATIC_DIR / "login.html")
 
 
 @router.get("/v1/models")
@@ -72,15 +88,23 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat_completions(body: ChatRequest, request: Request) -> Response:
+async def chat_completions(body: ChatRequest, caller: SignedIn, request: Request) -> Response:
     """Answer. The response's ``id`` is the episode's id."""
     state = request.app.state
+    body.user = caller.speaks_for(body.user) or ANONYMOUS
+    if body.model != ASSISTANT_MODEL and not caller.role.reaches(Role.RATER):
+        raise ForbiddenError(
+            f"Use the model {ASSISTANT_MODEL!r}; to ask for a release by its name needs the role rater.",
+            code="role_needed",
+            param="model",
+        )
+    state.gate.limits.check_tokens(caller)
     turn = Turn(state.book, state.fleet, state.settings, body)
     if not body.stream:
-        return await _whole_answer(turn, request)
+        return await _whole_answer(turn, caller, request)
     if not await _while_there(request, turn.begin):
         return Response(status_code=HUNG_UP)
-    return TurnStream(turn, BackgroundTask(state.self_evaluator.offer, turn.recording))
+    return TurnStream(turn, BackgroundTask(_afterwards, request, caller, turn.recording))
 
 
 class TurnStream(StreamingResponse):
@@ -147,7 +171,14 @@ async def _while_there(request: Request, work: Callable[[], Awaitable[None]]) ->
     return not is_gone
 
 
-async def _whole_answer(turn: Turn, request: Request) -> Response:
+async def _afterwards(request: Request, caller: Caller, recording: Recording) -> None:
+    """Do what the client need not wait for."""
+    state = request.app.state
+    state.gate.limits.count_tokens(caller, recording.num_prompt_tokens + len(recording.token_ids))
+    await state.self_evaluator.offer(recording)
+
+
+async def _whole_answer(turn: Turn, caller: Caller, request: Request) -> Response:
     async def generate() -> None:
         await turn.begin()
         async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
@@ -167,7 +198,7 @@ async def _whole_answer(turn: Turn, request: Request) -> Response:
             recording.finish_reason,
             used,
         ),
-        background=BackgroundTask(request.app.state.self_evaluator.offer, recording),
+        background=BackgroundTask(_afterwards, request, caller, recording),
     )
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 
+import agent.access_api
 import agent.api
+import agent.oidc
 import deploy.api
 import deploy.decisions_api
 import deploy.pages
@@ -37,7 +41,16 @@ from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
 from infra import db
-from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra.access.gate import Gate, needs
+from infra.access.roles import Role
+from infra.errors import (
+    EverloopError,
+    InvalidRequestError,
+    SetupError,
+    TooManyError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from infra.fleet import Fleet
 from infra.log.metrics import LogCollector
 from infra.process import setup_logging
@@ -47,9 +60,11 @@ from infra.settings import Settings, load
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 
 
-operations = APIRouter()
+operations = APIRouter(dependencies=[needs(Role.OPERATOR)])
 ROUTERS = (
-    *(agent.api.router, feedback.api.router, feedback.conversations_api.router, reward.api.router),
+    *(agent.api.router, agent.api.public, agent.access_api.public, agent.access_api.router, agent.access_api.admin),
+    agent.oidc.router,
+    *(feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
     *deploy.pages.ROUTERS,
 )
@@ -82,6 +97,7 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.sessions = db.connect(settings.need("database_url"), pool_size=10)
+        app.state.gate = Gate(app.state.sessions, settings)
         app.state.canary_followers = Followers()
         app.state.pulse = Pulse(app.state.sessions)
         routes = RouteTable(app.state.sessions)
@@ -110,7 +126,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    app.add_middleware(Guard, max_request_bytes=settings.max_request_bytes)
+    app.add_middleware(Guard, settings=settings)
     for router in ROUTERS:
         app.include_router(router)
     app.include_router(operations)
@@ -132,10 +148,20 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _error_response(request: Request, error: EverloopError) -> Response:
+    if isinstance(error, UnauthorizedError) and _is_page(request):
+        return RedirectResponse(f"/login?{urlencode({'next': request.url.path})}", status_code=303)
     if request.url.path.startswith(deploy.pages.PREFIX):
         return deploy.pages.failed(request, error)
-    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, UnavailableError) else None
+    headers = {}
+    if isinstance(error, UnavailableError | TooManyError):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
+
+
+def _is_page(request: Request) -> bool:
+    return request.method == "GET" and "text/html" in request.headers.get("accept", "")
 
 
 async def _everloop_error(request: Request, error: Exception) -> Response:
@@ -183,7 +209,13 @@ def main() -> None:
     """Run the API as a process."""
     setup_logging()
     settings = load()
-    options: dict[str, Any] = {"host": "127.0.0.1", "port": settings.api_port or 8080}
+    if settings.access == "open" and not ipaddress.ip_address(settings.api_host).is_loopback:
+        raise SetupError(
+            f"EVERLOOP_ACCESS=open lets in whoever reaches the port, and {settings.api_host} is not this machine "
+            "alone. Use EVERLOOP_ACCESS=accounts, or EVERLOOP_API_HOST=127.0.0.1.",
+            code="open_to_all",
+        )
+    options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port or 8080}
     app = build_app(settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10, **options)
     server = uvicorn.Server(config)

@@ -11,7 +11,7 @@ import typer
 
 from infra import report
 from infra.errors import EverloopError
-from infra.settings import load
+from infra.settings import Settings, load
 
 THUMBS = {"/up": 1, "/down": -1, "/undo": 0}
 
@@ -30,8 +30,9 @@ def chat(
     """Talk to the assistant; /up, /down and /undo rate the last answer, Ctrl-D leaves."""
     import openai
 
-    url = load().need("public_url")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    settings = load()
+    url, key = settings.need("public_url"), settings.service_key or "unused"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     messages: list[dict[str, str]] = []
     episode_id: str | None = None
     while True:
@@ -40,7 +41,7 @@ def chat(
         except (EOFError, KeyboardInterrupt):
             return
         if text in THUMBS:
-            _rate(url, episode_id, THUMBS[text])
+            _rate(settings, episode_id, THUMBS[text])
         elif text:
             messages.append({"role": "user", "content": text})
             episode_id, answer = _answer(client, model, messages)
@@ -77,7 +78,7 @@ def _answer(client: object, model: str, messages: list[dict[str, str]]) -> tuple
     return episode_id, "".join(parts)
 
 
-def _rate(url: str, episode_id: str | None, value: int) -> None:
+def _rate(settings: Settings, episode_id: str | None, value: int) -> None:
     if episode_id is None:
         report.say("there is no answer to rate yet")
         return
@@ -88,5 +89,6 @@ def _rate(url: str, episode_id: str | None, value: int) -> None:
         "value": value,
         "idempotency_key": uuid.uuid4().hex,
     }
-    response = httpx.post(f"{url}/v1/feedback", json=body, trust_env=False)
+    url, headers = f"{settings.public_url}/v1/feedback", settings.credentials
+    response = httpx.post(url, json=body, trust_env=False, headers=headers)
     report.say("noted" if response.status_code == 202 else response.text)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.orm import Session
 
 from deploy import audit, autonomy, canary, explanation, head, loop
 from deploy.followers import Followers
 from deploy.promotion import Operator
 from feedback.addresses import client_address
+from infra.access.gate import SignedIn, needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.text import CleanText
 
-ACTOR = "operator"
 STATIC_DIR = Path(__file__).parent / "static"
-router = APIRouter(prefix="/v1", tags=["deployment"])
+router = APIRouter(prefix="/v1", tags=["deployment"], dependencies=[needs(Role.OPERATOR)])
 CanaryId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
 ProposalId = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
 Level = Literal["observe", "propose", "canary", "auto"]
@@ -91,18 +89,13 @@ class ProposalView(BaseModel):
     reason: str
 
 
-def operator(request: Request) -> Operator:
+def operator(request: Request, caller: SignedIn) -> Operator:
     """Return who asks."""
     state = request.app.state
-    return Operator(state.sessions, state.settings, ACTOR, client_address(request))
+    return Operator(state.sessions, state.settings, caller.name, client_address(request))
 
 
-@contextmanager
-def by_operator(request: Request) -> Iterator[tuple[Session, str]]:
-    """Open a transaction of an operator's act; yield it and who acts."""
-    who = operator(request)
-    with who.acting() as session:
-        yield session, who.name
+ByOperator = Annotated[Operator, Depends(operator)]
 
 
 @router.get("/deployment")
@@ -126,24 +119,24 @@ def get_deployment(request: Request) -> DeploymentView:
 
 
 @router.post("/deployment/promote")
-def promote(body: ReleaseRequest, request: Request) -> Moved:
+def promote(body: ReleaseRequest, who: ByOperator) -> Moved:
     """Make a release the champion; an open canary ends with it."""
-    before, champion = operator(request).promote(body.release, body.reason)
+    before, champion = who.promote(body.release, body.reason)
     return Moved(before=before, champion=champion)
 
 
 @router.post("/deployment/rollback")
-def roll_back(body: RollbackRequest, request: Request) -> Moved:
+def roll_back(body: RollbackRequest, who: ByOperator) -> Moved:
     """Go back to an earlier release."""
-    before, champion = operator(request).roll_back(body.to, body.reason)
+    before, champion = who.roll_back(body.to, body.reason)
     return Moved(before=before, champion=champion)
 
 
 @router.put("/deployment/autonomy")
-def set_autonomy(body: AutonomyRequest, request: Request) -> DeploymentView:
+def set_autonomy(body: AutonomyRequest, who: ByOperator, request: Request) -> DeploymentView:
     """Set what the platform may do by itself."""
-    with by_operator(request) as (session, actor):
-        autonomy.set_level(session, request.app.state.settings, body.level, actor=actor, reason=body.reason)
+    with who.acting() as session:
+        autonomy.set_level(session, who.settings, body.level, actor=who.name, reason=body.reason)
     return get_deployment(request)
 
 
@@ -155,9 +148,9 @@ def list_canaries(request: Request, limit: Annotated[int, Query(ge=1, le=200)] =
 
 
 @router.post("/canaries", status_code=201)
-def open_canary(body: CanaryRequest, request: Request) -> dict[str, Any]:
+def open_canary(body: CanaryRequest, who: ByOperator) -> dict[str, Any]:
     """Let a release meet some users."""
-    return explanation.summary(operator(request).try_out(body.release, body.reason, body.share))
+    return explanation.summary(who.try_out(body.release, body.reason, body.share))
 
 
 @router.get("/canaries/{canary_id}")
@@ -169,14 +162,14 @@ def get_canary(canary_id: CanaryId, request: Request) -> dict[str, Any]:
 
 @router.post("/canaries/{canary_id}/{act}")
 def act_on_canary(
-    canary_id: CanaryId, act: Literal["hold", "resume", "abort"], body: Reasoned, request: Request
+    canary_id: CanaryId, act: Literal["hold", "resume", "abort"], body: Reasoned, who: ByOperator
 ) -> dict[str, Any]:
     """Stop automatic decisions about an open canary, let them go on, or end it."""
-    with by_operator(request) as (session, actor):
+    with who.acting() as session:
         if act == "abort":
-            canary.abort(session, canary_id, actor=actor, reason=body.reason)
+            canary.abort(session, canary_id, actor=who.name, reason=body.reason)
         else:
-            canary.hold(session, canary_id, act, actor=actor, reason=body.reason)
+            canary.hold(session, canary_id, act, actor=who.name, reason=body.reason)
         return explanation.summary(canary.get(session, canary_id))
 
 
@@ -188,10 +181,10 @@ def list_proposals(request: Request) -> list[ProposalView]:
 
 
 @router.post("/proposals/{proposal_id}/decline", status_code=204)
-def decline_proposal(proposal_id: ProposalId, body: Reasoned, request: Request) -> None:
+def decline_proposal(proposal_id: ProposalId, body: Reasoned, who: ByOperator) -> None:
     """Close a proposal without doing what it says."""
-    with by_operator(request) as (session, actor):
-        autonomy.decline(session, proposal_id, actor=actor, reason=body.reason)
+    with who.acting() as session:
+        autonomy.decline(session, proposal_id, actor=who.name, reason=body.reason)
 
 
 @router.get("/audit/verification")

@@ -8,10 +8,12 @@ from fastapi import APIRouter, Query, Request
 
 from deploy import registry, serving
 from deploy.lineage import LineageView, ReleaseView, lineage, releases
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.text import CleanText
 
-router = APIRouter(prefix="/v1/releases", tags=["deployment"])
+router = APIRouter(prefix="/v1/releases", tags=["deployment"], dependencies=[needs(Role.OPERATOR)])
 
 
 @router.get("")

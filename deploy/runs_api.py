@@ -9,11 +9,13 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from deploy import runs
-from deploy.api import Reasoned, by_operator
+from deploy.api import ByOperator, Reasoned
 from deploy.runs import TrainingRun
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 
-router = APIRouter(prefix="/v1", tags=["deployment"])
+router = APIRouter(prefix="/v1", tags=["deployment"], dependencies=[needs(Role.OPERATOR)])
 
 
 class RunView(BaseModel):
@@ -52,8 +54,8 @@ def list_runs(request: Request, limit: Annotated[int, Query(ge=1, le=200)] = 20)
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
-def cancel_run(run_id: str, body: Reasoned, request: Request) -> RunView:
+def cancel_run(run_id: str, body: Reasoned, who: ByOperator, request: Request) -> RunView:
     """Ask a run to end: it does after its current step or answer, and nothing of it stays registered."""
-    with by_operator(request) as (session, actor):
-        runs.request_cancel(session, run_id, actor=actor, reason=body.reason)
+    with who.acting() as session:
+        runs.request_cancel(session, run_id, actor=who.name, reason=body.reason)
         return RunView.of(session.get_one(TrainingRun, run_id), runs.is_training(session))

@@ -13,15 +13,17 @@ from feedback.acceptance import Accepted
 from feedback.addresses import address_block
 from feedback.identity import CurrentUser, NamedUser
 from feedback.receipts import Receipt
-from feedback.signals import Signal
+from feedback.signals import MACHINE_KINDS, Signal
 from feedback.tables import User
+from infra.access.gate import SignedIn, needs
+from infra.access.roles import ANONYMOUS, Caller, Role
 from infra.db import transaction
-from infra.errors import EverloopError
+from infra.errors import EverloopError, ForbiddenError
 from infra.text import CleanText
 
 MAX_BATCH = 1000
 
-router = APIRouter(prefix="/v1", tags=["feedback"])
+router = APIRouter(prefix="/v1", tags=["feedback"], dependencies=[needs(Role.USER)])
 
 Before = Annotated[CleanText | None, Query(max_length=64, description="Id of the last row of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Rows of a page.")]
@@ -84,9 +86,9 @@ class ErasureReport(BaseModel):
 
 
 @router.post("/feedback", status_code=202)
-async def give_feedback(signal: Signal, request: Request) -> Accepted:
+async def give_feedback(signal: Signal, caller: SignedIn, request: Request) -> Accepted:
     """Say something about an answer. The signal is safe in the log when this answers."""
-    signal.came_from(address_block(request))
+    _said_by(caller, signal, address_block(request))
     outcome = (await request.app.state.intake.give([signal]))[0]
     if isinstance(outcome, EverloopError):
         raise outcome
@@ -95,12 +97,13 @@ async def give_feedback(signal: Signal, request: Request) -> Accepted:
 
 
 @router.post("/feedback/batch", status_code=202)
-async def give_batch(batch: Batch, request: Request) -> BatchResult:
+async def give_batch(batch: Batch, caller: SignedIn, request: Request) -> BatchResult:
     """Say many things at once. Signals that cannot be accepted do not hold up the others."""
     block = address_block(request)
-    for signal in batch.signals:
-        signal.came_from(block)
-    outcomes = await request.app.state.intake.give(batch.signals)
+    refused = [_refusal(caller, signal, block) for signal in batch.signals]
+    taken = [signal for signal, refusal in zip(batch.signals, refused, strict=True) if refusal is None]
+    given = iter(await request.app.state.intake.give(taken) if taken else ())
+    outcomes = [next(given) if refusal is None else refusal for refusal in refused]
     return BatchResult(
         num_accepted=sum(isinstance(outcome, Accepted) for outcome in outcomes),
         results=[
@@ -108,6 +111,31 @@ async def give_batch(batch: Batch, request: Request) -> BatchResult:
             for o in outcomes
         ],
     )
+
+
+def _said_by(caller: Caller, signal: Signal, block: str | None) -> None:
+    """Note who says it, and from where.
+
+    Raises
+    ------
+    ForbiddenError
+        Code ``not_you``, or ``role_needed``: what machines say of anybody's answer, not everybody may send.
+    """
+    signal.came_from(block)
+    if signal.kind not in MACHINE_KINDS:
+        signal.user = caller.speaks_for(signal.user) or ANONYMOUS
+    elif not caller.role.reaches(Role.RATER):
+        raise ForbiddenError(
+            f"To send a {signal.kind} signal needs the role rater.", code="role_needed", param="kind"
+        )
+
+
+def _refusal(caller: Caller, signal: Signal, block: str | None) -> EverloopError | None:
+    try:
+        _said_by(caller, signal, block)
+    except ForbiddenError as error:
+        return error
+    return None
 
 
 @router.get("/feedback/{feedback_id}/receipt")
@@ -151,7 +179,9 @@ def forget_me(user: NamedUser, request: Request) -> ErasureReport:
     """Erase all that you said and all that was learned from it, as far as it can be told apart."""
     with transaction(request.app.state.sessions) as session:
         erasure_id = erasure.forget(session, user, request.app.state.settings.erasure_policy)
-        return ErasureReport.model_validate(erasure.get(session, erasure_id))
+        told = ErasureReport.model_validate(erasure.get(session, erasure_id))
+    request.app.state.gate.forget()  # whoever it was is somebody else from now on
+    return told
 
 
 @router.get("/erasures/{erasure_id}")

@@ -11,10 +11,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from feedback import conversations
 from feedback.api import Before, Limit
 from feedback.identity import NamedUser
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.text import CleanText
 
-router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
+router = APIRouter(prefix="/v1/conversations", tags=["conversations"], dependencies=[needs(Role.USER)])
 
 Title = Annotated[CleanText, Field(min_length=1, max_length=200, pattern=r"\S"), AfterValidator(str.strip)]
 Cursor = Annotated[

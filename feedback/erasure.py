@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from feedback import episodes, users
 from feedback.tables import Conversation, Episode, Erasure, Feedback, SelfEvaluation, User
 from infra import sealing
+from infra.access import accounts
 from infra.errors import NotFoundError
 from infra.events import UserForgotten
 from infra.ids import new_id
@@ -50,6 +51,7 @@ def forget(session: Session, user_id: str, policy: str) -> str:
     found = _erase_content(session, user_id, tombstone)
     sealing.destroy(session, [user.key_id])
     session.delete(user)
+    accounts.renew(session, user_id)
     session.add(Erasure(id=erasure_id, tombstone=tombstone, policy=policy, parts={"feedback": found}))
     session.flush()
     event = UserForgotten(erasure_id=erasure_id, tombstone=tombstone)

@@ -1,4 +1,4 @@
-"""Who asks. This version has no accounts: the name in a header is believed, as the ``user`` field of a chat is."""
+"""Whom a request is about: whoever asks, or whom a caller names who acts for others."""
 
 from __future__ import annotations
 
@@ -9,49 +9,60 @@ from fastapi import Depends, Header
 from pydantic import TypeAdapter, ValidationError
 
 from feedback.users import refuse_tombstone
+from infra.access.gate import SignedIn
+from infra.access.roles import ANONYMOUS
 from infra.errors import InvalidRequestError
 from infra.text import CleanText
 
-ANONYMOUS = "anonymous"
 MAX_CHARS = 128
 _text: TypeAdapter[str] = TypeAdapter(CleanText)
 
 
 UserHeader = Annotated[
     str | None,
-    Header(description="Who asks: the `user` of the chat requests, percent-encoded; `anonymous` if unset."),
+    Header(
+        description="For callers that act for others: whom this is about, as the `user` of the chat requests, "
+        "percent-encoded; `anonymous` if unset. Everybody else speaks for themselves."
+    ),
 ]
 
 
-def current_user(x_everloop_user: UserHeader = None) -> str:
-    """Return the name of the user who asks.
+def current_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
+    """Return the name of the user whom a request is about.
 
     Raises
     ------
+    ForbiddenError
+        Code ``not_you`` where somebody else is named.
     InvalidRequestError
         Code ``invalid_user`` for a name that no user can have, ``user_reserved`` for that of a tombstone.
     """
-    return ANONYMOUS if x_everloop_user is None else _name(x_everloop_user)
+    return caller.speaks_for(_named(x_everloop_user)) or ANONYMOUS
 
 
-def named_user(x_everloop_user: UserHeader = None) -> str:
-    """Return the name of the user who asks for what concerns all that they ever said; they must give it.
+def named_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
+    """Return the name of the user whom a request is about that concerns all they ever said.
 
     Raises
     ------
+    ForbiddenError
+        Code ``not_you`` where somebody else is named.
     InvalidRequestError
-        Code ``user_required`` where no name is given: ``anonymous`` is many people.
+        Code ``user_required`` where a caller who acts for others gives no name: ``anonymous`` is many people.
     """
-    if x_everloop_user is None:
+    name = caller.speaks_for(_named(x_everloop_user))
+    if name is None:
         raise InvalidRequestError(
             "Say who you are in the header X-Everloop-User; what everybody said without a name belongs to nobody.",
             code="user_required",
             param="X-Everloop-User",
         )
-    return _name(x_everloop_user)
+    return name
 
 
-def _name(x_everloop_user: str) -> str:
+def _named(x_everloop_user: str | None) -> str | None:
+    if x_everloop_user is None:
+        return None
     try:
         name = _text.validate_python(unquote(x_everloop_user, errors="strict"))
     except (ValidationError, UnicodeDecodeError):

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from feedback.identity import ANONYMOUS
 from feedback.signals import CLOCK_SKEW, MACHINE_KINDS, BaseSignal, Name, read_signal
 from feedback.users import TOMBSTONE
+from infra.access.roles import ANONYMOUS
 from infra.errors import InvalidRequestError, TooLargeError
 from infra.ids import time_of
 from infra.text import CleanText

@@ -51,7 +51,7 @@ def demo(
     prompt_list = read_prompts(prompts)
     was_running = Supervisor(settings).running()
     settings = load() if was_running else embedded.up(settings, report.say)
-    report.say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
+    embedded.tell_way_in(settings, report.say)
     report.say("[yellow]The users of this demo are simulated; everything else is real.[/yellow]")
     stop_at_end = not was_running and (exit_ or os.environ.get("CI") == "true")
     try:

@@ -17,6 +17,7 @@ import httpx
 from openai import APIError, AsyncOpenAI
 
 from infra.errors import SetupError
+from infra.settings import Settings
 
 CONCURRENT_USERS = 24
 MAX_ANSWER_TOKENS = 96
@@ -115,14 +116,15 @@ class Population:
 
     Parameters
     ----------
-    url
-        Root of the API.
+    settings
+        Where the API is, and by which key it knows us; that key may act for others.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, settings: Settings) -> None:
+        url, key = settings.need("public_url"), settings.service_key or "unused"
         self.acknowledged = Acknowledged()
-        self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", timeout=300, max_retries=TRIES)
-        self._http = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
+        self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=300, max_retries=TRIES)
+        self._http = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, headers=settings.credentials)
 
     async def __aenter__(self) -> Population:
         return self

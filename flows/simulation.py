@@ -54,7 +54,7 @@ class Simulation:
     ) -> None:
         self.sessions = sessions
         self.actor = actor
-        self.population = Population(settings.need("public_url"))
+        self.population = Population(settings)
         self._rater = Rater(rater_command, measuring=False)
         self._measuring_rater = Rater(rater_command, measuring=True)
         # By digest, not by seed: a prompt that trained in an earlier run on this home is never held out later.

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "canary": ("deploy.canary_cli", "app", "A candidate among users: open, explain, hold, abort."),
     "autonomy": ("deploy.cli", "set_autonomy", "What the platform does by itself, and what it proposes."),
     "audit": ("deploy.audit_cli", "app", "Who did what, when, why and from where; verify it."),
+    "access": ("agent.access_cli", "app", "Accounts, links to sign in, keys."),
     "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
     "users": ("feedback.cli", "users_app", "Consent and erasure."),
     "reward": ("reward.cli", "app", "State of the reward model, gold probes, raters, learning anew."),

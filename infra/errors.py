@@ -61,6 +61,14 @@ class ConflictError(EverloopError):
     code = "conflict"
 
 
+class UnauthorizedError(EverloopError):
+    """It is not known who asks."""
+
+    status = 401
+    type = "authentication_error"
+    code = "not_signed_in"
+
+
 class ForbiddenError(EverloopError):
     """Whoever asks may not do this."""
 
@@ -69,12 +77,32 @@ class ForbiddenError(EverloopError):
     code = "forbidden"
 
 
+class TimedOutError(EverloopError):
+    """The client took too long."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timed_out"
+
+
 class TooLargeError(EverloopError, ValueError):
     """The request is larger than the configured limit."""
 
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class TooManyError(EverloopError):
+    """Somebody asks for more than they may; later they may again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_requests"
+
+    def __init__(self, message: str, *, retry_after_s: int, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
 
 
 class UnavailableError(EverloopError):

@@ -31,6 +31,33 @@ class Settings(BaseSettings):
 
     home: Path = Field(description="Directory that holds all state.")
 
+    access: Literal["accounts", "open"] = Field(
+        "accounts",
+        description="Whether people and programs sign in; `open` lets in whoever reaches the port (loopback only).",
+    )
+    session_days: float = Field(14.0, gt=0, description="A browser stays signed in for this long.")
+    requests_per_minute: int = Field(
+        120,
+        ge=0,
+        description="Requests that change something, for one user in a minute; 0 for any number.",
+    )
+    tokens_per_hour: int = Field(
+        0, ge=0, description="Tokens, questions included, that one user may use in an hour; 0 for any number."
+    )
+    oidc_issuer: str | None = Field(
+        None, description="Address of an OpenID Connect provider whose people may sign in; see docs/security.md."
+    )
+    oidc_client_id: str = Field("everloop", description="What Everloop is called there.")
+    oidc_client_secret: str | None = Field(None, repr=False, description="Its secret there; shown nowhere.")
+    oidc_role_claim: str = Field("roles", description="Claim of the identity token with people's roles there.")
+    oidc_roles: dict[str, Literal["user", "rater", "operator", "admin"]] = Field(
+        default_factory=dict, description="Which of its values is which role here; whoever has none is a user."
+    )
+    service_key: str | None = Field(
+        None, repr=False, description="Key of our own commands; `everloop up` makes one. Shown nowhere."
+    )
+
+    api_host: str = Field("127.0.0.1", description="Address that the API listens on.")
     api_port: int | None = Field(None, description="Port of the API and the chat page; free one if unset.")
     public_url: str | None = Field(None, description="Where the API answers; filled in by `everloop up`.")
     database_url: str | None = Field(None, description="SQLAlchemy URL of PostgreSQL; embedded if unset.")
@@ -223,6 +250,11 @@ class Settings(BaseSettings):
     def stack_file(self) -> Path:
         """Addresses (and the database password) of the running stack; readable by its owner only."""
         return self.run_dir / "stack.json"
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """Headers by which our own commands are known to the API."""
+        return {"Authorization": f"Bearer {self.service_key}"} if self.service_key else {}
 
     def need(self, name: str) -> str:
         """Return an address, or say how to get one."""

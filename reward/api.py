@@ -17,6 +17,8 @@ from feedback.api import Before, Limit
 from feedback.fold import fold, histories
 from feedback.identity import CurrentUser
 from feedback.tables import Episode, Feedback, SelfEvaluation
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.errors import EverloopError, UnavailableError
 from infra.text import CleanText
@@ -25,7 +27,7 @@ from reward.tables import RewardScore, Solicitation
 MAX_SCORED = 64
 MAX_SCORED_MESSAGES = 200
 
-router = APIRouter(prefix="/v1", tags=["episodes"])
+router = APIRouter(prefix="/v1", tags=["episodes"], dependencies=[needs(Role.USER)])
 Row = TypeVar("Row", RewardScore, SelfEvaluation, Solicitation)
 
 
@@ -154,7 +156,7 @@ def list_episodes(user: CurrentUser, request: Request, before: Before = None, li
     return EpisodePage(data=found, next_before=found[-1].id if len(found) == limit else None)
 
 
-@router.post("/rewards/score", tags=["rewards"])
+@router.post("/rewards/score", tags=["rewards"], dependencies=[needs(Role.RATER)])
 async def score(body: ScoreRequest, request: Request) -> ScoreBatch:
     """Score answers that need not be recorded: the belief, the pessimistic reward, and what contributed to it."""
     client: httpx.AsyncClient = request.app.state.reward

@@ -94,13 +94,15 @@ def stack(home: Path) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
     settings = embedded.up(settings_module.load(), print)
     url = settings.need("public_url")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
+    key = settings.need("service_key")  # it may act for others: a test is whoever it says it is
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    headers = {"X-Everloop-User": "tester", **settings.credentials}
     try:
         yield Stack(
             settings=settings,
             sessions=connect(settings.need("database_url")),
             supervisor=Supervisor(settings),
-            http=httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"X-Everloop-User": "tester"}),
+            http=httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers),
             openai=client,
         )
     finally:

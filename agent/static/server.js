@@ -11,10 +11,31 @@ export function uuid() {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
 }
 
+/**
+ * Somebody who is signed in, as the server tells it.
+ *
+ * @typedef {object} Account
+ * @property {string} name
+ * @property {'user' | 'rater' | 'operator' | 'admin'} role
+ * @property {string} user Who they are to chats and feedback.
+ * @property {boolean} has_password
+ */
+
+/** Who is signed in and how one can. @returns {Promise<{access: string, account: Account | null, provider: string | null}>} */
+export const session = async () => (await call('/v1/session')).json();
+
+let account = await session().then((told) => told.account, () => null);
 let known = '';
 
-/** The name of whoever uses this browser; somebody else where it is to be a new one. */
+/** Who is asking from now on: whoever was forgotten is somebody else. */
+export async function whoAsksAnew() {
+  account = (await session()).account;
+  return whoAsks(true);
+}
+
+/** The name of whoever uses this browser, where nobody signs in one of its own; somebody else where it is to be a new one. */
 export function whoAsks(isNew = false) {
+  if (account) return account.user;
   let user = isNew ? '' : known;
   try {
     if (!isNew) user = localStorage.getItem('everloop.user') || user;
@@ -55,6 +76,8 @@ export async function call(path, { method = 'GET', body, user, signal } = {}) {
   problem.plain = message;
   problem.isBusy = response.status === 429;
   problem.wait = [429, 503].includes(response.status) && wait > 0 ? wait : 0;
+  if (problem.code === 'not_signed_in') location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+  if (problem.code === 'not_you') location.reload(); // Forgotten, or signed in as somebody else, in another tab.
   throw problem;
 }
 

@@ -8,7 +8,7 @@
  * @typedef {{erasure_id: string, complete: boolean, pending: string[], found: Record<string, Record<string, unknown>>}} Report
  */
 import { forgetDrafts } from './drafts.js';
-import { call, find, Problem, whoAsks } from './server.js';
+import { call, find, Problem, whoAsks, whoAsksAnew } from './server.js';
 import { thenAndNow } from './then.js';
 
 const PAGE_ROWS = 20;
@@ -166,7 +166,7 @@ function showReport(told) {
 
 async function forget() {
   let told = /** @type {Report} */ (await (await call('/v1/me', { method: 'DELETE', user })).json());
-  user = whoAsks(true);
+  user = await whoAsksAnew();
   forgetDrafts();
   showReport(told);
   begin().catch(fail);

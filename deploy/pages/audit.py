@@ -11,10 +11,12 @@ from fastapi.responses import Response
 from deploy import audit
 from deploy.pages.rendering import Chart, Page, Series
 from feedback.tables import User
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.text import CleanText
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 PAGE_ROWS = 50
 CSV_ROWS = 10_000

@@ -15,13 +15,15 @@ from fastapi.responses import Response
 from deploy import runs, signals
 from deploy.pages.rendering import SKILL, Chart, Page, Series
 from deploy.runs import TrainingRun
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import Sessions, transaction
 from infra.log import metrics
 from infra.settings import Settings
 from infra.text import CleanText
 from reward import report
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 NUM_RUNS = 20
 COUNTED_EVERY_S = 10.0

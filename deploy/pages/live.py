@@ -14,10 +14,12 @@ from fastapi.responses import StreamingResponse
 
 from deploy import runs
 from deploy.serving import SEEN_WITHIN
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import Sessions, transaction
 from infra.errors import UnavailableError
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 LOOK_EVERY_S = 1.0
 ALIVE_LOOKS = 15

@@ -8,9 +8,11 @@ from fastapi.responses import Response
 from deploy import audit, autonomy, loop
 from deploy.followers import Followers
 from deploy.pages.rendering import Page
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 NUM_LATELY = 6
 

@@ -14,10 +14,12 @@ from deploy.lineage import LineageView, lineage, releases
 from deploy.pages.rendering import Page
 from deploy.runs import TrainingRun
 from feedback.tables import Episode
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.text import CleanText
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 MAX_PROMPTS = 12
 NUM_RECENT = 200

@@ -16,9 +16,11 @@ from deploy.gates import wilson_interval
 from deploy.pages.rendering import Chart, Page, Series
 from deploy.rollout import BETTER, WORSE, Arm, Rollout, Tally
 from deploy.tables import Canary
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import transaction
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 MAX_LISTED = 30
 ARMS: tuple[Arm, ...] = ("challenger", "champion")

@@ -16,12 +16,14 @@ from deploy.pages.rendering import Page
 from deploy.signals import Found, Wanted
 from feedback.acceptance import COLUMNS
 from feedback.signals import KINDS
+from infra.access.gate import needs
+from infra.access.roles import Role
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError
 from infra.text import CleanText
 from reward import report
 
-router = APIRouter(prefix="/operate", include_in_schema=False)
+router = APIRouter(prefix="/operate", include_in_schema=False, dependencies=[needs(Role.OPERATOR)])
 
 PAGE_ROWS = 50
 EXPORT_ROWS = 1000

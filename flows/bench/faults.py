@@ -93,7 +93,7 @@ def storm(kills: int, seed: int) -> dict[str, Any]:
     """
     with log_stack() as (settings, sessions, supervisor):
         report.say("writing episodes")
-        raters = Raters(settings.need("public_url"), write_pairs(sessions), seed)
+        raters = Raters(settings, write_pairs(sessions), seed)
         _until_drained(sessions)
         began_s = time.monotonic()
         with raters, _logs_where_stuck(settings):

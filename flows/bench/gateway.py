@@ -34,7 +34,7 @@ def first_tokens(settings: Settings, num_requests: int) -> dict[str, Any]:
     with report.Phase("time to first token", 2 * num_requests) as phase:
         for number in range(num_requests + 2):
             for url, times in found.items():
-                measured = asyncio.run(_one(url, number, own[url]))
+                measured = asyncio.run(_one(url, number, own[url], settings.credentials))
                 if number >= 2:  # the first warm up
                     times += measured.first_token_s
                     phase.advance()
@@ -49,7 +49,7 @@ def first_tokens(settings: Settings, num_requests: int) -> dict[str, Any]:
     }
 
 
-async def _one(url: str, number: int, own: dict[str, Any]) -> Measured:
+async def _one(url: str, number: int, own: dict[str, Any], headers: dict[str, str]) -> Measured:
     body = {
         "model": BASE_MODEL_NAME,
         "messages": [{"role": "user", "content": f"Say something about the number {number}."}],
@@ -58,7 +58,7 @@ async def _one(url: str, number: int, own: dict[str, Any]) -> Measured:
         "stream": True,
         **own,
     }
-    return await load(url, lambda _: body, num_connections=1, num_requests=1)
+    return await load(url, lambda _: body, num_connections=1, num_requests=1, headers=headers)
 
 
 def null_engine(seconds: float) -> dict[str, Any]:
@@ -71,10 +71,11 @@ def null_engine(seconds: float) -> dict[str, Any]:
     """
     with _null_engine() as url, own_stack(PARTS, url) as (settings, sessions, _):
         gateway = settings.need("public_url")
-        asyncio.run(load(gateway, _null_body, num_connections=NULL_CONNECTIONS, seconds=seconds / 2))
+        options: dict[str, Any] = {"num_connections": NULL_CONNECTIONS, "headers": settings.credentials}
+        asyncio.run(load(gateway, _null_body, seconds=seconds / 2, **options))
         with sessions() as session:
             before = session.scalar(sa.select(sa.func.count()).select_from(Episode)) or 0
-        measured = asyncio.run(load(gateway, _null_body, num_connections=NULL_CONNECTIONS, seconds=seconds))
+        measured = asyncio.run(load(gateway, _null_body, seconds=seconds, **options))
         with sessions() as session:
             episodes = (session.scalar(sa.select(sa.func.count()).select_from(Episode)) or 0) - before
     answered = len(measured.whole_s) - len(measured.failures)

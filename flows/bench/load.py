@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from infra.errors import EverloopError
+from infra.settings import Settings
 
 
 @dataclass(slots=True)
@@ -36,8 +37,11 @@ MAX_IDLE_S = 3.0
 class Client:
     """One connection that is kept open."""
 
-    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+    def __init__(self, settings: Settings, timeout_s: float = 60.0) -> None:
+        self._connection = http.client.HTTPConnection(
+            urlsplit(settings.need("public_url")).netloc, timeout=timeout_s
+        )
+        self._headers = {"Content-Type": "application/json", **settings.credentials}
         self._used_s = time.monotonic()
 
     def exchange(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -53,7 +57,7 @@ class Client:
             self._connection.close()
         self._used_s = time.monotonic()
         try:
-            self._connection.request("POST", path, body, {"Content-Type": "application/json"})
+            self._connection.request("POST", path, body, self._headers)
             response = self._connection.getresponse()
             return response.status, json.loads(response.read())
         except (OSError, http.client.HTTPException):
@@ -75,7 +79,7 @@ class Client:
 
 
 def singles(
-    url: str, bodies: Iterable[bytes], *, num_clients: int, seconds: float, rate_per_s: float | None
+    settings: Settings, bodies: Iterable[bytes], *, num_clients: int, seconds: float, rate_per_s: float | None
 ) -> Sent:
     """Send signals one by one over several connections.
 
@@ -97,7 +101,7 @@ def singles(
             return None if body is None else (body, due_s)
 
     def run() -> None:
-        client = Client(url)
+        client = Client(settings)
         while (following := next_one()) is not None:
             body, due_s = following
             time.sleep(max(0.0, due_s - time.time()))
@@ -111,12 +115,12 @@ def singles(
     return sent
 
 
-def batches(url: str, bodies: Iterator[bytes], *, num_clients: int, seconds: float) -> Sent:
+def batches(settings: Settings, bodies: Iterator[bytes], *, num_clients: int, seconds: float) -> Sent:
     """Send batches over several connections, as many as can be."""
     sent, lock, ends_s = Sent(), threading.Lock(), time.time() + seconds
 
     def run() -> None:
-        client = Client(url)
+        client = Client(settings)
         while time.time() < ends_s:
             with lock:
                 body = next(bodies, None)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,6 +42,7 @@ async def load(
     seconds: float | None = None,
     path: str = "/v1/chat/completions",
     num_tokens_of: Callable[[bytes], int] = lambda body: 0,
+    headers: Mapping[str, str] | None = None,
 ) -> Measured:
     """Keep `num_connections` connections busy, for so many requests or so long.
 
@@ -54,6 +55,7 @@ async def load(
     found = Measured()
     numbers = iter(range(num_requests if num_requests is not None else 10**9))
     began_s = time.perf_counter()
+    own = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
 
     async def one_connection() -> None:
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -61,7 +63,7 @@ async def load(
             if seconds is not None and time.perf_counter() - began_s > seconds:
                 break
             body = json.dumps(body_of(number)).encode()
-            head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n{own}"
             asked_s = time.perf_counter()
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             status, first_s, answer = await _answer(reader)

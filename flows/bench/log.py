@@ -49,17 +49,16 @@ def measure(seconds: float) -> dict[str, Any]:
     posterior alone takes 0.3 ms, so the reward model's share of a batch is printed beside it.
     """
     with log_stack() as (settings, sessions, supervisor):
-        url = settings.need("public_url")
         report.say("writing episodes")
         num_singles = int((MAX_SINGLES_PER_S + 700) * seconds)
         ids = seed(sessions, num_singles + int(MAX_BATCHED_PER_S * seconds))
         wait_for(sessions, REWARD, lambda session: backlog(session) == 0)
         bodies = map(_body, itertools.count(), ids[:num_singles])
         report.say(f"single signals, {NUM_CLIENTS} clients, as many as can be")
-        load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=2.0, rate_per_s=None)  # warm-up
+        load.singles(settings, bodies, num_clients=NUM_CLIENTS, seconds=2.0, rate_per_s=None)  # warm-up
         _until_quiet(sessions, REWARD)
         began_s = time.time()
-        sent = load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=None)
+        sent = load.singles(settings, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=None)
         accepted_s = time.time() - began_s
         _until_quiet(sessions, REWARD)
         end_to_end_per_s = len(sent.started_s) / (time.time() - began_s)
@@ -69,14 +68,14 @@ def measure(seconds: float) -> dict[str, Any]:
             "num_singles": len(sent.started_s),
         }
         report.say(f"single signals at {LATENCY_RATE_PER_S:.0f} a second")
-        latencies_ms = _effects(sessions, url, bodies, seconds, LATENCY_RATE_PER_S)
+        latencies_ms = _effects(sessions, settings, bodies, seconds, LATENCY_RATE_PER_S)
         result |= {"latency_rate_per_s": LATENCY_RATE_PER_S, **_quantiles("latency", latencies_ms)}
         _until_quiet(sessions, REWARD)
         report.say(f"single signals at {POST_RATE_PER_S:.0f} a second")
-        sent = load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=POST_RATE_PER_S)
+        sent = load.singles(settings, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=POST_RATE_PER_S)
         result |= _quantiles("post", sent.latencies_ms)
         _until_quiet(sessions, REWARD)
-        result |= _batches(sessions, url, ids[num_singles:], seconds)
+        result |= _batches(sessions, settings, ids[num_singles:], seconds)
         for part in ("api", "ledger", "reward", "relay"):
             supervisor.stop(part)
         result |= _relay(settings, sessions)
@@ -98,7 +97,7 @@ def _thumb(number: int, episode_id: str) -> dict[str, Any]:
 
 
 def _effects(
-    sessions: Sessions, url: str, bodies: Iterator[bytes], seconds: float, rate_per_s: float
+    sessions: Sessions, settings: Settings, bodies: Iterator[bytes], seconds: float, rate_per_s: float
 ) -> list[float]:
     """Send at a rate while looking for effects; return the time from each request to its effect.
 
@@ -122,7 +121,7 @@ def _effects(
 
     looker = threading.Thread(target=look)
     looker.start()
-    sent = load.singles(url, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=rate_per_s)
+    sent = load.singles(settings, bodies, num_clients=NUM_CLIENTS, seconds=seconds, rate_per_s=rate_per_s)
     deadline_s = time.time() + DRAIN_TIMEOUT_S
     while not sent.started_s.keys() <= seen_s.keys() and time.time() < deadline_s:
         time.sleep(POLL_S)
@@ -131,7 +130,7 @@ def _effects(
     return [(seen_s[i] - started_s) * 1000.0 for i, started_s in sent.started_s.items()]
 
 
-def _batches(sessions: Sessions, url: str, ids: list[str], seconds: float) -> dict[str, Any]:
+def _batches(sessions: Sessions, settings: Settings, ids: list[str], seconds: float) -> dict[str, Any]:
     report.say(f"batches of {BATCH_SIGNALS}, {NUM_BATCH_CLIENTS} clients")
     numbered = [_thumb(number, episode_id) for number, episode_id in enumerate(ids)]
     for number, signal in enumerate(numbered):
@@ -143,7 +142,7 @@ def _batches(sessions: Sessions, url: str, ids: list[str], seconds: float) -> di
     with sessions() as session:
         applied_before = _num_applied(session, REWARD)
     began_s = time.time()
-    sent = load.batches(url, iter(bodies), num_clients=NUM_BATCH_CLIENTS, seconds=seconds)
+    sent = load.batches(settings, iter(bodies), num_clients=NUM_BATCH_CLIENTS, seconds=seconds)
     _until_quiet(sessions, RECEIPTS)
     receipts_s = time.time() - began_s
     with sessions() as session:

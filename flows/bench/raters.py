@@ -17,6 +17,7 @@ from flows.bench.load import Client
 from flows.bench.stack import write_episode
 from infra.db import Sessions
 from infra.errors import EverloopError
+from infra.settings import Settings
 
 NUM_USERS = 12
 NUM_MESSAGES = 8
@@ -98,8 +99,8 @@ class Raters:
         How many answers there were of each status, and how many requests without an answer.
     """
 
-    def __init__(self, url: str, pairs: list[Pair], seed: int) -> None:
-        self.url = url
+    def __init__(self, settings: Settings, pairs: list[Pair], seed: int) -> None:
+        self.settings = settings
         self.accepted: dict[str, Acknowledgement] = {}
         self.changed: list[str] = []
         self.answers: Counter[str] = Counter()
@@ -146,7 +147,7 @@ class Raters:
             return [ack.feedback_id for ack in self.accepted.values() if ack.began_s > moment_s]
 
     def _run(self, source: Iterator[dict[str, Any]], seed: int) -> None:
-        client, draw = Client(self.url, TIMEOUT_S), random.Random(seed)
+        client, draw = Client(self.settings, TIMEOUT_S), random.Random(seed)
         try:
             while not self._stop.wait(NUM_RATERS / RATE_PER_S):
                 signal = next(source)

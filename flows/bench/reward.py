@@ -127,7 +127,8 @@ def _latencies(settings: Settings, sessions: Sessions, ids: list[str]) -> dict[s
     """Time single signals, from the request to the committed score: known answers, and corrections of new text."""
     report.say("single signals")
     cached, computed = [], []
-    with httpx.Client(base_url=settings.need("public_url"), timeout=60, trust_env=False) as client:
+    options: dict[str, Any] = {"base_url": settings.need("public_url"), "headers": settings.credentials}
+    with httpx.Client(timeout=60, trust_env=False, **options) as client:
         for n in range(LATENCIES):
             user, number = user_of(REPLAY_SIGNALS + n), REPLAY_SIGNALS + n
             thumb = {"kind": "thumb", "value": 1, "user": user, "idempotency_key": f"latency-{number}"}

@@ -62,16 +62,16 @@ def serving(settings: Settings, runs: int) -> dict[str, Any]:
 
 async def _measure(settings: Settings, runs: int) -> dict[str, list[float]]:
     engine, gateway = settings.need("engine_url"), settings.need("public_url")
-    base = [BASE_MODEL_NAME]
+    base, headers = [BASE_MODEL_NAME], settings.credentials
     own = {"store": False}  # a bench must teach nothing
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     asked = {**streamed, "logprobs": True, "return_token_ids": True}
     async with random_adapters(engine, settings.base_model_dir, NUM_ADAPTERS, settings.max_lora_rank) as names:
         variants: Variants = {
             "engine, base": lambda: _tokens_per_s(engine, base, {}),
-            "gateway, base": lambda: _tokens_per_s(gateway, base, own),
+            "gateway, base": lambda: _tokens_per_s(gateway, base, own, headers),
             "engine, base, streamed": lambda: _tokens_per_s(engine, base, streamed),
-            "gateway, base, streamed": lambda: _tokens_per_s(gateway, base, {**own, **streamed}),
+            "gateway, base, streamed": lambda: _tokens_per_s(gateway, base, {**own, **streamed}, headers),
             "engine, base, all that the gateway asks": lambda: _tokens_per_s(engine, base, asked),
             "engine, base, full length": lambda: _tokens_per_s(engine, base, {"ignore_eos": True}),
             "engine, 1 adapter": lambda: _tokens_per_s(engine, names[:1], {"ignore_eos": True}),
@@ -93,7 +93,9 @@ async def _interleave(variants: Variants, runs: int) -> dict[str, list[float]]:
     return figures
 
 
-async def _tokens_per_s(url: str, models: Sequence[str], options: dict[str, Any]) -> float:
+async def _tokens_per_s(
+    url: str, models: Sequence[str], options: dict[str, Any], headers: dict[str, str] | None = None
+) -> float:
     """Ask on all streams at once, the models in turn."""
 
     def body_of(number: int) -> dict[str, Any]:
@@ -106,9 +108,8 @@ async def _tokens_per_s(url: str, models: Sequence[str], options: dict[str, Any]
             **options,
         }
 
-    measured = await load(
-        url, body_of, num_connections=NUM_STREAMS, num_requests=NUM_STREAMS, num_tokens_of=_num_tokens
-    )
+    counts: dict[str, Any] = {"num_connections": NUM_STREAMS, "num_requests": NUM_STREAMS}
+    measured = await load(url, body_of, num_tokens_of=_num_tokens, headers=headers, **counts)
     if measured.failures:
         raise RuntimeError(measured.failures[0])
     return measured.num_tokens / measured.seconds

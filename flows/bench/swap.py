@@ -16,6 +16,7 @@ from deploy.promotion import Operator
 from flows.bench.adapters import linear_shapes, write_adapter
 from flows.bench.stack import own_stack
 from infra import report
+from infra.settings import Settings
 
 NUM_STREAMS = 8
 ANSWER_TOKENS = 32
@@ -32,7 +33,7 @@ class Load:
         When the first token of an answer came (monotonic), and from which release.
     """
 
-    url: str
+    settings: Settings
     stop: threading.Event = field(default_factory=threading.Event)
     first_tokens: list[tuple[float, str]] = field(default_factory=list)
     num_answers: int = 0
@@ -43,7 +44,8 @@ class Load:
         asyncio.run(self._run())
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False) as client:
+        options: dict[str, Any] = {"base_url": self.settings.public_url, "headers": self.settings.credentials}
+        async with httpx.AsyncClient(timeout=120, trust_env=False, **options) as client:
             await asyncio.gather(*(self._stream(client, number) for number in range(NUM_STREAMS)))
 
     async def _stream(self, client: httpx.AsyncClient, number: int) -> None:
@@ -106,7 +108,7 @@ def measure(rounds: int) -> dict[str, Any]:
             with sessions.begin() as session:
                 names.append(registry.register(session, settings, directory, run_id=None, manifest={}).name)
         operator = Operator(sessions, settings, "bench")
-        load = Load(settings.need("public_url"))
+        load = Load(settings)
         thread = threading.Thread(target=load.run)
         thread.start()
         try:

@@ -24,7 +24,7 @@ def up(
     """Start the embedded stack and serve until Ctrl-C."""
     stop_on_sigterm()
     settings = embedded.up(load(recorded_addresses=False), report.say)
-    report.say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
+    embedded.tell_way_in(settings, report.say)
     report.say(f"night runs and canaries: {(settings.prefect_url or '').removesuffix('/api')}")
     if not detach:
         serve_until_interrupted(settings)
@@ -89,7 +89,9 @@ def status(json_path: JsonPath = None) -> None:
 
 def _deployment(settings: Settings) -> dict[str, Any] | None:
     try:
-        response = httpx.get(f"{settings.public_url}/v1/deployment", timeout=2, trust_env=False)
+        response = httpx.get(
+            f"{settings.public_url}/v1/deployment", timeout=2, trust_env=False, headers=settings.credentials
+        )
         return dict(response.json()) if response.status_code == 200 else None
     except httpx.HTTPError:
         return None

@@ -21,6 +21,9 @@ import httpx
 import psutil
 import psycopg
 
+from infra.access import accounts, keys, sessions
+from infra.access.roles import Role
+from infra.db import connect, transaction
 from infra.errors import SetupError
 from infra.settings import Settings
 from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileged
@@ -30,6 +33,8 @@ from infra.stack.supervisor import Supervisor, stack_processes, write_config
 # that was killed may be given that part's port for its own end, meet itself there, and keep the part away.
 OWN_PORTS = range(20_000, 32_000)
 PORT_TRIES = 50
+OWNER = "owner"  # whoever has the machine
+SERVICE_ACCOUNT, SERVICE_KEY_NAME = "operator", "commands of this machine"
 MIN_FREE_BYTES = 2 * 1024**3
 Say = Callable[[str], None]
 
@@ -107,6 +112,9 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     _wait("PostgreSQL", supervisor, "postgres", lambda: _database_answers(settings), timeout_s=30)
     say("database: migrating")
     _migrate(settings)
+    if settings.access == "accounts" and settings.service_key is None:
+        settings = settings.model_copy(update={"service_key": _service_key(settings)})
+        _write_stack_file(settings, embedded | {"service_key"})
     supervisor.start(*names & {"relay", "ledger", "reconciler", "api"})
     if "engine" in names or "engine_url" not in embedded:
         say("engine: loading the model")
@@ -114,7 +122,7 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     # Loaded only now: the worker's imports would compete with the engine's start.
     supervisor.start(*names & {"reward", "flows"})
     say("api: waiting")
-    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/metrics"), timeout_s=60)
+    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/v1/session"), timeout_s=60)
     if {"api", "reconciler"} <= names:
         say("engine: proving what it serves")
         _wait("The assistant", supervisor, "reconciler", lambda: _serves(settings), timeout_s=60)
@@ -236,6 +244,32 @@ def _migrate(settings: Settings) -> None:
     command.upgrade(config, "head")
 
 
+def _service_key(settings: Settings) -> str:
+    """Make the key of our own commands; the one of the stack before ends."""
+    with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
+        account = accounts.ensure(session, SERVICE_ACCOUNT, Role.ADMIN)
+        for old in keys.of(session, account):
+            if old.name == SERVICE_KEY_NAME:
+                keys.revoke(old)
+        _, secret = keys.issue(session, account, SERVICE_KEY_NAME, role=Role.ADMIN, acts_for_others=True)
+        return secret
+
+
+def tell_way_in(settings: Settings, say: Say) -> None:
+    """Say where the assistant answers, and how its owner signs in."""
+    say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
+    if settings.access == "accounts":
+        say(f"sign in once, within {sessions.LINK_HOURS:.0f} hours, at [bold]{way_in(settings)}[/bold]")
+
+
+def way_in(settings: Settings) -> str:
+    """Return an address by which a browser is signed in once, as the owner of this stack."""
+    with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
+        owner = accounts.ensure(session, OWNER, Role.ADMIN)
+        token = sessions.offer(session, "link", sessions.LINK_HOURS * 3600, owner)
+    return sessions.link_url(settings.need("public_url"), token)
+
+
 def _database_answers(settings: Settings) -> bool:
     dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
     try:
@@ -252,8 +286,9 @@ def _database_answers(settings: Settings) -> bool:
 
 def _serves(settings: Settings) -> bool:
     """Tell whether any release is proved to be served."""
+    url, headers = f"{settings.public_url}/v1/models", settings.credentials
     try:
-        models = httpx.get(f"{settings.public_url}/v1/models", timeout=5, trust_env=False).json()["data"]
+        models = httpx.get(url, timeout=5, trust_env=False, headers=headers).json()["data"]
     except (httpx.HTTPError, ValueError, KeyError):
         return False
     return len(models) > 1  # the assistant itself is always listed

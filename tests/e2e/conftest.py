@@ -2,9 +2,14 @@
 
 import os
 import shutil
+import uuid
 
 import pytest
 from playwright.sync_api import sync_playwright
+
+from infra.access import accounts, sessions
+from infra.access.gate import cookie_name
+from infra.access.roles import Role
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -23,6 +28,14 @@ def browser():
         browser.close()
 
 
+def signed_in(stack, role=Role.ADMIN, name=None):
+    """Return the cookie of a browser in which somebody new has signed in."""
+    with stack.sessions.begin() as session:
+        account = accounts.create(session, name or f"somebody {uuid.uuid4().hex[:8]}", role)
+        token = sessions.begin(session, account, days=1)
+    return {"name": cookie_name(stack.settings), "value": token, "url": stack.settings.public_url}
+
+
 @pytest.fixture
 def problems():
     """What the console complained of, and addresses elsewhere that were asked; none may be left."""
@@ -32,6 +45,7 @@ def problems():
 @pytest.fixture
 def page(browser, stack, problems):
     context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.add_cookies([signed_in(stack)])
     page = context.new_page()
     own = stack.settings.public_url
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

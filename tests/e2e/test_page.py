@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from feedback.tables import Episode, Feedback
 from reward.tables import Solicitation
 from tests.conftest import wait_until
-from tests.e2e.browsing import ask, shoot, violations
+from tests.e2e.browsing import ask, me, shoot, violations
 
 INVITATION = "Was this helpful?"
 
@@ -21,7 +21,7 @@ def test_an_answer_streams_in_and_a_thumb_is_saved_and_withdrawn(page, stack):
     expect(page.locator(".release")).to_contain_text("base")
     up.click()
     expect(up).to_have_attribute("aria-pressed", "true")
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
 
     def thumbs():
         with stack.sessions() as session:
@@ -41,7 +41,7 @@ def test_stop_keeps_the_partial_text_and_the_episode_is_interrupted(page, stack)
     expect(answer).to_contain_text(re.compile(r"\w+ \w+ \w+"), timeout=60_000)
     page.press("textarea#prompt", "Escape")
     expect(page.locator("button#stop")).to_be_hidden(timeout=10_000)
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
 
     def status():
         with stack.sessions() as session:
@@ -152,7 +152,7 @@ def pair(page, solicit):
 
 
 def said_by(page, stack, kind):
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
     with stack.sessions() as session:
         rows = session.query(Feedback).filter_by(user_id=user, kind=kind).all()
         return [(row.episode_id, row.over) for row in rows]
@@ -195,7 +195,7 @@ def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, s
     page.get_by_label("Why, in your words").fill("It says nothing of locks.")
     page.keyboard.press("Enter")
     expect(page.get_by_label("Why, in your words")).to_have_value("")
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
 
     def said(kind):
         with stack.sessions() as session:
@@ -302,7 +302,7 @@ def test_a_correction_shows_what_it_changes_and_arrives(page, stack):
     field.fill(f"Indeed {rest}")
     page.locator(".send-correction").click()
     expect(page.locator(".correct span")).to_have_text("Corrected")
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
     with stack.sessions() as session:
         assert session.query(Feedback).filter_by(user_id=user, kind="correction").one().text == f"Indeed {rest}"
 
@@ -329,7 +329,7 @@ def test_what_did_not_arrive_can_be_tried_again_whatever_else_did(page, stack, p
     expect(state).to_contain_text("Not saved")
     assert "ERR_FAILED" in problems.pop()
     page.get_by_role("button", name="Too long").click()
-    user = page.evaluate("localStorage.getItem('everloop.user')")
+    user = me(page)
 
     def kinds():
         with stack.sessions() as session:

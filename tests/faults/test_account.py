@@ -19,7 +19,7 @@ NUM_SIGNALS = 240
 def promised(log):
     """Signals that were accepted and applied: their ids by idempotency key."""
     source = signals(write_pairs(log.sessions), 0, "s")
-    client = Client(log.settings.need("public_url"))
+    client = Client(log.settings)
     accepted = {}
     for _ in range(2):  # the second half changes what was learned from the first
         for signal in itertools.islice(source, NUM_SIGNALS // 2):

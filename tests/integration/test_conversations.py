@@ -73,8 +73,8 @@ class Person:
 @pytest.fixture
 def client(database, tmp_path):
     url = database.kw["bind"].url.render_as_string(hide_password=False)
-    settings = Settings(home=tmp_path, database_url=url, engine_url="http://127.0.0.1:9")
-    with TestClient(build_app(settings)) as client:
+    settings = Settings(home=tmp_path, database_url=url, engine_url="http://127.0.0.1:9", access="open")
+    with TestClient(build_app(settings), base_url="http://localhost") as client:
         yield client
 
 

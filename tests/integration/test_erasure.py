@@ -184,10 +184,10 @@ def test_what_operators_judged_of_their_answers_goes_too(stack, person):
 
 
 def test_what_everybody_said_without_a_name_is_nobodys_to_forget(stack):
-    url = stack.settings.need("public_url")
+    url, key = stack.settings.need("public_url"), stack.settings.credentials
     for answer in (
-        httpx.delete(f"{url}/v1/me", trust_env=False),
-        httpx.put(f"{url}/v1/me/consent", json={"learn": False}, trust_env=False),
+        httpx.delete(f"{url}/v1/me", trust_env=False, headers=key),
+        httpx.put(f"{url}/v1/me/consent", json={"learn": False}, trust_env=False, headers=key),
     ):
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "user_required")
 

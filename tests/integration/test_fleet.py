@@ -110,6 +110,7 @@ def fleet(base_model_dir, tmp_path_factory, database_url):
     tamper = Tamper(lambda: engines[1].url, kill=lambda: engines[1].kill())
     tamper.start()
     settings = Settings(
+        access="open",
         **common,
         database_url=sessions.kw["bind"].url.render_as_string(hide_password=False),
         engine_url=engines[0].url,

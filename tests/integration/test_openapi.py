@@ -34,7 +34,7 @@ def send_many(stack, operation, mode):
     def send(case):
         if operation.path == "/v1/chat/completions" and mode is GenerationMode.POSITIVE:
             case.body |= {"max_tokens": SHORT, "max_completion_tokens": None}  # what is tested is not the engine
-        response = case.call(base_url=stack.settings.public_url, timeout=120)
+        response = case.call(base_url=stack.settings.public_url, timeout=120, headers=stack.settings.credentials)
         seen.add(response.status_code)
         assert response.status_code < 500, (case.as_curl_command(), response.text[:500])
         if response.status_code >= 400:

@@ -13,6 +13,7 @@ from deploy import autonomy, canary, head, journal, serving
 from deploy.followers import Followers
 from deploy.rollout import Event
 from deploy.tables import AuditEntry, Replica
+from infra.access.gate import Gate
 from infra.errors import EverloopError
 from infra.events import DeploymentChanged
 from infra.tables import OutboxRow
@@ -36,6 +37,7 @@ def client(database, settings):
     app = FastAPI()
     app.state.sessions, app.state.settings = database, settings
     app.state.canary_followers = Followers()
+    app.state.gate = Gate(database, settings.model_copy(update={"access": "open"}))
     app.include_router(deploy.api.router)
     app.add_exception_handler(EverloopError, _everloop_error)
     return TestClient(app)
@@ -188,9 +190,8 @@ def test_what_is_kept_of_a_canary_is_what_its_log_says_and_stays_small(database,
 )
 def test_what_a_page_cannot_show_is_a_page_that_says_why(database, settings, path, status, said):
     url = database.kw["bind"].url.render_as_string(hide_password=False)
-    with TestClient(
-        build_app(settings.model_copy(update={"database_url": url, "engine_url": "http://127.0.0.1:9"}))
-    ) as client:
+    open_to_all = {"database_url": url, "engine_url": "http://127.0.0.1:9", "access": "open"}
+    with TestClient(build_app(settings.model_copy(update=open_to_all)), base_url="http://localhost") as client:
         answer = client.get(path)
     assert answer.status_code == status and said in answer.text
     assert answer.headers["content-type"].startswith("text/html")

@@ -83,7 +83,7 @@ def plans(stack, path, **query):
     with TestClient(build_app(stack.settings)) as client:
         engine = client.app.state.sessions.kw["bind"]
         sa.event.listen(engine, "before_cursor_execute", note)
-        response = client.get(path, params=query, headers={"X-Everloop-User": USER})
+        response = client.get(path, params=query, headers={"X-Everloop-User": USER, **stack.settings.credentials})
         assert response.status_code == 200, response.text
         sa.event.remove(engine, "before_cursor_execute", note)
         found = []

@@ -13,6 +13,7 @@ from deploy.promotion import Operator
 from deploy.runs import TrainingRun
 from deploy.store import open_store
 from deploy.tables import Adapter, AuditEntry, Release, Replica
+from infra.access.gate import Gate
 from infra.errors import ConflictError, EverloopError, IntegrityError, UnavailableError
 from tests.adapters import CANARY, adapter_of, make_adapter, promote, refusal, serve
 
@@ -69,6 +70,7 @@ def test_releases_are_told_over_http(database, family, settings):
     a, b, *_ = family
     app = FastAPI()
     app.state.sessions, app.state.settings = database, settings
+    app.state.gate = Gate(database, settings.model_copy(update={"access": "open"}))
     app.include_router(releases_api.router)
     app.add_exception_handler(EverloopError, _everloop_error)
     client = TestClient(app)

@@ -14,6 +14,7 @@ from agent.guard import Guard
 from deploy.pages import rendering
 from deploy.pages.rendering import MAX_SHOWN_ROWS, Chart, Page, Series
 from infra.errors import NotFoundError
+from infra.settings import Settings
 
 
 def chart(rows):
@@ -52,7 +53,7 @@ def test_numbers_times_and_shares_are_written_with_units():
 def door():
     act = Route("/", lambda request: PlainTextResponse("done"), methods=["GET", "POST", "DELETE"])
     app = Starlette(routes=[act])
-    app.add_middleware(Guard, max_request_bytes=10)
+    app.add_middleware(Guard, settings=Settings(home="/nowhere", max_request_bytes=10))
     return TestClient(app)
 
 

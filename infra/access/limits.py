@@ -1,0 +1,87 @@
+"""How much somebody may ask for. Each API process counts for itself, in memory: no request writes anything."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+
+from infra.access.roles import Caller
+from infra.errors import TooManyError
+from infra.settings import Settings
+
+SIGN_INS_PER_MINUTE = 10
+
+
+class Limits:
+    """Counts requests a minute and tokens an hour, for each user and key, and tries to sign in.
+
+    Whoever acts for others is limited by what their key says only: who is behind it, it has to limit itself.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._counter = FixedWindowRateLimiter(MemoryStorage())
+        self._requests = _per_minute(settings.requests_per_minute)
+        self._tokens = RateLimitItemPerHour(settings.tokens_per_hour) if settings.tokens_per_hour else None
+        self._sign_ins = RateLimitItemPerMinute(SIGN_INS_PER_MINUTE)
+
+    def count_request(self, caller: Caller) -> None:
+        """Count a request.
+
+        Raises
+        ------
+        TooManyError
+        """
+        if (of_key := _per_minute(caller.requests_per_minute)) and caller.key_id:
+            self._count(of_key, "requests", caller.key_id)
+        if self._requests and caller.user and not caller.acts_for_others:
+            self._count(self._requests, "requests", caller.user)
+
+    def check_tokens(self, caller: Caller) -> None:
+        """Refuse whoever has used up their tokens of this hour.
+
+        Raises
+        ------
+        TooManyError
+            Code ``too_many_tokens``.
+        """
+        if self._tokens and caller.user and not caller.acts_for_others:
+            names = ("tokens", caller.user)
+            if not self._counter.test(self._tokens, *names):
+                raise self._refusal(
+                    self._tokens,
+                    names,
+                    f"These were your {self._tokens.amount} tokens of this hour.",
+                    "too_many_tokens",
+                )
+
+    def count_tokens(self, caller: Caller, num_tokens: int) -> None:
+        """Note what an answer took, its question included."""
+        if self._tokens and caller.user and not caller.acts_for_others:
+            self._counter.hit(self._tokens, "tokens", caller.user, cost=num_tokens)
+
+    def count_sign_in(self, name: str, address: str) -> None:
+        """Count a try to sign in: passwords cannot be guessed by trying, neither one account's nor everybody's.
+
+        Raises
+        ------
+        TooManyError
+        """
+        for names in (("sign-in of", name.strip().lower()), ("sign-in from", address)):
+            self._count(self._sign_ins, *names)
+
+    def _count(self, limit: RateLimitItem, *names: str) -> None:
+        if not self._counter.hit(limit, *names):
+            told = f"That was more than {limit.amount} in a minute."
+            raise self._refusal(limit, names, told, "too_many_requests")
+
+    def _refusal(self, limit: RateLimitItem, names: tuple[str, ...], message: str, code: str) -> TooManyError:
+        reset_at_s = self._counter.get_window_stats(limit, *names).reset_time
+        return TooManyError(message, retry_after_s=max(1, math.ceil(reset_at_s - time.time())), code=code)
+
+
+def _per_minute(amount: int | None) -> RateLimitItem | None:
+    return RateLimitItemPerMinute(amount) if amount else None
