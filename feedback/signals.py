@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from feedback.fold import Standing
+from infra.access.roles import ANONYMOUS
 from infra.text import CleanText
 
 MAX_CORRECTION_CHARS = 16_000
@@ -57,7 +58,7 @@ class BaseSignal(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     episode_id: Id = Field(description="The answer: the `id` of a chat completion.")
-    user: Name = Field(description="Who says it; for a verifier or judge, its name.")
+    user: Name = Field(ANONYMOUS, description="Who says it, for callers that act for others; others leave it out.")
     idempotency_key: Name = Field(description="Makes a retry harmless.")
     given_at: AwareDatetime | None = Field(
         None, description="When it was given, where that is not now (an offline client); not in the future."
@@ -183,6 +184,7 @@ class Verifier(BaseSignal):
 
     model_config = _example("verifier", user="unit-tests", value=1)
     kind: Literal["verifier"]
+    user: Name = Field(description="The program's name.")
     value: StrictInt = Field(ge=-1, le=1, description="1 passed, -1 failed; 0 withdraws it.")
     score: float | None = Field(None, ge=0, le=1, description="Share of checks passed.")
     text: CleanText | None = Field(None, max_length=MAX_COMMENT_CHARS, description="What it found.")
@@ -193,6 +195,7 @@ class Judge(BaseSignal):
 
     model_config = _example("judge", user="judge-1", score=0.8)
     kind: Literal["judge"]
+    user: Name = Field(description="The judge's name.")
     score: float = Field(ge=0, le=1, description="0 worst to 1 best.")
     text: CleanText | None = Field(None, max_length=MAX_COMMENT_CHARS, description="Its rationale.")
 

@@ -1,6 +1,7 @@
 """The whole OpenAPI document against the running API: whether a request fits it or not, it makes no 5xx."""
 
 import json
+import re
 
 import hypothesis
 import pytest
@@ -47,6 +48,29 @@ def send_many(stack, operation, mode):
         # Nothing can be wrong with a request that takes no parameters.
         assert mode is GenerationMode.NEGATIVE and not seen
     return seen
+
+
+def test_no_request_names_an_address_to_be_fetched(document):
+    """What the server fetches, the settings name: a request that could would reach what its sender cannot."""
+    named = set()
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            named |= {parameter["name"] for parameter in operation.get("parameters", ())}
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                named |= names_within(content["schema"], document["components"]["schemas"], set())
+    assert len(named) > 30
+    assert [name for name in named if re.search("ur[il]|host|address|callback|webhook", name, re.IGNORECASE)] == []
+
+
+def names_within(schema, schemas, seen):
+    """Return the names of all properties of a schema and what it refers to."""
+    found = set(schema.get("properties", ()))
+    parts = [*schema.get("properties", {}).values(), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    parts += [schema[name] for name in ("items", "additionalProperties") if isinstance(schema.get(name), dict)]
+    if (reference := schema.get("$ref", "").rpartition("/")[2]) and reference not in seen:
+        seen.add(reference)
+        parts.append(schemas[reference])
+    return found.union(*(names_within(part, schemas, seen) for part in parts))
 
 
 def test_no_request_makes_a_server_error(stack, document):

@@ -18,6 +18,7 @@ from infra.db import Base
 from infra.errors import SetupError
 from infra.settings import Settings, load
 from infra.stack import embedded
+from infra.stack.supervisor import stack_processes
 from tests.conftest import EVERLOOP, wait_until
 
 
@@ -50,8 +51,6 @@ def test_a_part_that_dies_is_restarted_and_shown(stack):
 
 
 def test_every_part_listens_on_loopback_only(stack):
-    from infra.stack.supervisor import stack_processes
-
     listening = [
         connection.laddr.ip
         for process in stack_processes(stack.settings.home)
@@ -65,6 +64,17 @@ def test_secrets_are_readable_by_their_owner_only(stack):
     home = stack.settings.home
     for path in (home / "postgres.password", stack.settings.stack_file, home / "run" / "supervisord.conf"):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_secrets_are_in_no_log_and_on_no_command_line(stack, home):
+    settings = stack.settings
+    secrets = {settings.service_key, (home / "postgres.password").read_text()}
+    assert all(len(secret) > 20 for secret in secrets)
+    processes = stack_processes(home)
+    assert len(processes) > 8
+    shown = [" ".join(process.cmdline()) for process in processes]
+    shown += [path.read_text(errors="replace") for path in settings.log_dir.iterdir()]
+    assert not [text[:200] for text in shown for secret in secrets if secret in text]
 
 
 def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):
