@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
-from deploy import audit
+from deploy import decisions
 from deploy.api import ByOperator, Reasoned
 from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.text import CleanText
-from reward import decisions
 
 router = APIRouter(prefix="/v1", tags=["rewards"], dependencies=[needs(Role.RATER)])
 Named = Annotated[CleanText, Path(max_length=200)]
@@ -47,51 +46,23 @@ class Decided(BaseModel):
 
 @router.post("/raters/rulings", status_code=202, dependencies=[needs(Role.OPERATOR)])
 def rule(body: RulingRequest, who: ByOperator) -> Decided:
-    """Take out all that a rater said, count them whatever their record says, or let the record count again.
-
-    The audit log, which nobody can change, names a person by their key only: it outlives their being forgotten.
-    """
-    with who.acting() as session:
-        rater = decisions.rater_of(session, body.rater)
-        decided = decisions.give_ruling(
-            session, rater=rater, ruling=body.ruling, operator=who.name, reason=body.reason
-        )
-        action = {"banned": "rater_banned", "cleared": "rater_cleared", None: "rater_reinstated"}[body.ruling]
-        audit.write(session, actor=who.name, action=action, subject=rater, reason=body.reason)
-        return Decided(id=decided)
+    """Take out all that a rater said, count them whatever their record says, or let the record count again."""
+    return Decided(id=decisions.rule(who, body.rater, body.ruling, body.reason))
 
 
 @router.post("/quarantines/{name}", status_code=202, dependencies=[needs(Role.OPERATOR)])
 def decide_quarantine(name: Named, body: QuarantineRequest, who: ByOperator) -> Decided:
     """Let the votes of a burst count, or take them out for good."""
-    with who.acting() as session:
-        decided = decisions.give_ruling(
-            session,
-            quarantine=name,
-            ruling="banned" if body.verdict == "discard" else None,
-            operator=who.name,
-            reason=body.reason,
-        )
-        action = {"release": "burst_released", "discard": "burst_discarded"}[body.verdict]
-        audit.write(session, actor=who.name, action=action, subject=name, reason=body.reason)
-        return Decided(id=decided)
+    return Decided(id=decisions.decide_quarantine(who, name, body.verdict, body.reason))
 
 
 @router.post("/episodes/{episode_id}/exclude", status_code=202, dependencies=[needs(Role.OPERATOR)])
 def exclude(episode_id: Named, body: Reasoned, who: ByOperator) -> None:
     """Have nothing learned from an answer any more, for good; what was learned is taken out within a second."""
-    with who.acting() as session:
-        decisions.exclude(session, episode_id)
-        audit.write(session, actor=who.name, action="answer_excluded", subject=episode_id, reason=body.reason)
+    decisions.exclude(who, episode_id, body.reason)
 
 
 @router.post("/probes", status_code=202)
 def judge(body: ProbeRequest, who: ByOperator) -> Decided:
     """Judge an answer: raters are held against it."""
-    with who.acting() as session:
-        probe = decisions.give_probe(
-            session, body.episode_id, good=body.good, over=body.over, operator=who.name, reason=body.reason
-        )
-        action = "judged_good" if body.good else "judged_bad"
-        audit.write(session, actor=who.name, action=action, subject=body.episode_id, reason=body.reason)
-        return Decided(id=probe)
+    return Decided(id=decisions.judge(who, body.episode_id, good=body.good, over=body.over, reason=body.reason))

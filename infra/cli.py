@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "access": ("agent.access_cli", "app", "Accounts, links to sign in, keys."),
     "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
     "users": ("feedback.cli", "users_app", "Consent and erasure."),
-    "reward": ("reward.cli", "app", "State of the reward model, gold probes, raters, learning anew."),
+    "reward": ("flows.reward_cli", "app", "State of the reward model, gold probes, raters, learning anew."),
     "log": ("infra.log.cli", "app", "State of the log, replay, dead letters."),
     "bench": ("flows.bench.cli", "app", "Measure; each bench prints what it compared with."),
 }

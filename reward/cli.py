@@ -1,8 +1,7 @@
-"""``everloop reward``: the state of the reward model, gold probes, raters, and learning anew from the log."""
+"""``everloop reward``: the state of the reward model, its raters, and learning anew from the log."""
 
 from __future__ import annotations
 
-import getpass
 import time
 from typing import Annotated, Any
 
@@ -12,14 +11,13 @@ from rich.table import Table
 
 from infra import report
 from infra.db import Sessions, connect, transaction
-from infra.errors import ConflictError, InvalidRequestError
+from infra.errors import ConflictError
 from infra.report import JsonPath
 from infra.settings import load
 from reward import CONSUMER
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept with the decision.")]
-UserName = Annotated[str, typer.Argument(help="A user, or (as program:NAME) a verifier or judge.")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 def _sessions() -> Sessions:
@@ -34,23 +32,6 @@ def status(json_path: JsonPath = None) -> None:
     with transaction(_sessions()) as session:
         found = summary(session)
     report.print_fields(json_path, found)
-
-
-@app.command()
-def gold(
-    episode: Annotated[str, typer.Argument(help="The answer that you judge.")],
-    reason: Reason,
-    good: Annotated[bool, typer.Option("--good/--bad", help="Your verdict.")] = True,
-    over: Annotated[str | None, typer.Option("--over", help="Judge it against this answer.")] = None,
-    json_path: JsonPath = None,
-) -> None:
-    """Judge an answer yourself: raters are held against it."""
-    from reward.decisions import give_probe
-
-    with transaction(_sessions()) as session:
-        probe = give_probe(session, episode, good=good, over=over, operator=getpass.getuser(), reason=reason)
-    report.write_json(json_path, {"probe": probe})
-    report.say(f"probe {probe}")
 
 
 @app.command()
@@ -69,51 +50,6 @@ def raters(
         for row in found:
             table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
         report.output.print(table)
-
-
-@app.command()
-def ban(user: UserName, reason: Reason, json_path: JsonPath = None) -> None:
-    """Take out all that a rater said, and set aside what they will say."""
-    _rule(user, "banned", reason, json_path)
-
-
-@app.command()
-def clear(user: UserName, reason: Reason, json_path: JsonPath = None) -> None:
-    """Count a rater fully, whatever their record says."""
-    _rule(user, "cleared", reason, json_path)
-
-
-@app.command()
-def reinstate(user: UserName, reason: Reason, json_path: JsonPath = None) -> None:
-    """Take back what was decided about a rater: their record counts again."""
-    _rule(user, None, reason, json_path)
-
-
-@app.command()
-def quarantine(
-    name: Annotated[str | None, typer.Argument(help="A quarantine; without one, they are listed.")] = None,
-    verdict: Annotated[str | None, typer.Option("--verdict", help="release, or discard.")] = None,
-    reason: Annotated[str, typer.Option("--reason", help="Why; it is kept with the decision.")] = "",
-    json_path: JsonPath = None,
-) -> None:
-    """List bursts of fresh accounts that were held, or decide about one."""
-    from reward.decisions import give_ruling
-    from reward.report import list_quarantines
-
-    with transaction(_sessions()) as session:
-        if name is None:
-            found: dict[str, Any] = {"quarantines": list_quarantines(session)}
-        else:
-            if verdict not in ("release", "discard") or not reason:
-                raise InvalidRequestError(
-                    "Say --verdict release or --verdict discard, and --reason.", code="verdict_required"
-                )
-            ruling = None if verdict == "release" else "banned"
-            who = getpass.getuser()
-            found = {
-                "ruling": give_ruling(session, quarantine=name, ruling=ruling, operator=who, reason=reason)  # type: ignore[arg-type]
-            }
-    report.print_fields(json_path, found)
 
 
 @app.command()
@@ -178,16 +114,6 @@ def backbone(
     report.write_json(json_path, result)
     if json_path != "-":
         _print_contest(result)
-
-
-def _rule(user: str, ruling: Any, reason: str, json_path: str | None) -> None:
-    from reward.decisions import give_ruling, rater_of
-
-    with transaction(_sessions()) as session:
-        rater = rater_of(session, user)
-        found = give_ruling(session, rater=rater, ruling=ruling, operator=getpass.getuser(), reason=reason)
-    report.write_json(json_path, {"ruling": found})
-    report.say(f"{user}: {ruling or 'as their record says'}")
 
 
 def _print_contest(result: dict[str, Any]) -> None:

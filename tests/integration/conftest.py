@@ -34,6 +34,7 @@ def everloop(database, settings, monkeypatch):
     """The command line on this test's database and home; returns (exit status, standard output and error)."""
     url = database.kw["bind"].url.render_as_string(hide_password=False)
     named = {"home": settings.home, "base_model": settings.base_model, "database_url": url}
+    named["public_url"] = "http://127.0.0.1:8080"
     environment = os.environ | {f"EVERLOOP_{name.upper()}": str(value) for name, value in named.items()}
 
     def run(*arguments):

@@ -9,14 +9,17 @@ from fastapi.testclient import TestClient
 
 import deploy.api
 from agent.app import _everloop_error, build_app
-from deploy import autonomy, canary, head, journal, serving
+from deploy import audit, autonomy, canary, head, journal, serving
 from deploy.followers import Followers
 from deploy.rollout import Event
 from deploy.tables import AuditEntry, Replica
+from feedback import users
+from feedback.tables import User
 from infra.access.gate import Gate
 from infra.errors import EverloopError
 from infra.events import DeploymentChanged
 from infra.tables import OutboxRow
+from reward.tables import RewardRater
 from tests.adapters import CANARY, serve
 
 ARMS = ("champion", "challenger")
@@ -195,3 +198,36 @@ def test_what_a_page_cannot_show_is_a_page_that_says_why(database, settings, pat
         answer = client.get(path)
     assert answer.status_code == status and said in answer.text
     assert answer.headers["content-type"].startswith("text/html")
+
+
+def test_what_is_decided_at_a_terminal_is_audited_as_on_a_page(database, everloop):
+    with database.begin() as session:
+        users.ensure(session, ["ada"])
+        key = session.get_one(User, "ada").key_id
+        session.add(RewardRater(name=key, num_votes=1, num_right=0, num_wrong=0, set_aside=False, first_at_s=0.0))
+    for ruling in ("ban", "clear", "reinstate"):
+        status, _, told = everloop("reward", ruling, "ada", "--reason", "she asked for it")
+        assert status == 0, told
+    with database() as session:
+        entries = audit.newest(session, 3)
+        assert [entry.action for entry in entries] == ["rater_reinstated", "rater_cleared", "rater_banned"]
+        assert {(entry.subject, entry.reason) for entry in entries} == {(key, "she asked for it")}
+
+
+def test_accounts_are_made_and_kept_out_at_a_terminal(database, everloop):
+    status, link, told = everloop("access", "add", "ann", "--role", "rater", "--reason", "rates on Mondays")
+    assert status == 0 and link.startswith("http://127.0.0.1:8080/login#"), told
+    status, secret, told = everloop("access", "key", "ann", "--role", "rater", "--reason", "her script")
+    assert status == 0 and secret.startswith("everloop_"), told
+    assert (
+        everloop("access", "key", "ann", "--acts-for-others", "--reason", "x")[2].strip().endswith("[role_needed]")
+    )
+    _, shown, _ = everloop("access", "keys", "ann", "--json", "-")
+    (key,) = json.loads(shown)["keys"]
+    assert everloop("access", "role", "ann", "operator", "--reason", "grown")[0] == 0
+    assert everloop("access", "revoke", key["id"], "--reason", "leaked")[0] == 0
+    assert everloop("access", "disable", "ann", "--reason", "left")[0] == 0
+    _, shown, _ = everloop("access", "list", "--json", "-")
+    (account,) = json.loads(shown)["accounts"]
+    assert (account["name"], account["role"], account["disabled"], account["keys"]) == ("ann", "operator", True, 0)
+    assert everloop("access", "link", "nobody")[2].strip().endswith("[account_not_found]")
