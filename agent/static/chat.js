@@ -24,7 +24,8 @@ const TURNS_A_FRAME = 4; // More at once would be felt while scrolling.
 let edited = /** @type {Turn | null} */ (null); // Whose question is in the composer, to be asked another way.
 let kept = ''; // What was in the composer before that.
 let active = /** @type {AbortController | null} */ (null); // Ends the answer being streamed.
-let isLoading = false; // Turns of the conversation are on their way.
+let isLoading = false; // The conversation is on its way.
+let isReading = false; // Earlier turns of it are.
 
 /** @type {import('./turn.js').Page} */
 const page = {
@@ -170,7 +171,7 @@ function refresh(control = active) {
   active = control;
   empty.hidden = talk.root.turns.length > 0 || isLoading || !missing.hidden;
   document.body.classList.toggle('busy', active !== null); // Shows Stop in place of Send.
-  sendButton.disabled = !draft.value.trim() || !missing.hidden;
+  sendButton.disabled = !draft.value.trim() || !missing.hidden || isLoading;
 }
 
 /** Shows a conversation, or (without an id) a new chat. @param {string} id @param {boolean} isNew Whether it gets an address. */
@@ -217,8 +218,8 @@ async function load(here) {
 
 /** Puts earlier turns above, a few in each frame, so that neither the page nor its reader jumps. */
 async function showOlder() {
-  if (isLoading) return;
-  isLoading = true;
+  if (isLoading || isReading) return;
+  isReading = true;
   const here = talk;
   try {
     do {
@@ -236,9 +237,8 @@ async function showOlder() {
   } catch (error) {
     if (here === talk) live.textContent = error instanceof Problem ? error.message : '';
   }
-  if (here !== talk) return;
-  isLoading = false;
-  older.hidden = !here.before;
+  isReading = false;
+  if (here === talk) older.hidden = !here.before;
 }
 
 function stopEditing() {

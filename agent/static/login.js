@@ -34,6 +34,7 @@ form.onsubmit = async (/** @type {SubmitEvent} */ event) => {
   password.select();
 };
 
+onhashchange = () => location.reload(); // Another link was pasted over this page's own address.
 const link = location.hash.slice(1);
 const { account, provider } = await session();
 if (provider) {

@@ -25,7 +25,7 @@ async function load(release) {
 /** @param {string} release @param {string} prompt */
 async function answer(release, prompt) {
   const body = {
-    model: release, messages: [{ role: 'user', content: prompt }], max_tokens: MAX_TOKENS, store: false, user: 'operator',
+    model: release, messages: [{ role: 'user', content: prompt }], max_tokens: MAX_TOKENS, store: false,
   };
   const told = await (await call('/v1/chat/completions', { method: 'POST', body })).json();
   return told.choices[0].message.content;

@@ -111,7 +111,7 @@ def test_a_password_is_set_and_signs_in(page, stranger, stack):
     expect(stranger.locator("#who")).to_contain_text(name)
 
 
-def test_a_page_that_is_signed_out_meanwhile_asks_to_sign_in_and_keeps_the_draft(page, stack):
+def test_a_page_that_is_signed_out_meanwhile_asks_to_sign_in_and_keeps_the_draft(page, stack, problems):
     page.fill("textarea#prompt", "What I was about to say")
     with stack.sessions.begin() as session:
         name = page.evaluate("fetch('/v1/session').then((r) => r.json())")["account"]["name"]
@@ -123,7 +123,7 @@ def test_a_page_that_is_signed_out_meanwhile_asks_to_sign_in_and_keeps_the_draft
         accounts.set_password(session, accounts.get(session, name), PASSWORD)
     fill(page, name, PASSWORD)
     expect(page.locator("textarea#prompt")).to_have_value("What I was about to say")
-    page.context.clear_cookies()
+    problems.clear()  # the console tells of each refusal
 
 
 def test_who_only_chats_sees_no_operators_page(stranger, stack, ada):
