@@ -59,7 +59,7 @@ class ReplicaKeeper:
 
     async def keep(self, wanted: Sequence[str]) -> list[str]:
         """Make one round; return the releases that were proved in it."""
-        async with EngineClient(self.url, timeout_s=LOAD_TIMEOUT_S) as engine:
+        async with EngineClient(self.url, self.settings.engine_key, timeout_s=LOAD_TIMEOUT_S) as engine:
             try:
                 started_at_s, held = await engine.started_at_s(), await engine.models()
                 if self._version is None or self._version[0] != started_at_s:

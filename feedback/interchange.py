@@ -163,6 +163,8 @@ class LineReader:
     def _signal(self, number: int, body: dict[str, Any]) -> Line:
         if "kind" not in body:
             raise _line_error("A line has `messages` and an `answer`, or it is a signal and has a `kind`.")
+        if "user" not in body:
+            raise _line_error("user: a signal says who gave it.")
         key = {"idempotency_key": self._key(number, 0)}
         return Line(number, [read_signal.validate_python({**key, **body, **self._names(body)})])
 

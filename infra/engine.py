@@ -39,11 +39,13 @@ class EngineClient:
     ----------
     url
         Root address of the server, without ``/v1``.
+    key
+        What it asks for, if it does (vLLM's ``--api-key``).
     timeout_s
         Longest silence within one response.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 120.0) -> None:
         self.url = url
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -51,6 +53,7 @@ class EngineClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
             verify=_trusted(),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
         )
         self._timeout_s = timeout_s
         self.num_streams = 0

@@ -47,9 +47,9 @@ class Replica:
         Requests of others than this process that it had then.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
         self.url = url
-        self.client = EngineClient(url, timeout_s=timeout_s)
+        self.client = EngineClient(url, key, timeout_s=timeout_s)
         self.breaker = Breaker()
         self.is_well = True
         self.num_others = 0
@@ -116,7 +116,7 @@ class Fleet:
         urls = await addresses(self.settings)
         for url in urls:
             if url not in self.replicas:
-                self.replicas[url] = Replica(url, self.settings.engine_timeout_s)
+                self.replicas[url] = Replica(url, self.settings.engine_key, self.settings.engine_timeout_s)
         for url in self.replicas.keys() - set(urls):
             if not self.replicas[url].client.num_streams:  # what it is answering, it may end
                 await self.replicas.pop(url).client.close()

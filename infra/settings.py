@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     engine_discovery: str | None = Field(
         None, description="Address of vLLM servers whose host name stands for all of them, as a headless service's."
     )
+    engine_key: str | None = Field(
+        None, repr=False, description="Key that the engines ask for; `everloop up` makes one. Shown nowhere."
+    )
     reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
@@ -255,6 +258,11 @@ class Settings(BaseSettings):
     def credentials(self) -> dict[str, str]:
         """Headers by which our own commands are known to the API."""
         return {"Authorization": f"Bearer {self.service_key}"} if self.service_key else {}
+
+    @property
+    def engine_credentials(self) -> dict[str, str]:
+        """Headers by which we are known to the engines."""
+        return {"Authorization": f"Bearer {self.engine_key}"} if self.engine_key else {}
 
     def need(self, name: str) -> str:
         """Return an address, or say how to get one."""

@@ -198,7 +198,7 @@ def take_back(record: RunRecord, settings: Settings, name: str) -> None:
         open_store(settings).delete(digest)
 
     async def unload() -> None:
-        async with EngineClient(settings.need("engine_url")) as engine:
+        async with EngineClient(settings.need("engine_url"), settings.engine_key) as engine:
             with suppress(EverloopError):  # it may be away, or never have loaded it
                 await engine.unload_adapter(name)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from infra.engine import EngineClient
 from infra.errors import EverloopError
 from trainer.callbacks import Adapter
 from trainer.policy import ServedPolicy
@@ -179,7 +178,7 @@ def sampler(policy: ServedPolicy, sampling: Sampling, num_samples: int, seed: in
         own_seed = seed + zlib.crc32(f"{model.rpartition('@')[2]} {number}".encode())
 
         async def run() -> list[list[Sample]]:
-            async with EngineClient(policy.engine_url) as engine:
+            async with policy.client() as engine:
                 asked = partial(engine.logprobs_are_processed, model)
                 mend = partial(policy.restore, engine)
                 if number == 1 and not sampling.is_plain and not await patiently(asked, mend):

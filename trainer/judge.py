@@ -146,7 +146,7 @@ async def _seconds_per_token(
     with sessions() as session:
         names = [serving.served_as(session, name, url) for name in (release, champion)]
     seconds: tuple[list[float], list[float]] = ([], [])
-    async with EngineClient(url, timeout_s=settings.engine_timeout_s) as engine:
+    async with EngineClient(url, settings.engine_key, timeout_s=settings.engine_timeout_s) as engine:
         for number in range(num_timed):
             for name, found in zip(names, seconds, strict=True):
                 payload: dict[str, Any] = {

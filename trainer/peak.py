@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infra.engine import EngineClient
 from infra.settings import BASE_MODEL_NAME
 from reward.style import num_words
 from trainer.gold import Gold
@@ -116,7 +115,7 @@ class Scales:
         )
 
     async def _log_ratios(self, model: str, samples: Sequence[Sample]) -> list[float]:
-        async with EngineClient(self.policy.engine_url) as engine:
+        async with self.policy.client() as engine:
             mend = partial(self.policy.restore, engine)
 
             # Both in the same way: what the engine sampled a token with is rounded otherwise than what it reads.

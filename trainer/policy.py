@@ -41,14 +41,18 @@ class ServedPolicy:
         The newest that this object has published; 0 before the first.
     """
 
-    def __init__(self, engine_url: str, run_dir: Path, keep: int = 1) -> None:
-        self.engine_url = engine_url
+    def __init__(self, engine_url: str, run_dir: Path, keep: int = 1, engine_key: str | None = None) -> None:
+        self.engine_url, self._engine_key = engine_url, engine_key
         self.run_id = run_dir.name
         self.directory = run_dir / POLICY_DIR
         self.keep = keep
         self._version_file = run_dir / VERSION_FILE
         self.version = 0
         self._loaded: list[int] = []
+
+    def client(self) -> EngineClient:
+        """Return a new client of the engine."""
+        return EngineClient(self.engine_url, self._engine_key)
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ class ServedPolicy:
             return
 
         async def load() -> None:
-            async with EngineClient(self.engine_url) as engine:
+            async with self.client() as engine:
                 if is_first:
                     await patiently(partial(self._unload_all, engine), patience_s=patience_s)
                 loads = partial(engine.load_adapter, self.name_of(version), directory)
@@ -119,7 +123,7 @@ class ServedPolicy:
         """Take every version from the engine; where it does not answer, it has been told nothing."""
 
         async def unload() -> None:
-            async with EngineClient(self.engine_url) as engine:
+            async with self.client() as engine:
                 with suppress(EverloopError):  # the engine is away, and comes back without any of them
                     await self._unload_all(engine)
             self._loaded.clear()

@@ -203,7 +203,9 @@ def sample_served(
     """Sample as :func:`sample` does, from the engine and in the way that settings and run name."""
 
     async def ask() -> list[list[Sample]]:
-        async with EngineClient(settings.need("engine_url"), timeout_s=settings.engine_timeout_s) as engine:
+        async with EngineClient(
+            settings.need("engine_url"), settings.engine_key, timeout_s=settings.engine_timeout_s
+        ) as engine:
             return await sample(
                 engine,
                 model,

@@ -92,7 +92,9 @@ class Training:
         rows = self.ready.rows.rows
         steps = max(1, round(len(rows) * self.config.epochs / self.config.rows_per_step))
         self.record.phase("train", steps)
-        policy = ServedPolicy(self.settings.need("engine_url"), self.record.run_dir)
+        policy = ServedPolicy(
+            self.settings.need("engine_url"), self.record.run_dir, engine_key=self.settings.engine_key
+        )
         with closing(policy):
             trained = self._ended() or (self.launch() if self.config.accelerate_config else self.train(policy))
             self.record.metric(

@@ -46,7 +46,7 @@ def open_run(run_id: str) -> tuple[Training, ServedPolicy]:
     record.take_over(run_id)
     record.current_phase = run.phase
     verification = Verification(config.verifiers, config.verifier_timeout_s)
-    policy = ServedPolicy(settings.need("engine_url"), record.run_dir)
+    policy = ServedPolicy(settings.need("engine_url"), record.run_dir, engine_key=settings.engine_key)
     return Training(sessions, settings, recipe, config, record, ready, verification), policy
 
 

@@ -21,7 +21,9 @@ B_SCALE = 0.01  # small beside the weights, so that answers stay text
 
 
 @asynccontextmanager
-async def random_adapters(url: str, base_model: Path, num: int, rank: int) -> AsyncIterator[list[str]]:
+async def random_adapters(
+    url: str, base_model: Path, num: int, rank: int, key: str | None = None
+) -> AsyncIterator[list[str]]:
     """Load adapters into an engine under names that it never had; unload them at the end whatever happens.
 
     Parameters
@@ -32,6 +34,8 @@ async def random_adapters(url: str, base_model: Path, num: int, rank: int) -> As
         Directory of the model that it serves.
     num, rank
         How many adapters, and their rank.
+    key
+        What the server asks for, if it does.
 
     Yields
     ------
@@ -41,7 +45,7 @@ async def random_adapters(url: str, base_model: Path, num: int, rank: int) -> As
     shapes = linear_shapes(base_model)
     names = [f"bench/{new_id('bench')}-{number}" for number in range(num)]
     with tempfile.TemporaryDirectory(prefix="everloop-bench-") as directory:
-        async with EngineClient(url) as engine, AsyncExitStack() as loaded:
+        async with EngineClient(url, key) as engine, AsyncExitStack() as loaded:
             for number, name in enumerate(names):
                 path = Path(directory) / str(number)
                 write_adapter(path, shapes, rank, seed=number)

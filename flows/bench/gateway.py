@@ -31,10 +31,11 @@ def first_tokens(settings: Settings, num_requests: int) -> dict[str, Any]:
     engine, gateway = settings.need("engine_url"), settings.need("public_url")
     found: dict[str, list[float]] = {engine: [], gateway: []}
     own: dict[str, dict[str, Any]] = {engine: {}, gateway: {"store": False}}  # a bench must teach nothing
+    known = {engine: settings.engine_credentials, gateway: settings.credentials}
     with report.Phase("time to first token", 2 * num_requests) as phase:
         for number in range(num_requests + 2):
             for url, times in found.items():
-                measured = asyncio.run(_one(url, number, own[url], settings.credentials))
+                measured = asyncio.run(_one(url, number, own[url], known[url]))
                 if number >= 2:  # the first warm up
                     times += measured.first_token_s
                     phase.advance()

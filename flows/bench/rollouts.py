@@ -14,7 +14,7 @@ from flows.population import read_prompts
 from flows.preferences import BUILT_IN_PROMPTS
 from infra import report
 from infra.engine import EngineClient
-from infra.settings import BASE_MODEL_NAME
+from infra.settings import BASE_MODEL_NAME, Settings
 from trainer.rollout import BESIDE_PEOPLE, MAX_IN_FLIGHT, Sampling, sample
 from trainer.throttle import Throttle
 
@@ -34,13 +34,12 @@ def measure(seconds: float, runs: int) -> dict[str, Any]:
     """
     prompts = [[{"role": "user", "content": prompt}] for prompt in read_prompts(BUILT_IN_PROMPTS)]
     found: dict[str, list[dict[str, Any]]] = {"alone": [], "throttled": [], "unthrottled": []}
-    with own_stack({"postgres", "broker", "engine", "reconciler", "api"}) as (settings, _, _):
-        url = settings.need("engine_url")
-        with report.Phase("loads", runs * len(found)) as phase:
-            for number in range(runs):
-                for kind, results in found.items():
-                    results.append(asyncio.run(_load(url, kind, prompts, seconds, number)))
-                    phase.advance()
+    parts = {"postgres", "broker", "engine", "reconciler", "api"}
+    with own_stack(parts) as (settings, _, _), report.Phase("loads", runs * len(found)) as phase:
+        for number in range(runs):
+            for kind, results in found.items():
+                results.append(asyncio.run(_load(settings, kind, prompts, seconds, number)))
+                phase.advance()
     merged = {kind: _merged(results) for kind, results in found.items()}
     alone = merged["alone"]
     for kind in ("throttled", "unthrottled"):
@@ -50,9 +49,9 @@ def measure(seconds: float, runs: int) -> dict[str, Any]:
 
 
 async def _load(
-    url: str, kind: str, prompts: Sequence[list[dict[str, Any]]], seconds: float, seed: int
+    settings: Settings, kind: str, prompts: Sequence[list[dict[str, Any]]], seconds: float, seed: int
 ) -> dict[str, Any]:
-    async with EngineClient(url) as engine:
+    async with EngineClient(settings.need("engine_url"), settings.engine_key) as engine:
         done: list[float] = []
         throttle = Throttle(MAX_IN_FLIGHT, BESIDE_PEOPLE if kind == "throttled" else MAX_IN_FLIGHT)
         sampling = None

@@ -62,20 +62,21 @@ def serving(settings: Settings, runs: int) -> dict[str, Any]:
 
 async def _measure(settings: Settings, runs: int) -> dict[str, list[float]]:
     engine, gateway = settings.need("engine_url"), settings.need("public_url")
-    base, headers = [BASE_MODEL_NAME], settings.credentials
+    base, at_gateway = [BASE_MODEL_NAME], settings.credentials
     own = {"store": False}  # a bench must teach nothing
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     asked = {**streamed, "logprobs": True, "return_token_ids": True}
-    async with random_adapters(engine, settings.base_model_dir, NUM_ADAPTERS, settings.max_lora_rank) as names:
+    at_engine, rank = settings.engine_credentials, settings.max_lora_rank
+    async with random_adapters(engine, settings.base_model_dir, NUM_ADAPTERS, rank, settings.engine_key) as names:
         variants: Variants = {
-            "engine, base": lambda: _tokens_per_s(engine, base, {}),
-            "gateway, base": lambda: _tokens_per_s(gateway, base, own, headers),
-            "engine, base, streamed": lambda: _tokens_per_s(engine, base, streamed),
-            "gateway, base, streamed": lambda: _tokens_per_s(gateway, base, {**own, **streamed}, headers),
-            "engine, base, all that the gateway asks": lambda: _tokens_per_s(engine, base, asked),
-            "engine, base, full length": lambda: _tokens_per_s(engine, base, {"ignore_eos": True}),
-            "engine, 1 adapter": lambda: _tokens_per_s(engine, names[:1], {"ignore_eos": True}),
-            "engine, 4 adapters": lambda: _tokens_per_s(engine, names, {"ignore_eos": True}),
+            "engine, base": lambda: _tokens_per_s(engine, base, {}, at_engine),
+            "gateway, base": lambda: _tokens_per_s(gateway, base, own, at_gateway),
+            "engine, base, streamed": lambda: _tokens_per_s(engine, base, streamed, at_engine),
+            "gateway, base, streamed": lambda: _tokens_per_s(gateway, base, {**own, **streamed}, at_gateway),
+            "engine, base, all that the gateway asks": lambda: _tokens_per_s(engine, base, asked, at_engine),
+            "engine, base, full length": lambda: _tokens_per_s(engine, base, {"ignore_eos": True}, at_engine),
+            "engine, 1 adapter": lambda: _tokens_per_s(engine, names[:1], {"ignore_eos": True}, at_engine),
+            "engine, 4 adapters": lambda: _tokens_per_s(engine, names, {"ignore_eos": True}, at_engine),
         }
         return await _interleave(variants, runs)
 
@@ -93,9 +94,7 @@ async def _interleave(variants: Variants, runs: int) -> dict[str, list[float]]:
     return figures
 
 
-async def _tokens_per_s(
-    url: str, models: Sequence[str], options: dict[str, Any], headers: dict[str, str] | None = None
-) -> float:
+async def _tokens_per_s(url: str, models: Sequence[str], options: dict[str, Any], headers: dict[str, str]) -> float:
     """Ask on all streams at once, the models in turn."""
 
     def body_of(number: int) -> dict[str, Any]:

@@ -161,6 +161,9 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
     }
     update = {**ports, "public_url": f"http://{LOOPBACK}:{ports['api_port']}"}
     update |= {name: addresses[name] for name in embedded}
+    if "engine_url" in embedded and settings.engine_key is None:
+        update["engine_key"] = secrets.token_urlsafe(24)
+        embedded.add("engine_key")
     return settings.model_copy(update=update), embedded
 
 

@@ -173,6 +173,8 @@ def _engine(settings: Settings) -> Part:
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         "KMP_BLOCKTIME": "1",
     }
+    if settings.engine_key:
+        environment["VLLM_API_KEY"] = settings.engine_key  # not on the command line, which everybody can read
     if openmp.exists():
         environment["LD_PRELOAD"] = str(openmp)
     return Part("engine", command, environment, priority=200)

@@ -66,7 +66,7 @@ def test_an_adapter_is_handed_to_the_engine_as_trl_does_it(stack, policy_model, 
     async_grpo_trainer.save_lora_adapter(policy_model, Accelerator(cpu=True), "default", str(directory))
 
     async def serve():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             await engine.load_adapter(name, directory)
             try:
                 return [await engine.prompt_logprobs(model, PROBE) for model in (name, "base")]

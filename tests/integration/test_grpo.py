@@ -56,7 +56,9 @@ def material_of(policy):
 def policy(stack, tmp_path):
     directory = tmp_path / "run_of_grpo"
     directory.mkdir()
-    with closing(ServedPolicy(stack.settings.need("engine_url"), directory)) as found:
+    with closing(
+        ServedPolicy(stack.settings.need("engine_url"), directory, engine_key=stack.settings.engine_key)
+    ) as found:
         yield found
 
 
@@ -86,7 +88,7 @@ def lose(stack, name):
     """Have the engine forget an adapter, as one that was started anew has."""
 
     async def unload():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             await engine.unload_adapter(name)
 
     asyncio.run(unload())
@@ -99,7 +101,7 @@ def served(stack):
 
 def test_the_engine_reports_what_it_samples_from_and_what_it_has_to_do(stack):
     async def look():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             return await engine.logprobs_are_processed("base"), await engine.num_requests()
 
     assert asyncio.run(look()) == (True, 0)

@@ -259,7 +259,7 @@ def test_an_adapter_of_another_rank_or_base_is_refused_and_the_champion_goes_on_
     # The engine itself refuses such a rank too; the champion is not disturbed by it.
 
     async def load():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             await engine.load_adapter("too-large", large)
 
     with pytest.raises(EverloopError):
@@ -378,7 +378,7 @@ def test_a_candidate_is_given_again_to_an_engine_that_lost_it(stack, night):
     sample = candidate._sampler()
 
     async def forget():
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             if night.release in await engine.models():
                 await engine.unload_adapter(night.release)
 

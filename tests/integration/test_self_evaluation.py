@@ -80,7 +80,7 @@ def test_the_probability_depends_on_the_answer_and_not_on_the_asking(stack):
     answers = ["Put the egg into boiling water for eight minutes.", "flub zorp 77 the the the the"]
 
     async def ask(answer):
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             messages = conversation(recorded(stack, completion.id, answer=answer))
             return [await engine.p_yes("base", messages) for _ in range(2)]
 
@@ -95,7 +95,7 @@ def test_an_evaluation_leaves_the_log_probabilities_of_its_neighbours_alone(stac
 
     async def evaluate_until(done):
         num_evaluated = 0
-        async with EngineClient(stack.settings.need("engine_url")) as engine:
+        async with EngineClient(stack.settings.need("engine_url"), stack.settings.engine_key) as engine:
             while not all(future.done() for future in done):
                 await engine.p_yes("base", question)
                 num_evaluated += 1

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import psutil
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -68,13 +69,25 @@ def test_secrets_are_readable_by_their_owner_only(stack):
 
 def test_secrets_are_in_no_log_and_on_no_command_line(stack, home):
     settings = stack.settings
-    secrets = {settings.service_key, (home / "postgres.password").read_text()}
+    secrets = {settings.service_key, settings.engine_key, (home / "postgres.password").read_text()}
     assert all(len(secret) > 20 for secret in secrets)
     processes = stack_processes(home)
     assert len(processes) > 8
     shown = [" ".join(process.cmdline()) for process in processes]
     shown += [path.read_text(errors="replace") for path in settings.log_dir.iterdir()]
     assert not [text[:200] for text in shown for secret in secrets if secret in text]
+
+
+def test_the_engine_does_nothing_for_strangers(stack):
+    url = stack.settings.engine_url
+    body = {"lora_name": "mine", "lora_path": "/tmp"}
+    for path, sent in (
+        ("/v1/load_lora_adapter", body),
+        ("/v1/chat/completions", {"model": "base", "messages": []}),
+    ):
+        assert httpx.post(f"{url}/v1/{path}", json=sent, trust_env=False).status_code == 401
+    key = stack.settings.engine_credentials
+    assert httpx.get(f"{url}/v1/models", trust_env=False, headers=key).status_code == 200
 
 
 def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):

@@ -74,7 +74,7 @@ class Engine:
 def test_nothing_stays_in_the_engine(model, monkeypatch, failure):
     engine = Engine()
     engine.lost_after = 2 if failure == "of a load" else None
-    monkeypatch.setattr(adapters, "EngineClient", lambda url: engine)
+    monkeypatch.setattr(adapters, "EngineClient", lambda url, key: engine)
 
     async def use():
         async with adapters.random_adapters("http://engine", model, 3, 4) as names:

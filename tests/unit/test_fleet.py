@@ -42,7 +42,7 @@ class Engines:
         options = {"engine_url": URLS[0], "engine_replicas": URLS[1:], "home": tmp_path, **settings}
         self.fleet = Fleet(Settings(**options), lambda release: routes)
         for url in URLS:
-            replica = Replica(url, 5.0)
+            replica = Replica(url, None, 5.0)
             replica.client._http = httpx.AsyncClient(base_url=url, transport=httpx.MockTransport(self.handle))
             self.fleet.replicas[url] = replica
 

@@ -8,7 +8,7 @@ import pytest
 
 from reward.online import BayesianHead
 from tests.unit.test_training_data import example
-from trainer import gold, peak
+from trainer import gold, peak, policy
 from trainer.config import RunConfig
 from trainer.loop import Trained
 from trainer.peak import Point
@@ -201,7 +201,7 @@ def test_gold_of_nothing_knows_nothing(held_out):
 class Engine:
     """Finds each token of an answer twice as probable under a trained model as under the base."""
 
-    def __init__(self, url):
+    def __init__(self, url, key):
         pass
 
     async def __aenter__(self):
@@ -215,7 +215,7 @@ class Engine:
 
 
 def test_a_checkpoint_is_measured_by_proxy_gold_and_distance(monkeypatch, tmp_path):
-    monkeypatch.setattr(peak, "EngineClient", Engine)
+    monkeypatch.setattr(policy, "EngineClient", Engine)
     likes_short = fit([example("a b", [1.0]), example("a " * 20, [0.0])] * 40)
     answers = {"0": ("a " * 4, "stop"), "1": ("a", "stop"), "2": ("a " * 8, "length"), "3": None}
 

@@ -18,7 +18,7 @@ class Engine:
         self.unloaded = []
         self.is_away = False
 
-    def __call__(self, url):
+    def __call__(self, url, key=None):
         return self
 
     async def __aenter__(self):
