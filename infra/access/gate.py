@@ -158,8 +158,7 @@ class Needs:
         """
         if self.role is None:
             return
-        if caller is None:
-            raise UnauthorizedError("Sign in, or send a key: Authorization: Bearer everloop_…")
+        caller = signed_in(caller)
         if not caller.role.reaches(self.role):
             raise ForbiddenError(f"This needs the role {self.role}; yours is {caller.role}.", code="role_needed")
         if request.method not in SAFE_METHODS:
