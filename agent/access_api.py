@@ -198,7 +198,7 @@ def get_session(request: Request, caller: MaybeCaller) -> SessionView:
 @public.post("/session", response_model=SessionView)
 def sign_in(body: SignIn, request: Request) -> Response:
     """Sign a browser in, by name and password or by a link that can be used once."""
-    request.app.state.gate.limits.count_sign_in(body.name or "a link", client_address(request))
+    request.app.state.gate.limits.count_sign_in(client_address(request), body.name)
     if body.link is None and (body.name is None or body.password is None):
         raise InvalidRequestError("Give a name and a password, or a link.", param="name")
     with transaction(request.app.state.sessions) as session:
@@ -228,10 +228,10 @@ def set_password(body: NewPassword, caller: SignedIn, request: Request) -> Respo
     with changing(request) as session:
         account = _own(session, caller)
         if account.password_hash is not None:
-            request.app.state.gate.limits.count_sign_in(account.name, client_address(request))
+            request.app.state.gate.limits.count_sign_in(client_address(request), account.name)
             accounts.sign_in(session, account.name, body.current or "")
         accounts.set_password(session, account, body.password)
-        audit.write(session, actor=account.name, action="password.set", subject=account.name, reason="by its owner")
+        audit.write(session, actor=account.id, action="password.set", subject=account.id, reason="by its owner")
         return signed_in_response(session, request, account)
 
 
@@ -248,7 +248,7 @@ def issue_key(body: NewKey, caller: SignedIn, request: Request) -> IssuedKey:
     with changing(request) as session:
         account = _own(session, caller)
         key, secret = keys.issue(session, account, **body.model_dump())
-        _note_key(session, account, "key.issued", key.id, body.name)
+        _note_key(session, account, "key.issued", key.id, "by its owner")
         session.refresh(key)
         return IssuedKey(**KeyView.model_validate(key).model_dump(), secret=secret)
 
@@ -278,8 +278,9 @@ def revoke_key(key_id: CleanText, caller: SignedIn, request: Request) -> None:
         _note_key(session, account, "key.revoked", key_id, "by its owner")
 
 
+# The audit log, which nobody can change, names people who act for themselves by their account's id only.
 def _note_key(session: Session, account: Account, action: str, key_id: str, reason: str) -> None:
-    audit.write(session, actor=account.name, action=action, subject=key_id, reason=reason)
+    audit.write(session, actor=account.id, action=action, subject=key_id, reason=reason)
 
 
 @admin.get("/accounts")
@@ -329,4 +330,4 @@ def make_link(account_id: CleanText, body: NewLink, caller: SignedIn, request: R
 
 
 def _note(session: Session, caller: Caller, action: str, account: Account, reason: str, **details: Any) -> None:
-    audit.write(session, actor=caller.name, action=action, subject=account.name, reason=reason, **details)
+    audit.write(session, actor=caller.name, action=action, subject=account.id, reason=reason, **details)

@@ -68,7 +68,7 @@ def add(name: Name, reason: Reason, role: Annotated[Role, typer.Option("--role")
     """Let somebody in; prints the link by which they sign in for the first time."""
     with _acting() as session:
         account = accounts.create(session, name, role)
-        _note(session, "account.added", account.name, reason, role=role)
+        _note(session, "account.added", account.id, reason, role=role)
         typer.echo(_link(session, account))
 
 
@@ -83,7 +83,7 @@ def link(
         if reset:
             account.password_hash = None
             accounts.end_sessions(session, account)
-        _note(session, "account.link", account.name, "asked for at the terminal", reset=reset)
+        _note(session, "account.link", account.id, "asked for at the terminal", reset=reset)
         typer.echo(_link(session, account))
 
 
@@ -93,7 +93,7 @@ def role(name: Name, role: Role, reason: Reason) -> None:
     with _acting() as session:
         account = accounts.get(session, name)
         accounts.set_role(session, account, role)
-        _note(session, "account.changed", account.name, reason, role=role)
+        _note(session, "account.changed", account.id, reason, role=role)
     report.say(f"{name} is {role} now")
 
 
@@ -103,7 +103,7 @@ def disable(name: Name, reason: Reason) -> None:
     with _acting() as session:
         account = accounts.get(session, name)
         accounts.disable(session, account)
-        _note(session, "account.changed", account.name, reason, disabled=True)
+        _note(session, "account.changed", account.id, reason, disabled=True)
     report.say(f"{name} is kept out")
 
 
@@ -113,8 +113,18 @@ def enable(name: Name, reason: Reason) -> None:
     with _acting() as session:
         account = accounts.get(session, name)
         accounts.enable(account)
-        _note(session, "account.changed", account.name, reason, disabled=False)
+        _note(session, "account.changed", account.id, reason, disabled=False)
     report.say(f"{name} may come in")
+
+
+@app.command()
+def remove(name: Name, reason: Reason) -> None:
+    """Delete an account with its keys; what it said stays until `everloop users forget`."""
+    with _acting() as session:
+        account = accounts.get(session, name)
+        report.say(f"its user is {account.user_id}")
+        accounts.remove(session, account)
+        _note(session, "account.removed", account.id, reason)
 
 
 @app.command()
@@ -133,7 +143,7 @@ def key(
         account = accounts.get(session, name)
         options: dict[str, Any] = {"role": role, "days": days, "acts_for_others": acts_for_others}
         made, secret = keys.issue(session, account, reason, requests_per_minute=requests_per_minute, **options)
-        _note(session, "key.issued", made.id, reason, account=account.name)
+        _note(session, "key.issued", made.id, reason, account=account.id)
         report.say(f"{made.id}, of {account.name}")
         typer.echo(secret)
 

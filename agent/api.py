@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 from agent.schema import ChatRequest, chunk, completion, usage
 from agent.turn import Turn
 from deploy.tables import Release
-from feedback.episodes import Recording
 from infra.access.gate import SignedIn, needs
 from infra.access.roles import ANONYMOUS, Caller, Role
 from infra.db import transaction
@@ -103,8 +102,9 @@ async def chat_completions(body: ChatRequest, caller: SignedIn, request: Request
     if not body.stream:
         return await _whole_answer(turn, caller, request)
     if not await _while_there(request, turn.begin):
+        await turn.close()  # it may have begun in the same moment
         return Response(status_code=HUNG_UP)
-    return TurnStream(turn, BackgroundTask(_afterwards, request, caller, turn.recording))
+    return TurnStream(turn, BackgroundTask(_afterwards, request, caller, turn))
 
 
 class TurnStream(StreamingResponse):
@@ -171,9 +171,11 @@ async def _while_there(request: Request, work: Callable[[], Awaitable[None]]) ->
     return not is_gone
 
 
-async def _afterwards(request: Request, caller: Caller, recording: Recording) -> None:
+async def _afterwards(request: Request, caller: Caller, turn: Turn) -> None:
     """Do what the client need not wait for."""
-    state = request.app.state
+    if not turn.has_begun:
+        return
+    state, recording = request.app.state, turn.recording
     state.gate.limits.count_tokens(caller, recording.num_prompt_tokens + len(recording.token_ids))
     await state.self_evaluator.offer(recording)
 
@@ -186,7 +188,8 @@ async def _whole_answer(turn: Turn, caller: Caller, request: Request) -> Respons
                 pass
 
     if not await _while_there(request, generate):
-        return Response(status_code=HUNG_UP)
+        await turn.close()
+        return Response(status_code=HUNG_UP, background=BackgroundTask(_afterwards, request, caller, turn))
     recording = turn.recording
     used = usage(recording.num_prompt_tokens, len(recording.token_ids))
     return JSONResponse(
@@ -198,7 +201,7 @@ async def _whole_answer(turn: Turn, caller: Caller, request: Request) -> Respons
             recording.finish_reason,
             used,
         ),
-        background=BackgroundTask(_afterwards, request, caller, recording),
+        background=BackgroundTask(_afterwards, request, caller, turn),
     )
 
 

@@ -149,7 +149,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def _error_response(request: Request, error: EverloopError) -> Response:
     if isinstance(error, UnauthorizedError) and _is_page(request):
-        return RedirectResponse(f"/login?{urlencode({'next': request.url.path})}", status_code=303)
+        return RedirectResponse(f"/login?{urlencode({'next': _asked(request)})}", status_code=303)
     if request.url.path.startswith(deploy.pages.PREFIX):
         return deploy.pages.failed(request, error)
     headers = {}
@@ -158,6 +158,10 @@ def _error_response(request: Request, error: EverloopError) -> Response:
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
+
+
+def _asked(request: Request) -> str:
+    return f"{request.url.path}?{request.url.query}" if request.url.query else request.url.path
 
 
 def _is_page(request: Request) -> bool:
@@ -205,11 +209,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+
+
 def main() -> None:
     """Run the API as a process."""
     setup_logging()
     settings = load()
-    if settings.access == "open" and not ipaddress.ip_address(settings.api_host).is_loopback:
+    if settings.access == "open" and not _is_loopback(settings.api_host):
         raise SetupError(
             f"EVERLOOP_ACCESS=open lets in whoever reaches the port, and {settings.api_host} is not this machine "
             "alone. Use EVERLOOP_ACCESS=accounts, or EVERLOOP_API_HOST=127.0.0.1.",
@@ -217,7 +225,8 @@ def main() -> None:
         )
     options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port or 8080}
     app = build_app(settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10, **options)
+    options |= {"access_log": False, "proxy_headers": False}  # whom to believe, `trusted_proxies` says
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10, **options)
     server = uvicorn.Server(config)
     app.state.is_stopping = lambda: server.should_exit  # streams without an end look at it
     server.run()

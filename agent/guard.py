@@ -46,7 +46,8 @@ class Guard:
         self.app = app
         self.max_request_bytes = settings.max_request_bytes
         self.is_open = settings.access == "open"
-        is_secure = (settings.public_url or "").startswith("https:")
+        self.public_url = settings.public_url or ""
+        is_secure = self.public_url.startswith("https:")
         self.headers = SECURITY_HEADERS | (STRICT_TRANSPORT if is_secure else {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +62,8 @@ class Guard:
             except TimeoutError:
                 refusal = TimedOutError(f"The body was not here after {MAX_BODY_S:.0f} s.")
         if refusal is not None:
-            await JSONResponse(refusal.envelope(), status_code=refusal.status)(scope, receive, send)
+            answer = JSONResponse(refusal.envelope(), status_code=refusal.status, headers=self.headers)
+            await answer(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -81,7 +83,7 @@ class Guard:
         if scope["method"] in SAFE_METHODS:
             return None
         origin = headers.get("origin")
-        is_elsewhere = origin is not None and urlsplit(origin).netloc != headers.get("host")
+        is_elsewhere = origin is not None and not self._is_own(origin, headers.get("host", ""))
         if is_elsewhere or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return ForbiddenError("Pages of other sites may not act here.", code="cross_site")
         if scope["method"] in BODILESS:
@@ -92,6 +94,22 @@ class Guard:
         if int(length) > self.max_request_bytes:
             return TooLargeError(f"The body is larger than {self.max_request_bytes} bytes.")
         return None
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Tell whether a page is ours: at the public address, or (a proxy may change the host) where it asks."""
+        site = _site(origin)
+        # Behind a proxy the scheme is the public address's; without one we speak http.
+        return site is not None and site in (_site(self.public_url), _site(f"http://{host}"))
+
+
+def _site(url: str) -> tuple[str, str, int] | None:
+    """Return scheme, host and port of an address; None for what is none."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    return (parts.scheme, parts.hostname, port) if parts.hostname else None
 
 
 async def _read(receive: Receive) -> Receive:
@@ -115,9 +133,9 @@ async def _read(receive: Receive) -> Receive:
 
 def _is_local(host: str) -> bool:
     """Tell whether a host is an address, or this machine: no name that somebody else could lead here."""
-    name = urlsplit(f"//{host}").hostname or ""
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     try:
-        ipaddress.ip_address(name)
+        ipaddress.ip_address(name.strip("[]"))
     except ValueError:
         return name == "localhost"
     return True

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import anyio.to_thread
 import httpx
 import sqlalchemy as sa
 from authlib.integrations.httpx_client import AsyncOAuth2Client
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from joserfc import jwt
 from joserfc.errors import JoseError
@@ -24,34 +25,41 @@ from sqlalchemy.orm import Session
 
 from agent.access_api import changing, set_cookie
 from deploy import audit
+from feedback.addresses import client_address
 from infra.access import accounts, sessions
 from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.access.tables import Account
 from infra.access.tokens import digest, new_token
-from infra.errors import EverloopError, NotFoundError, UnauthorizedError, UnavailableError
+from infra.db import transaction
+from infra.errors import ConflictError, EverloopError, NotFoundError, UnauthorizedError, UnavailableError
 from infra.settings import Settings
+from infra.text import CleanText
 
 SCOPE = "openid profile email"
 ALGORITHMS = ["RS256", "PS256", "ES256", "EdDSA"]  # never none, and nothing with a shared secret
 TRY_S = 600.0
 METADATA_S = 3600.0
+REFRESHED_EVERY_S = 60.0
 TIMEOUT_S = 10.0
 CLOCK_SKEW_S = 60
 
+Onwards = Annotated[CleanText, Query(max_length=500)]
+Shown = Annotated[CleanText, Query(max_length=4000)]
 router = APIRouter(prefix="/login/oidc", dependencies=[needs(None)], include_in_schema=False)
 _metadata: dict[str, tuple[float, dict[str, Any]]] = {}
 
 
 @router.get("")
-async def begin(request: Request, next: str = "/") -> Response:  # noqa: A002
+async def begin(request: Request, next: Onwards = "/") -> Response:  # noqa: A002
     """Send the browser to the provider, with what it has to bring back."""
     settings: Settings = request.app.state.settings
+    request.app.state.gate.limits.count_sign_in(client_address(request))
     metadata = await _provider(settings)
     verifier, nonce, browser = (secrets.token_urlsafe(48) for _ in range(3))
 
     def keep() -> str:
-        with request.app.state.sessions.begin() as session:
+        with transaction(request.app.state.sessions) as session:
             kept: dict[str, Any] = {
                 "verifier": verifier,
                 "nonce": nonce,
@@ -73,15 +81,17 @@ async def begin(request: Request, next: str = "/") -> Response:  # noqa: A002
 
 
 @router.get("/callback")
-async def come_back(request: Request, state: str = "", code: str = "") -> Response:
+async def come_back(request: Request, state: Shown = "", code: Shown = "") -> Response:
     """Take what the provider says of somebody, and sign them in."""
     try:
+        request.app.state.gate.limits.count_sign_in(client_address(request))
         kept = await anyio.to_thread.run_sync(_kept, request, state)
         claims = await _claims(request.app.state.settings, code, kept)
         response = await anyio.to_thread.run_sync(_signed_in, request, claims, _own_page(kept["next"]))
     except EverloopError as error:
         response = RedirectResponse(f"/login?{urlencode({'problem': error.code})}", status_code=303)
-    response.delete_cookie(_cookie(request)[0])
+    cookie, is_secure = _cookie(request)
+    response.delete_cookie(cookie, secure=is_secure)
     return response
 
 
@@ -135,9 +145,16 @@ async def _provider(settings: Settings) -> dict[str, Any]:
     return metadata
 
 
+def _refresh(issuer: str) -> None:
+    """Have what the provider tells of itself asked for anew, at most once a minute: anybody can make us fail."""
+    known = _metadata.get(issuer)
+    if known is not None and time.monotonic() - known[0] > REFRESHED_EVERY_S:
+        del _metadata[issuer]
+
+
 def _kept(request: Request, state: str) -> dict[str, Any]:
     """Return what was kept when this browser was sent away; once."""
-    with request.app.state.sessions.begin() as session:
+    with transaction(request.app.state.sessions) as session:
         _, kept = sessions.use(session, "oidc", state)
     shown = request.cookies.get(_cookie(request)[0], "")
     if not secrets.compare_digest(digest(shown).hex(), kept["browser"]):
@@ -168,7 +185,7 @@ async def _claims(settings: Settings, code: str, kept: dict[str, Any]) -> dict[s
         }
         jwt.JWTClaimsRegistry(leeway=CLOCK_SKEW_S, **rules).validate(claims)
     except (JoseError, httpx.HTTPError, KeyError, ValueError) as error:
-        _metadata.pop(settings.oidc_issuer or "", None)  # its keys may have changed
+        _refresh(settings.oidc_issuer or "")  # its keys may have changed
         raise UnauthorizedError("The provider's answer was not right.", code="provider_refused") from error
     except Exception as error:  # of the library, whose errors have no base that is told
         raise UnauthorizedError("The provider did not let them in.", code="provider_refused") from error
@@ -193,18 +210,20 @@ def _account(session: Session, settings: Settings, claims: dict[str, Any]) -> Ac
     account = session.scalar(sa.select(Account).where(of_them))
     role = role_of(settings, claims)
     if account is None:
-        name = str(claims.get("preferred_username") or claims.get("email") or claims["sub"])[:100]
+        told = str(claims.get("preferred_username") or claims.get("email") or claims["sub"])
+        name = "".join(each for each in told if each.isprintable())[:100] or "somebody"
         if accounts.by_name(session, name) is not None:
             name = f"{name} ({new_token()[:6]})"
         account = accounts.create(session, name, role, issuer=settings.oidc_issuer, subject=str(claims["sub"]))
         action = "account.added"
     elif account.role != role:
-        accounts.set_role(session, account, role)
+        with suppress(ConflictError):  # the last admin stays one, whatever the provider says
+            accounts.set_role(session, account, role)
         action = "account.changed"
     else:
         return account
     reason = "as the identity provider says"
-    audit.write(session, actor=account.name, action=action, subject=account.name, reason=reason, role=role)
+    audit.write(session, actor=account.id, action=action, subject=account.id, reason=reason, role=account.role)
     return account
 
 
@@ -219,5 +238,6 @@ def role_of(settings: Settings, claims: dict[str, Any]) -> Role:
     """
     said = claims.get(settings.oidc_role_claim) or []
     values = [said] if isinstance(said, str) else list(said) if isinstance(said, list) else []
-    found = [Role(settings.oidc_roles[value]) for value in values if value in settings.oidc_roles]
+    known = settings.oidc_roles
+    found = [Role(known[value]) for value in values if isinstance(value, str) and value in known]
     return max([Role.USER, *found], key=list(Role).index)

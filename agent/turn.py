@@ -39,7 +39,8 @@ class Turn:
         self._key: SubjectKey
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
-        self._is_closed = False
+        self.has_begun = False
+        self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
 
     async def begin(self) -> None:
@@ -90,6 +91,7 @@ class Turn:
         )
         try:
             self._events = await self._stream.__aenter__()
+            self.has_begun, self._is_closed = True, False
         except (EngineError, UnavailableError):
             if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
                 self.recording.status = "failed"
@@ -141,7 +143,7 @@ class Turn:
             await self.close()
 
     async def close(self) -> None:
-        """Stop the engine and write the episode, if that has not been done; needs a turn that has begun."""
+        """Stop the engine and write the episode, if the turn has begun and that has not been done."""
         if self._is_closed:
             return
         self._is_closed = True

@@ -13,7 +13,7 @@ from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.text import CleanText
 
-router = APIRouter(prefix="/v1", tags=["rewards"], dependencies=[needs(Role.RATER)])
+router = APIRouter(prefix="/v1", tags=["rewards"], dependencies=[needs(Role.OPERATOR)])
 Named = Annotated[CleanText, Path(max_length=200)]
 
 
@@ -44,19 +44,19 @@ class Decided(BaseModel):
     id: str
 
 
-@router.post("/raters/rulings", status_code=202, dependencies=[needs(Role.OPERATOR)])
+@router.post("/raters/rulings", status_code=202)
 def rule(body: RulingRequest, who: ByOperator) -> Decided:
     """Take out all that a rater said, count them whatever their record says, or let the record count again."""
     return Decided(id=decisions.rule(who, body.rater, body.ruling, body.reason))
 
 
-@router.post("/quarantines/{name}", status_code=202, dependencies=[needs(Role.OPERATOR)])
+@router.post("/quarantines/{name}", status_code=202)
 def decide_quarantine(name: Named, body: QuarantineRequest, who: ByOperator) -> Decided:
     """Let the votes of a burst count, or take them out for good."""
     return Decided(id=decisions.decide_quarantine(who, name, body.verdict, body.reason))
 
 
-@router.post("/episodes/{episode_id}/exclude", status_code=202, dependencies=[needs(Role.OPERATOR)])
+@router.post("/episodes/{episode_id}/exclude", status_code=202)
 def exclude(episode_id: Named, body: Reasoned, who: ByOperator) -> None:
     """Have nothing learned from an answer any more, for good; what was learned is taken out within a second."""
     decisions.exclude(who, episode_id, body.reason)

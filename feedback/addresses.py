@@ -17,7 +17,8 @@ def client_address(request: Request) -> str:
     client = request.client.host if request.client else ""
     trusted = request.app.state.settings.trusted_proxies
     if trusted:
-        forwarded = [part.strip() for part in request.headers.get("x-forwarded-for", "").split(",") if part.strip()]
+        lines = ",".join(request.headers.getlist("x-forwarded-for"))  # a proxy may add to a line, or a line
+        forwarded = [part.strip() for part in lines.split(",") if part.strip()]
         client = forwarded[-trusted] if len(forwarded) >= trusted else client
     return client
 

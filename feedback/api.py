@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from feedback import erasure, receipts, users
 from feedback.acceptance import Accepted
 from feedback.addresses import address_block
-from feedback.identity import CurrentUser, NamedUser
+from feedback.identity import MAX_CHARS, CurrentUser, NamedUser
 from feedback.receipts import Receipt
 from feedback.signals import MACHINE_KINDS, Signal
 from feedback.tables import User
@@ -124,7 +124,9 @@ def _said_by(caller: Caller, signal: Signal, block: str | None) -> None:
     signal.came_from(block)
     if signal.kind not in MACHINE_KINDS:
         signal.user = caller.speaks_for(signal.user) or ANONYMOUS
-    elif not caller.role.reaches(Role.RATER):
+    elif not caller.acts_for_others:  # nobody's program takes the name, and the verdicts, of another's
+        signal.user = f"{caller.name}/{signal.user}"[:MAX_CHARS]
+    if signal.kind in MACHINE_KINDS and not caller.role.reaches(Role.RATER):
         raise ForbiddenError(
             f"To send a {signal.kind} signal needs the role rater.", code="role_needed", param="kind"
         )

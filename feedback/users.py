@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from feedback.tables import User
 from infra import sealing
-from infra.errors import EverloopError, InvalidRequestError, UnavailableError
+from infra.access import accounts
+from infra.errors import ConflictError, EverloopError, InvalidRequestError, UnavailableError
 from infra.sealing import SubjectKey
 from infra.tables import SubjectKeyRow
 
@@ -88,6 +89,11 @@ def _locked(session: Session, user_ids: Iterable[str], wait: bool) -> list[tuple
     return [(user_id, SubjectKey(key_id, key), learn) for user_id, key_id, key, learn in rows if key is not None]
 
 
+def forgotten() -> ConflictError:
+    """Return the error of whoever still speaks as somebody who was forgotten."""
+    return ConflictError("Who this was is forgotten; load the page again to go on as somebody new.", code="not_you")
+
+
 @dataclass(frozen=True, slots=True)
 class Met:
     """A user's key, and what they said about being learned from (None: nothing)."""
@@ -114,8 +120,12 @@ def meet_many(session: Session, user_ids: Iterable[str], *, wait: bool = True) -
         found |= {user_id: Met(key, learn) for user_id, key, learn in _locked(session, wanted - found.keys(), wait)}
         if not (missing := wanted - found.keys()):
             return found
+        for user_id in accounts.retired(session, missing):
+            found[user_id] = forgotten()
         # Who is being forgotten now is gone when the lock is had: they begin anew.
-        ensure(session, missing)
+        ensure(session, missing - found.keys())
+        if wanted <= found.keys():
+            return found
     found |= {user_id: Met(key, learn) for user_id, key, learn in _locked(session, wanted - found.keys(), wait)}
     return {**{user_id: in_flux() for user_id in wanted}, **found}
 

@@ -1,6 +1,8 @@
 // @ts-check
 /** One's account: signing out, a password, and keys for programs. */
-import { call, copyOf, find, Problem, session } from './server.js';
+import { forgetDrafts } from './drafts.js';
+import { call, copyOf, find, Problem } from './server.js';
+import { session } from './who.js';
 
 /**
  * @typedef {object} Key
@@ -73,6 +75,7 @@ async function show() {
 
 find(document, '#sign-out', HTMLElement).onclick = () => attempt(async () => {
   await call('/v1/session', { method: 'DELETE' });
+  forgetDrafts(); // The next person in this browser is somebody else.
   location.assign('/login');
 });
 
@@ -102,14 +105,16 @@ function hasPassword(has) {
   find(document, '#current-field', HTMLElement).hidden = !has;
 }
 
-const { access, account } = await session();
-if (access === 'open') who.textContent = 'Nobody signs in here: whoever reaches this machine may do everything.';
-if (account) {
+await attempt(async () => {
+  const { access, account } = await session();
+  if (access === 'open') who.textContent = 'Nobody signs in here: whoever reaches this machine may do everything.';
+  if (!account) return;
   who.textContent = `${account.name}, ${account.role}`;
   find(document, '#username', HTMLInputElement).value = account.name;
   find(document, '#operate', HTMLElement).hidden = !['operator', 'admin'].includes(account.role);
   role.replaceChildren(...ROLES.slice(0, ROLES.indexOf(account.role) + 1).map((each) => new Option(each)));
+  find(document, '#password-part', HTMLElement).hidden = account.issuer !== null;
   hasPassword(account.has_password);
   own.hidden = false;
-  await attempt(show);
-}
+  await show();
+});

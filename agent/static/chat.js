@@ -7,12 +7,13 @@ import { refuseFiles } from './attachments.js';
 import { Fork } from './branches.js';
 import { Conversation } from './conversation.js';
 import { draftOf, keepDraft } from './drafts.js';
-import { find, Problem, whoAsks } from './server.js';
+import { find, Problem } from './server.js';
 import { Pair } from './pair.js';
 import { Scroll } from './scroll.js';
 import { Sheets } from './sheets.js';
 import { Talks } from './talks.js';
 import { copied, Turn } from './turn.js';
+import { whoAsks } from './who.js';
 
 const [empty, messages, live, stopButton, editing, missing, older] = [
   '#empty', '#messages', '#live', '#stop', '#editing', '#missing', '#older',

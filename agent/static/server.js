@@ -1,6 +1,8 @@
 // @ts-check
 /** What the pages know of the server: who asks, how to call it, and failures that are meant to be read. */
 
+const RELOADED_EVERY_MS = 30_000;
+
 /** randomUUID exists only on secure origins; a plain-http address needs the long way. */
 export function uuid() {
   if (crypto.randomUUID) return crypto.randomUUID();
@@ -11,47 +13,23 @@ export function uuid() {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
 }
 
-/**
- * Somebody who is signed in, as the server tells it.
- *
- * @typedef {object} Account
- * @property {string} name
- * @property {'user' | 'rater' | 'operator' | 'admin'} role
- * @property {string} user Who they are to chats and feedback.
- * @property {boolean} has_password
- */
-
-/** Who is signed in and how one can. @returns {Promise<{access: string, account: Account | null, provider: string | null}>} */
-export const session = async () => (await call('/v1/session')).json();
-
-let account = await session().then((told) => told.account, () => null);
-let known = '';
-
-/** Who is asking from now on: whoever was forgotten is somebody else. */
-export async function whoAsksAnew() {
-  account = (await session()).account;
-  return whoAsks(true);
-}
-
-/** The name of whoever uses this browser, where nobody signs in one of its own; somebody else where it is to be a new one. */
-export function whoAsks(isNew = false) {
-  if (account) return account.user;
-  let user = isNew ? '' : known;
-  try {
-    if (!isNew) user = localStorage.getItem('everloop.user') || user;
-    user ||= uuid();
-    localStorage.setItem('everloop.user', user);
-  } catch { /* Storage is forbidden here: the name then lasts as long as the page. */ }
-  known = user || uuid();
-  return known;
-}
-
 /** A failure whose message is meant for the person reading the page. */
 export class Problem extends Error {
   code = '';
   plain = ''; // The message without when to try again.
   isBusy = false; // Too much was asked, by this person or all.
   wait = 0; // Seconds after which the server would have it tried again, where it said so.
+}
+
+/** Goes to where one signs in, and comes back. */
+export const signIn = () => location.assign(`/login?next=${encodeURIComponent(location.pathname + location.search)}`);
+
+/** A page that takes its reader for somebody else begins anew; once in a while, or a server that errs has it loop. */
+function reloadOnce() {
+  const at = Number(sessionStorage.getItem('everloop.reloaded'));
+  if (Date.now() - at < RELOADED_EVERY_MS) return;
+  sessionStorage.setItem('everloop.reloaded', `${Date.now()}`);
+  location.reload();
 }
 
 /**
@@ -76,8 +54,8 @@ export async function call(path, { method = 'GET', body, user, signal } = {}) {
   problem.plain = message;
   problem.isBusy = response.status === 429;
   problem.wait = [429, 503].includes(response.status) && wait > 0 ? wait : 0;
-  if (problem.code === 'not_signed_in') location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
-  if (problem.code === 'not_you') location.reload(); // Forgotten, or signed in as somebody else, in another tab.
+  if (problem.code === 'not_signed_in') signIn();
+  if (problem.code === 'not_you') reloadOnce(); // Forgotten, or signed in as somebody else, in another tab.
   throw problem;
 }
 

@@ -8,8 +8,9 @@
  * @typedef {{erasure_id: string, complete: boolean, pending: string[], found: Record<string, Record<string, unknown>>}} Report
  */
 import { forgetDrafts } from './drafts.js';
-import { call, find, Problem, whoAsks, whoAsksAnew } from './server.js';
+import { call, find, Problem } from './server.js';
 import { thenAndNow } from './then.js';
+import { whoAsks, whoAsksAnew } from './who.js';
 
 const PAGE_ROWS = 20;
 const LOOK_EVERY_MS = 3000;

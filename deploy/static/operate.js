@@ -2,7 +2,7 @@
 /** What every operators' page does: stays as it is on the server, tells times in the reader's zone, draws, acts. */
 
 import { Idiomorph } from '/static/vendor/idiomorph.js';
-import { find } from '/static/server.js';
+import { find, signIn } from '/static/server.js';
 import { listen } from './acts.js';
 import { draw } from './charts.js';
 import { compare } from './compare.js';
@@ -10,6 +10,7 @@ import { verify } from './verify.js';
 
 const live = find(document, '#live', HTMLElement);
 const LEAST_MS = 1000;
+const AGAIN_AFTER_MS = 5000;
 
 /** Writes times as the reader's place does. */
 function localise() {
@@ -40,6 +41,7 @@ const KEEP = {
 async function refresh() {
   try {
     const response = await fetch(location.href, { headers: { accept: 'text/html' } });
+    if (response.redirected && new URL(response.url).pathname === '/login') signIn();
     if (!response.ok) return false;
     const page = new DOMParser().parseFromString(await response.text(), 'text/html');
     const main = find(page, '#main', HTMLElement);
@@ -82,7 +84,12 @@ class Follower {
     this.source = new EventSource('/operate/live');
     // What happened since the page was made was told to nobody.
     this.source.addEventListener('ready', () => this.look(true));
-    this.source.addEventListener('error', () => show('away'));
+    this.source.addEventListener('error', () => {
+      show('away');
+      if (this.source?.readyState !== EventSource.CLOSED) return; // Else the browser has given up.
+      this.end();
+      setTimeout(() => this.listen(), AGAIN_AFTER_MS);
+    });
     this.source.addEventListener('changed', (event) => {
       const changed = /** @type {string[]} */ (JSON.parse(event.data));
       this.look(changed.some((topic) => this.topics.has(topic)));

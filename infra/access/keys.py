@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from infra.access.roles import Role
 from infra.access.tables import Account, ApiKey
 from infra.access.tokens import KEY_PREFIX, digest, new_token
-from infra.errors import ForbiddenError, NotFoundError
+from infra.errors import ConflictError, ForbiddenError, NotFoundError
 from infra.ids import new_id
 
 
@@ -53,8 +53,8 @@ def issue(
 
 
 def of(session: Session, account: Account) -> list[ApiKey]:
-    """Return the keys of an account that are not revoked, the newest first."""
-    query = sa.select(ApiKey).where(ApiKey.account_id == account.id, ApiKey.revoked_at.is_(None))
+    """Return the keys of an account that are good, the newest first."""
+    query = sa.select(ApiKey).where(ApiKey.account_id == account.id, ApiKey.revoked_at.is_(None), ApiKey.is_current)
     return list(session.scalars(query.order_by(ApiKey.created_at.desc(), ApiKey.id)))
 
 
@@ -78,17 +78,30 @@ def revoke(key: ApiKey) -> None:
 
 
 def rotate(session: Session, key: ApiKey, grace_s: float) -> tuple[ApiKey, str]:
-    """Make a key like another, which ends after `grace_s`; return the new one with its secret."""
+    """Make a key like another, which ends after `grace_s`; return the new one, with its secret.
+
+    It lasts as long as the other did when it was made.
+
+    Raises
+    ------
+    ConflictError
+        Code ``key_over`` for a key that has ended, or was replaced already.
+    """
+    now = datetime.now(UTC)
+    if key.replaced_at is not None or (key.expires_at is not None and key.expires_at <= now):
+        raise ConflictError("This key has ended or was replaced; make a new one.", code="key_over")
+    lasts = None if key.expires_at is None else key.expires_at - key.created_at
     secret = new_token(KEY_PREFIX)
     fresh = ApiKey(
         id=new_id("key"),
         digest=digest(secret),
         **{
             name: getattr(key, name)
-            for name in ("account_id", "name", "role", "acts_for_others", "requests_per_minute", "expires_at")
+            for name in ("account_id", "name", "role", "acts_for_others", "requests_per_minute")
         },
+        expires_at=None if lasts is None else now + lasts,
     )
-    ends_at = datetime.now(UTC) + timedelta(seconds=grace_s)
+    key.replaced_at, ends_at = now, now + timedelta(seconds=grace_s)
     key.expires_at = ends_at if key.expires_at is None else min(ends_at, key.expires_at)
     session.add(fresh)
     session.flush()

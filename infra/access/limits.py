@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import time
 
@@ -13,7 +14,8 @@ from infra.access.roles import Caller
 from infra.errors import TooManyError
 from infra.settings import Settings
 
-SIGN_INS_PER_MINUTE = 10
+SIGN_INS_PER_MINUTE = 10  # from one address, or its network
+SIGN_INS_PER_NAME = 60  # so that nobody is kept out by whoever tries their name, and no password is found
 
 
 class Limits:
@@ -27,6 +29,7 @@ class Limits:
         self._requests = _per_minute(settings.requests_per_minute)
         self._tokens = RateLimitItemPerHour(settings.tokens_per_hour) if settings.tokens_per_hour else None
         self._sign_ins = RateLimitItemPerMinute(SIGN_INS_PER_MINUTE)
+        self._of_name = RateLimitItemPerMinute(SIGN_INS_PER_NAME)
 
     def count_request(self, caller: Caller) -> None:
         """Count a request.
@@ -37,8 +40,8 @@ class Limits:
         """
         if (of_key := _per_minute(caller.requests_per_minute)) and caller.key_id:
             self._count(of_key, "requests", caller.key_id)
-        if self._requests and caller.user and not caller.acts_for_others:
-            self._count(self._requests, "requests", caller.user)
+        if self._requests and caller.account_id and not caller.acts_for_others:
+            self._count(self._requests, "requests", caller.account_id)
 
     def check_tokens(self, caller: Caller) -> None:
         """Refuse whoever has used up their tokens of this hour.
@@ -48,8 +51,8 @@ class Limits:
         TooManyError
             Code ``too_many_tokens``.
         """
-        if self._tokens and caller.user and not caller.acts_for_others:
-            names = ("tokens", caller.user)
+        if self._tokens and caller.account_id and not caller.acts_for_others:
+            names = ("tokens", caller.account_id)
             if not self._counter.test(self._tokens, *names):
                 raise self._refusal(
                     self._tokens,
@@ -60,18 +63,19 @@ class Limits:
 
     def count_tokens(self, caller: Caller, num_tokens: int) -> None:
         """Note what an answer took, its question included."""
-        if self._tokens and caller.user and not caller.acts_for_others:
-            self._counter.hit(self._tokens, "tokens", caller.user, cost=num_tokens)
+        if self._tokens and caller.account_id and not caller.acts_for_others:
+            self._counter.hit(self._tokens, "tokens", caller.account_id, cost=num_tokens)
 
-    def count_sign_in(self, name: str, address: str) -> None:
-        """Count a try to sign in: passwords cannot be guessed by trying, neither one account's nor everybody's.
+    def count_sign_in(self, address: str, name: str | None = None) -> None:
+        """Count a try to sign in: passwords cannot be guessed by trying.
 
         Raises
         ------
         TooManyError
         """
-        for names in (("sign-in of", name.strip().lower()), ("sign-in from", address)):
-            self._count(self._sign_ins, *names)
+        self._count(self._sign_ins, "sign-in from", network_of(address))
+        if name is not None:
+            self._count(self._of_name, "sign-in of", name.strip().casefold())
 
     def _count(self, limit: RateLimitItem, *names: str) -> None:
         if not self._counter.hit(limit, *names):
@@ -81,6 +85,21 @@ class Limits:
     def _refusal(self, limit: RateLimitItem, names: tuple[str, ...], message: str, code: str) -> TooManyError:
         reset_at_s = self._counter.get_window_stats(limit, *names).reset_time
         return TooManyError(message, retry_after_s=max(1, math.ceil(reset_at_s - time.time())), code=code)
+
+
+def network_of(address: str) -> str:
+    """Return what one customer of a network has: an IPv4 address, or an IPv6 /64.
+
+    Examples
+    --------
+    >>> network_of("2001:db8::1"), network_of("198.51.100.7"), network_of("")
+    ('2001:db8::/64', '198.51.100.7', '')
+    """
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network(f"{parsed}/64", strict=False)) if parsed.version == 6 else address
 
 
 def _per_minute(amount: int | None) -> RateLimitItem | None:

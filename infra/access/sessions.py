@@ -34,6 +34,7 @@ def end(session: Session, session_digest: bytes) -> None:
 def offer(session: Session, purpose: Purpose, lasts_s: float, account: Account | None = None, **data: Any) -> str:
     """Return a token that can be used once within `lasts_s`."""
     token = new_token()
+    session.execute(sa.delete(OneTimeToken).where(OneTimeToken.expires_at < sa.func.now()))
     expires_at = datetime.now(UTC) + timedelta(seconds=lasts_s)
     account_id = account.id if account else None
     session.add(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import Mapped, mapped_column
 
 from infra.access.roles import Role
@@ -20,13 +21,16 @@ class Account(Base):
     """Somebody who may come in.
 
     ``user_id`` is who they are to the log of answers and signals; whoever is forgotten gets another. Who comes from
-    an identity provider is known by its ``issuer`` and their ``subject`` there.
+    an identity provider is known by its ``issuer`` and their ``subject`` there. ``name_key`` is the name however it
+    is written; ``is_service`` marks an account that no person has.
     """
 
     __tablename__ = "accounts"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
+    name_key: Mapped[str] = mapped_column(unique=True)
+    is_service: Mapped[bool] = mapped_column(default=False)
     role: Mapped[str]
     user_id: Mapped[str] = mapped_column(unique=True)
     password_hash: Mapped[str | None]
@@ -38,7 +42,6 @@ class Account(Base):
     __table_args__ = (
         sa.CheckConstraint(_ROLES, name="role"),
         sa.UniqueConstraint("issuer", "subject"),
-        sa.Index("uq_accounts_lower_name", sa.text("lower(name)"), unique=True),
     )
 
 
@@ -58,8 +61,19 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
     last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)
     revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    replaced_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     __table_args__ = (sa.CheckConstraint(_ROLES, name="role"),)
+
+    @hybrid_property
+    def is_current(self) -> bool:
+        """Whether it has not ended by time."""
+        return self.expires_at is None or self.expires_at > datetime.now(UTC)
+
+    @is_current.inplace.expression
+    @classmethod
+    def _is_current(cls) -> sa.ColumnElement[bool]:
+        return sa.func.coalesce(cls.expires_at > sa.func.now(), sa.true())
 
 
 class LoginSession(Base):

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -34,7 +35,7 @@ from infra.stack.supervisor import Supervisor, stack_processes, write_config
 OWN_PORTS = range(20_000, 32_000)
 PORT_TRIES = 50
 OWNER = "owner"  # whoever has the machine
-SERVICE_ACCOUNT, SERVICE_KEY_NAME = "operator", "commands of this machine"
+SERVICE_ACCOUNT = "operator"
 MIN_FREE_BYTES = 2 * 1024**3
 Say = Callable[[str], None]
 
@@ -122,7 +123,7 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     # Loaded only now: the worker's imports would compete with the engine's start.
     supervisor.start(*names & {"reward", "flows"})
     say("api: waiting")
-    _wait("The API", supervisor, "api", lambda: _answers(f"{settings.public_url}/v1/session"), timeout_s=60)
+    _wait("The API", supervisor, "api", lambda: _answers(f"{_own_url(settings)}/v1/session"), timeout_s=60)
     if {"api", "reconciler"} <= names:
         say("engine: proving what it serves")
         _wait("The assistant", supervisor, "reconciler", lambda: _serves(settings), timeout_s=60)
@@ -159,7 +160,9 @@ def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         "reward_url": f"http://{LOOPBACK}:{ports.get('reward_port')}",
         "prefect_url": f"http://{LOOPBACK}:{ports.get('prefect_port')}/api",
     }
-    update = {**ports, "public_url": f"http://{LOOPBACK}:{ports['api_port']}"}
+    update: dict[str, Any] = dict(ports)
+    if settings.public_url is None:
+        update["public_url"] = f"http://{LOOPBACK}:{ports['api_port']}"
     update |= {name: addresses[name] for name in embedded}
     if "engine_url" in embedded and settings.engine_key is None:
         update["engine_key"] = secrets.token_urlsafe(24)
@@ -248,13 +251,14 @@ def _migrate(settings: Settings) -> None:
 
 
 def _service_key(settings: Settings) -> str:
-    """Make the key of our own commands; the one of the stack before ends."""
+    """Make the key of our own commands; the one of the stack before in this home ends."""
+    name = f"commands of {settings.home}"
     with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
-        account = accounts.ensure(session, SERVICE_ACCOUNT, Role.ADMIN)
+        account = accounts.ensure(session, SERVICE_ACCOUNT, Role.ADMIN, is_service=True)
         for old in keys.of(session, account):
-            if old.name == SERVICE_KEY_NAME:
+            if old.name == name:
                 keys.revoke(old)
-        _, secret = keys.issue(session, account, SERVICE_KEY_NAME, role=Role.ADMIN, acts_for_others=True)
+        _, secret = keys.issue(session, account, name, role=Role.ADMIN, acts_for_others=True)
         return secret
 
 
@@ -287,9 +291,14 @@ def _database_answers(settings: Settings) -> bool:
         return False
 
 
+def _own_url(settings: Settings) -> str:
+    """Return where the API answers on this machine, whatever stands before it."""
+    return f"http://{LOOPBACK}:{settings.api_port}"
+
+
 def _serves(settings: Settings) -> bool:
     """Tell whether any release is proved to be served."""
-    url, headers = f"{settings.public_url}/v1/models", settings.credentials
+    url, headers = f"{_own_url(settings)}/v1/models", settings.credentials
     try:
         models = httpx.get(url, timeout=5, trust_env=False, headers=headers).json()["data"]
     except (httpx.HTTPError, ValueError, KeyError):

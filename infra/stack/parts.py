@@ -159,6 +159,7 @@ def _engine(settings: Settings) -> Part:
         # What an answer was sampled from, after temperature, top_p and top_k: training weighs samples by it.
         "--logprobs-mode", "processed_logprobs",
         "--disable-uvicorn-access-log",
+        "--middleware", "everloop_vllm.door.Door",
     ]  # fmt: skip
     openmp = ROOT / ".venv-engine" / "lib" / "libiomp5.so"
     environment = {
@@ -174,7 +175,7 @@ def _engine(settings: Settings) -> Part:
         "KMP_BLOCKTIME": "1",
     }
     if settings.engine_key:
-        environment["VLLM_API_KEY"] = settings.engine_key  # not on the command line, which everybody can read
+        environment["EVERLOOP_ENGINE_KEY"] = settings.engine_key  # a command line everybody can read
     if openmp.exists():
         environment["LD_PRELOAD"] = str(openmp)
     return Part("engine", command, environment, priority=200)

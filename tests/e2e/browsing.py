@@ -18,7 +18,7 @@ def ask(page, text):
 
 def me(page):
     """Return who the page takes its reader for."""
-    return page.evaluate("import('/static/server.js').then((server) => server.whoAsks())")
+    return page.evaluate("import('/static/who.js').then((who) => who.whoAsks())")
 
 
 def violations(page):

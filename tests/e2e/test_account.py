@@ -1,6 +1,7 @@
 """Signing in, and one's account: as somebody does it who comes for the first time."""
 
 import uuid
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -69,11 +70,23 @@ def test_the_address_that_is_printed_signs_in_once(stranger, stack):
     expect(stranger.get_by_role("alert")).to_contain_text("This link was used")
 
 
-def test_a_link_leads_to_no_other_site(stranger, stack, ada):
-    stranger.goto(f"{stack.settings.public_url}/login?next=https://evil.example/")
+def test_a_link_that_somebody_sent_does_not_sign_one_in_unseen(page, stack):
+    page.goto(embedded.way_in(stack.settings))
+    expect(page.get_by_role("status")).to_contain_text("You are signed in as somebody")
+    assert page.evaluate("fetch('/v1/session').then((r) => r.json())")["account"]["name"] != "owner"
+    page.get_by_role("button", name="Use the link to sign in").click()
+    expect(page.locator("#prompt")).to_be_visible()
+    assert page.evaluate("fetch('/v1/session').then((r) => r.json())")["account"]["name"] == "owner"
+
+
+@pytest.mark.parametrize(
+    "onwards", ["https://evil.example/", "//evil.example", "/.//evil.example", "javascript:alert(1)"]
+)
+def test_a_link_leads_to_no_other_site(stranger, stack, ada, onwards):
+    stranger.goto(f"{stack.settings.public_url}/login?next={quote(onwards)}")
     fill(stranger, ada, PASSWORD)
-    expect(stranger.locator("#prompt")).to_be_visible()
-    assert stranger.url == f"{stack.settings.public_url}/"
+    stranger.wait_for_url(lambda url: "/login" not in url)
+    assert stranger.url.startswith(f"{stack.settings.public_url}/")
 
 
 @pytest.mark.parametrize("width", [360, 1280])

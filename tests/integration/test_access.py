@@ -9,8 +9,11 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.testclient import TestClient
 
 from agent.app import build_app
+from agent.guard import Guard
 from deploy import audit
-from feedback import users
+from feedback import episodes, erasure, users
+from feedback.episodes import Recording
+from feedback.tables import Feedback, User
 from infra.access import accounts, gate, keys, sessions
 from infra.access.gate import Needs
 from infra.access.roles import Role
@@ -29,7 +32,7 @@ class House:
         url = database.kw["bind"].url.render_as_string(hide_password=False)
         addresses = {"database_url": url, "engine_url": "http://127.0.0.1:9", "public_url": "http://testserver"}
         self.database = database
-        self.settings = Settings(home=tmp_path, **addresses, **options)
+        self.settings = Settings(home=tmp_path, **(addresses | options))
         self.app = build_app(self.settings)
 
     def account(self, name, role=Role.USER, password=None):
@@ -38,6 +41,10 @@ class House:
             if password:
                 accounts.set_password(session, account, password)
             return account
+
+    def find(self, name):
+        with self.database() as session:
+            return accounts.get(session, name)
 
     def browser(self, account):
         """Return a client that is signed in."""
@@ -63,7 +70,7 @@ class House:
 def house(database, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "KNOWN_FOR_S", 0.0)
     house = House(database, tmp_path)
-    with TestClient(house.app):
+    with TestClient(house.app) as house.inside:  # what is written together is, in this one's event loop
         yield house
 
 
@@ -181,9 +188,9 @@ def test_passwords_cannot_be_tried_for_long(house):
     )
 
 
-@pytest.mark.parametrize("password", ["short", "ada", "a" * 40, "x" * 1025])
+@pytest.mark.parametrize("password", ["short", " ADA of the Harbour", "abcd" * 10, "ab cd ef gh " * 100])
 def test_a_weak_password_is_refused(house, password):
-    client = house.browser(house.account("ada"))
+    client = house.browser(house.account("Ada of the harbour"))
     assert client.put("/v1/session/password", json={"password": password}).status_code == 400
 
 
@@ -314,12 +321,13 @@ def test_admins_decide_who_comes_in_and_it_is_audited(house):
     assert "#" in url and "?" not in url
     ann = house.stranger()
     assert ann.post("/v1/session", json={"link": url.partition("#")[2]}).status_code == 200
-    program, _ = house.program(house.account("ann's", Role.USER))
+    program, _ = house.program(house.find("ann"))
+    assert program.get("/v1/me").status_code == 200
     browser.patch(f"/v1/accounts/{made['id']}", json={"disabled": True, "reason": "left"}).raise_for_status()
-    assert ann.get("/v1/me").status_code == 401 and program.get("/v1/me").status_code == 200
+    assert ann.get("/v1/me").status_code == program.get("/v1/me").status_code == 401
     with house.database() as session:
         told = [(entry.actor, entry.action, entry.subject) for entry in audit.newest(session, 3)]
-    assert told == [("boss", f"account.{act}", "ann") for act in ("changed", "link", "added")]
+    assert told == [("boss", f"account.{act}", made["id"]) for act in ("changed", "link", "added")]
 
 
 def test_somebody_stays_who_can_undo_it(house):
@@ -385,6 +393,146 @@ def test_where_access_is_open_a_name_of_somebody_elses_leads_nowhere(database, t
     with TestClient(house.app):
         for host, status in (("127.0.0.1:8080", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 403)):
             assert house.stranger().get("/v1/session", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("public_url", "origin", "host", "is_own"),
+    [
+        ("https://chat.example", "https://chat.example", "127.0.0.1:8080", True),  # a proxy that keeps no Host
+        ("https://chat.example", "https://chat.example:443", "chat.example", True),
+        ("https://chat.example", "http://chat.example", "127.0.0.1:8080", False),
+        ("https://chat.example", "https://chat.example.evil", "chat.example", False),
+        (None, "http://[x", "testserver", False),
+        (None, "http://localhost:8080", "localhost:8080", True),
+    ],
+)
+def test_a_page_is_ours_at_the_public_address(public_url, origin, host, is_own):
+    guard = Guard(None, Settings(home="/nowhere", public_url=public_url))
+    headers = [(b"origin", origin.encode()), (b"host", host.encode()), (b"content-length", b"2")]
+    assert (guard._refusal({"type": "http", "method": "POST", "headers": headers}) is None) == is_own
+
+
+def test_under_https_a_cookie_is_of_this_host_and_secure(database, tmp_path):
+    house = House(database, tmp_path, public_url="https://testserver")
+    owner = house.account("owner", Role.ADMIN)
+    with TestClient(house.app):
+        with house.database.begin() as session:
+            token = sessions.offer(session, "link", 60, session.merge(owner))
+        answer = house.stranger().post("/v1/session", json={"link": token})
+    cookie = answer.headers["set-cookie"]
+    assert cookie.startswith("__Host-everloop=") and "Secure" in cookie and "Path=/" in cookie
+    assert answer.headers["strict-transport-security"]
+
+
+def test_what_has_changed_here_is_known_at_once_and_elsewhere_within_two_seconds(database, tmp_path, monkeypatch):
+    house = House(database, tmp_path)
+    with TestClient(house.app):
+        ada = house.account("ada")
+        browser = house.browser(ada)
+        secret = browser.post("/v1/keys", json={"name": "x"}).json()
+        program = house.stranger()
+        program.headers["Authorization"] = f"Bearer {secret['secret']}"
+        assert program.get("/v1/me").status_code == 200
+        assert browser.delete(f"/v1/keys/{secret['id']}").status_code == 204
+        assert program.get("/v1/me").status_code == 401, "revoked through this process"
+        program, key_id = house.program(ada)
+        assert program.get("/v1/me").status_code == 200
+        with house.database.begin() as session:  # as another process would
+            keys.revoke(keys.get(session, key_id))
+        assert program.get("/v1/me").status_code == 200
+        monkeypatch.setattr(gate, "KNOWN_FOR_S", 0.0)  # as after that time
+        assert program.get("/v1/me").status_code == 401
+
+
+@pytest.mark.parametrize("written", ["ÉLODIE", "e\u0301lodie", "Élodie "])
+def test_a_name_is_one_however_it_is_written(house, written):
+    house.account("élodie", password=PASSWORD)
+    assert house.stranger().post("/v1/session", json={"name": written, "password": PASSWORD}).status_code == 200
+    boss = house.browser(house.account("boss", Role.ADMIN))
+    assert code(boss.post("/v1/accounts", json={"name": written, "reason": "x"})) == (409, "name_taken")
+
+
+def test_of_two_who_take_a_name_at_once_one_is_told(house):
+    outcomes = []
+
+    def take():
+        try:
+            outcomes.append(house.account("ada").name)
+        except ConflictError as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["ada"] + ["name_taken"] * 3
+
+
+def test_who_was_forgotten_says_nothing_more_under_the_name_of_before(house):
+    """As a tab does that was open before, or a process that has not heard of it yet."""
+    account = house.account("ada")
+    with house.database.begin() as session:
+        users.ensure(session, [account.user_id])
+        erasure.forget(session, account.user_id, "retrain-required")
+    with house.database.begin() as session:
+        met = users.meet_many(session, [account.user_id, "somebody else"])
+        assert met[account.user_id].code == "not_you" and met["somebody else"].key
+    with house.database() as session:
+        assert session.get(User, account.user_id) is None
+
+
+def test_replacing_a_key_gives_one_that_lasts_as_long(house):
+    browser = house.browser(house.account("ada"))
+    made = browser.post("/v1/keys", json={"name": "x", "days": 90}).json()
+    fresh = browser.post(f"/v1/keys/{made['id']}/rotate", json={}).json()
+    ends_at = datetime.fromisoformat(fresh["expires_at"])
+    assert timedelta(days=89) < ends_at - datetime.now(UTC) <= timedelta(days=90)
+    assert code(browser.post(f"/v1/keys/{made['id']}/rotate", json={})) == (409, "key_over")
+
+
+def test_the_account_of_our_own_commands_is_nobodys(house):
+    boss = house.account("boss", Role.ADMIN)
+    browser = house.browser(boss)
+    with house.database.begin() as session:
+        accounts.ensure(session, "operator", Role.ADMIN, is_service=True)
+    assert [each["name"] for each in browser.get("/v1/accounts").json()] == ["boss"]
+    change = {"role": "user", "reason": "x"}
+    assert code(browser.patch("/v1/accounts/operator", json=change)) == (404, "account_not_found")
+    assert code(browser.patch(f"/v1/accounts/{boss.id}", json=change)) == (409, "last_admin")
+
+
+def test_a_request_is_counted_once_and_being_forgotten_gives_no_new_budget(database, tmp_path):
+    house = House(database, tmp_path, requests_per_minute=3)
+    with TestClient(house.app):
+        rater = house.browser(house.account("ann", Role.RATER))
+        body = {"items": [{"messages": [{"role": "user", "content": "Hi"}], "answer": "Hello"}]}
+        seen = [rater.post("/v1/rewards/score", json=body).status_code for _ in range(5)]
+        assert seen == [503] * 3 + [429] * 2  # there is no worker here
+        account = house.account("ada")
+        with house.database.begin() as session:
+            users.ensure(session, [account.user_id])
+        ada = house.browser(account)
+        assert ada.delete("/v1/me").status_code == 202
+        seen = [ada.put("/v1/me/consent", json={"learn": False}).status_code for _ in range(4)]
+        assert seen == [200] * 2 + [429] * 2
+
+
+def test_a_program_bears_its_accounts_name(house):
+    ann = house.inside
+    ann.cookies.update(house.browser(house.account("ann", Role.RATER)).cookies)
+    verdict = {"kind": "judge", "score": 1.0, "episode_id": "ep_1", "user": "judge-1", "idempotency_key": "k"}
+    with house.database.begin() as session:
+        key, _ = episodes.begin(session, "ben", True)
+        messages = [{"role": "user", "content": "Hi"}]
+        recording = Recording(
+            episodes.new_episode_id(), "ben", "base", None, None, "champion", 1.0, messages, {}, True, "Hello"
+        )
+        recording.status = "complete"
+        assert episodes.record(session, recording, key)
+    assert ann.post("/v1/feedback", json={**verdict, "episode_id": recording.episode_id}).status_code == 202
+    with house.database() as session:
+        assert session.scalar(sa.select(Feedback.user_id)) == "ann/judge-1"
 
 
 def test_secrets_are_stored_as_digests_only(house):

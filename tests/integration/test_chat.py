@@ -97,7 +97,9 @@ def test_hanging_up_before_the_first_token_stops_the_engine_too(stack):
 def running_requests(stack):
     import httpx
 
-    metrics = httpx.get(f"{stack.settings.engine_url}/metrics", trust_env=False).text
+    metrics = httpx.get(
+        f"{stack.settings.engine_url}/metrics", trust_env=False, headers=stack.settings.engine_credentials
+    ).text
     lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")]
     return sum(float(line.split()[-1]) for line in lines)
 

@@ -1,6 +1,8 @@
 """Signing in elsewhere, at a provider that speaks OpenID Connect: a small one of our own, with real keys."""
 
 import hashlib
+import hmac
+import json
 import threading
 import time
 from base64 import urlsafe_b64encode
@@ -20,7 +22,7 @@ from tests.integration.test_access import House
 from tests.tamper import free_port
 
 SECRET = "known to both"
-ROLES = {"ml-team": "operator", "everybody": "user"}
+ROLES = {"ml-team": "operator", "everybody": "user", "admins": "admin"}
 
 
 class Provider:
@@ -40,6 +42,9 @@ class Provider:
         app.post("/token")(self.token)
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
 
+    def sign(self, claims):
+        return jwt.encode({"alg": "RS256", "kid": "1"}, claims, self.signing_key)
+
     def metadata(self):
         names = {"authorization_endpoint": "authorize", "token_endpoint": "token", "jwks_uri": "jwks"}
         return {"issuer": self.issuer, **{name: f"{self.issuer}/{path}" for name, path in names.items()}}
@@ -57,7 +62,7 @@ class Provider:
         now = int(time.time())
         claims = {"iss": self.issuer, "aud": self.asked["client_id"], "nonce": self.asked["nonce"]}
         claims |= {"iat": now, "exp": now + 300, **self.person, **self.lies}
-        token = jwt.encode({"alg": "RS256", "kid": "1"}, claims, self.signing_key)
+        token = self.sign(claims)
         return {"access_token": "x", "token_type": "Bearer", "id_token": token}
 
 
@@ -161,6 +166,46 @@ def test_a_token_that_is_not_for_this_sign_in_lets_nobody_in(house, provider, li
 def test_a_token_signed_by_somebody_else_lets_nobody_in(house, provider):
     provider.signing_key = RSAKey.generate_key(2048, {"kid": "1"})
     assert refused(sign_in(house, provider)[1]) == "provider_refused"
+
+
+def test_a_token_that_is_not_signed_or_signed_with_what_everybody_knows_lets_nobody_in(
+    house, provider, monkeypatch
+):
+    def part(value):
+        return urlsafe_b64encode(value).decode().rstrip("=")
+
+    def unsigned(claims):
+        return f"{part(json.dumps({'alg': 'none'}).encode())}.{part(json.dumps(claims).encode())}."
+
+    public = provider.key.as_pem(private=False)
+
+    def signed_with_the_public_key(claims):
+        head = f"{part(json.dumps({'alg': 'HS256', 'kid': '1'}).encode())}.{part(json.dumps(claims).encode())}"
+        return f"{head}.{part(hmac.digest(public, head.encode(), 'sha256'))}"
+
+    for sign in (unsigned, signed_with_the_public_key):
+        monkeypatch.setattr(provider, "sign", sign)
+        assert refused(sign_in(house, provider)[1]) == "provider_refused"
+
+
+def test_whoever_comes_from_there_has_no_password_here(house, provider):
+    client, _ = sign_in(house, provider)
+    answer = client.put("/v1/session/password", json={"password": "a quiet brown harbour"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_password_here")
+
+
+def test_the_last_admin_stays_one_whatever_the_provider_says(house, provider):
+    provider.person["roles"] = ["admins", {"nested": "values"}]
+    client, _ = sign_in(house, provider)
+    assert client.get("/v1/accounts").status_code == 200
+    provider.person["roles"] = []
+    again, answer = sign_in(house, provider)
+    assert answer.headers["location"] == "/c/1" and again.get("/v1/accounts").status_code == 200
+
+
+def test_the_provider_is_not_asked_again_and_again_by_whoever_fails(house, provider):
+    begun = [house.stranger().get("/login/oidc", follow_redirects=False).status_code for _ in range(12)]
+    assert begun == [303] * 10 + [429] * 2
 
 
 def test_a_sign_in_that_another_browser_began_is_not_ended_here(house, provider):

@@ -78,16 +78,24 @@ def test_secrets_are_in_no_log_and_on_no_command_line(stack, home):
     assert not [text[:200] for text in shown for secret in secrets if secret in text]
 
 
-def test_the_engine_does_nothing_for_strangers(stack):
-    url = stack.settings.engine_url
-    body = {"lora_name": "mine", "lora_path": "/tmp"}
-    for path, sent in (
-        ("/v1/load_lora_adapter", body),
-        ("/v1/chat/completions", {"model": "base", "messages": []}),
-    ):
-        assert httpx.post(f"{url}/v1/{path}", json=sent, trust_env=False).status_code == 401
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(
+            ("POST", path)
+            for path in ("/v1/load_lora_adapter", "/v1/chat/completions", "/adapters", "/invocations")
+        ),
+        *(("POST", "/tokenize"), ("DELETE", "/adapters/base"), ("GET", "/v1/models"), ("GET", "/metrics")),
+    ],
+)
+def test_the_engine_does_nothing_for_strangers(stack, method, path):
     key = stack.settings.engine_credentials
-    assert httpx.get(f"{url}/v1/models", trust_env=False, headers=key).status_code == 200
+    with httpx.Client(base_url=stack.settings.engine_url, trust_env=False) as engine:
+        assert engine.request(method, path, json={}).status_code == 401
+        wrong = {"Authorization": key["Authorization"] + "x"}
+        assert engine.request(method, path, json={}, headers=wrong).status_code == 401
+        assert engine.request(method, path, json={}, headers=key).status_code != 401
+        assert engine.get("/health").status_code == 200
 
 
 def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):

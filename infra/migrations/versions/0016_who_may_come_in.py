@@ -26,6 +26,8 @@ def upgrade() -> None:
         "accounts",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
+        sa.Column("name_key", sa.String(), nullable=False),
+        sa.Column("is_service", sa.Boolean(), nullable=False),
         sa.Column("role", sa.String(), nullable=False),
         sa.Column("user_id", sa.String(), nullable=False),
         sa.Column("password_hash", sa.String()),
@@ -36,9 +38,9 @@ def upgrade() -> None:
         sa.CheckConstraint(ROLES, name=op.f("ck_accounts_role")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_accounts")),
         sa.UniqueConstraint("user_id", name=op.f("uq_accounts_user_id")),
+        sa.UniqueConstraint("name_key", name=op.f("uq_accounts_name_key")),
         sa.UniqueConstraint("issuer", "subject", name=op.f("uq_accounts_issuer_subject")),
     )
-    op.create_index("uq_accounts_lower_name", "accounts", [sa.text("lower(name)")], unique=True)
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(), nullable=False),
@@ -49,7 +51,7 @@ def upgrade() -> None:
         sa.Column("acts_for_others", sa.Boolean(), nullable=False),
         sa.Column("requests_per_minute", sa.Integer()),
         _when("created_at", server_default=now),
-        *(_when(name, nullable=True) for name in ("expires_at", "last_used_at", "revoked_at")),
+        *(_when(name, nullable=True) for name in ("expires_at", "last_used_at", "revoked_at", "replaced_at")),
         sa.CheckConstraint(ROLES, name=op.f("ck_api_keys_role")),
         sa.ForeignKeyConstraint(
             ["account_id"], ["accounts.id"], name=op.f("fk_api_keys_account_id"), ondelete="CASCADE"
