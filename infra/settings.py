@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     tokens_per_hour: int = Field(
         0, ge=0, description="Tokens, questions included, that one user may use in an hour; 0 for any number."
     )
+    sign_ins_per_minute: int = Field(
+        10, ge=1, description="Tries to sign in from one address in a minute; raise it where many share one."
+    )
     oidc_issuer: str | None = Field(
         None, description="Address of an OpenID Connect provider whose people may sign in; see docs/security.md."
     )

@@ -14,7 +14,6 @@ from infra.access.roles import Caller
 from infra.errors import TooManyError
 from infra.settings import Settings
 
-SIGN_INS_PER_MINUTE = 10  # from one address, or its network
 SIGN_INS_PER_NAME = 60  # so that nobody is kept out by whoever tries their name, and no password is found
 
 
@@ -28,7 +27,7 @@ class Limits:
         self._counter = FixedWindowRateLimiter(MemoryStorage())
         self._requests = _per_minute(settings.requests_per_minute)
         self._tokens = RateLimitItemPerHour(settings.tokens_per_hour) if settings.tokens_per_hour else None
-        self._sign_ins = RateLimitItemPerMinute(SIGN_INS_PER_MINUTE)
+        self._sign_ins = RateLimitItemPerMinute(settings.sign_ins_per_minute)
         self._of_name = RateLimitItemPerMinute(SIGN_INS_PER_NAME)
 
     def count_request(self, caller: Caller) -> None:
