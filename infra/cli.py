@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("flows.cli", "demo", "Take the loop round with a simulated population."),
     "chat": ("agent.cli", "chat", "Talk to the assistant in the terminal."),
     "train": ("flows.cli", "train", "Start a night run now and follow it."),
+    "flows": ("flows.flows_cli", "app", "What runs by schedule; start it now, or cancel it."),
     "promote": ("deploy.cli", "promote", "Make a release the champion, with a reason."),
     "rollback": ("deploy.cli", "rollback", "Go back to an earlier champion, with a reason."),
     "releases": ("deploy.releases_cli", "app", "Releases and their lineage, import, retention."),
