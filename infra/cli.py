@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "up": ("infra.stack.cli", "up", "Start the embedded stack and serve."),
     "down": ("infra.stack.cli", "down", "Stop the stack; no process stays behind."),
     "status": ("infra.stack.cli", "status", "Show each part, and what is deployed."),
+    "backup": ("flows.backup.cli", "backup", "Write all that was learned to a directory, while people chat."),
+    "restore": ("flows.backup.cli", "restore", "Restore a backup into an empty home, and check it."),
     "demo": ("flows.cli", "demo", "Take the loop round with a simulated population."),
     "chat": ("agent.cli", "chat", "Talk to the assistant in the terminal."),
     "train": ("flows.cli", "train", "Start a night run now and follow it."),
