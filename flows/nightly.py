@@ -15,6 +15,7 @@ from deploy import head
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
 from deploy.runs import TrainingRun
 from flows import artifacts
+from flows.hooks import end_cancelled_night
 from flows.retries import step
 from infra.db import Sessions, advisory_lock, connect
 from infra.errors import ConflictError, InvalidRequestError
@@ -24,16 +25,7 @@ NIGHTLY = "nightly/everloop"
 WATCH = "watch-canary/everloop"
 
 
-def end_cancelled(_flow: Any, run: Any, _state: Any) -> None:
-    """Clean up after a night that somebody cancelled in Prefect, which stops its process."""
-    from trainer.night import end_cancelled as end
-
-    settings = load()
-    ended = end(connect(settings.need("database_url"), pool_size=2), settings, str(run.id))
-    print(f"{ended} was cancelled" if ended else "no run was cancelled")
-
-
-@flow(name="nightly", log_prints=True, on_cancellation=[end_cancelled])  # type: ignore[untyped-decorator]
+@flow(name="nightly", log_prints=True, on_cancellation=[end_cancelled_night])  # type: ignore[untyped-decorator]
 def nightly(
     canary_share: float | None = None,
     config: dict[str, Any] | None = None,
