@@ -14,6 +14,9 @@ from deploy.runs import TrainingRun
 from feedback import episodes, erasure
 from feedback.tables import Erasure
 from flows.bench.stack import ADDRESSES, own_stack
+from flows.housekeeping import LOCK
+from infra.db import LongLock
+from infra.errors import SetupError
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
 from tests.conftest import EVERLOOP, wait_until
 from tests.faults.harness import cli, cli_fails
@@ -139,15 +142,53 @@ def test_what_is_wrong_is_not_tried_again_and_a_refusal_says_why(scheduler):
     assert "[flow_parameters_invalid]" in cli_fails("flows", "run", "nightly", "--param", "canary_share=often")
 
 
+def test_a_part_that_is_away_is_tried_again_and_a_run_can_be_cancelled_meanwhile(scheduler):
+    """There is no engine here: `attest` waits for one."""
+    settings, _, _ = scheduler
+    run_id = cli("flows", "run", "attest", "--no-wait")["run"]
+
+    def waits():
+        tasks = ask(settings, "/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
+        return any(task["state_name"] == "AwaitingRetry" for task in tasks)
+
+    wait_until(waits, timeout_s=60, what="it was not tried again")
+    cli("flows", "cancel", run_id, report=False)
+    wait_until(lambda: state(settings, run_id) == "CANCELLED", timeout_s=30)
+    assert "[run_ended]" in cli_fails("flows", "cancel", run_id)
+
+
+def test_nights_go_to_a_pool_of_the_type_and_template_of_the_settings(scheduler, tmp_path):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import worker
+
+    settings, _, _ = scheduler
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"job_configuration": {"namespace": "{{ namespace }}"}, "variables": {}}))
+    elsewhere = {"night_pool": "cluster", "pool_type": "kubernetes", "pool_template": template}
+    with temporary_settings({PREFECT_API_URL: settings.need("prefect_url")}):
+        try:
+            worker.register(settings.model_copy(update=elsewhere))
+            pool = httpx.get(f"{settings.prefect_url}/work_pools/cluster", trust_env=False).json()
+            assert pool["type"] == "kubernetes" and "namespace" in pool["base_job_template"]["job_configuration"]
+            pools = {row["name"]: row["pool"] for row in cli("flows", "list")["flows"]}
+            assert pools == dict.fromkeys(pools, "everloop") | {"nightly": "cluster"}
+            template.write_text("{")
+            with pytest.raises(SetupError, match="get-default-base-job-template"):
+                worker.register(settings.model_copy(update={**elsewhere, "night_pool": "another"}))
+        finally:
+            worker.register(settings)
+    assert {row["pool"] for row in cli("flows", "list")["flows"]} == {"everloop"}
+
+
 def test_runs_whose_process_died_with_the_worker_are_told_as_crashed_when_it_comes_back(scheduler):
     settings, sessions, supervisor = scheduler
-    from flows.housekeeping import LOCK
-    from infra.db import LongLock
-
     with LongLock(sessions, LOCK) as lock:  # the run waits for it, and so is in the middle of its work
         wait_until(lock.take, timeout_s=30)
         run_id = cli("flows", "run", "retention", "--no-wait")["run"]
         wait_until(lambda: state(settings, run_id) == "RUNNING", timeout_s=60)
+        second = cli("flows", "run", "retention", "--no-wait")["run"]
+        wait_until(lambda: state(settings, second) == "CANCELLED", timeout_s=60, what="two ran at once")
         kill_flows(settings, supervisor)
         wait_until(lambda: state(settings, run_id) == "CRASHED", timeout_s=90)
     assert cli("flows", "run", "retention")["state"] == "Completed"
