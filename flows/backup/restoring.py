@@ -73,8 +73,7 @@ def restore(source: Path, say: Say, *, expected: str | None = None, erasures: Pa
         with suppress(psutil.Error):
             process.kill()
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    home.chmod(0o700)
+    staging.mkdir(mode=0o700, parents=True)
     try:
         report = _build(source, found, home, staging, forgotten, say)
         _move(staging, home)

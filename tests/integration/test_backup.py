@@ -40,9 +40,9 @@ def running(home):
         for name in ADDRESSES:
             patch.delenv(f"EVERLOOP_{name}", raising=False)
         with own_stack(PARTS) as (settings, sessions, _):
-            (settings.home / "everloop.toml").write_text(
-                f'min_new_signals = 7\nadapters_options = {{secret = "{SECRET}"}}  # {SECRET}\n'
-            )
+            plain = "min_new_signals = 7\nmax_answer_tokens = 200\n"
+            secret = f'adapters_options = {{secret = "{SECRET}"}}  # {SECRET}\n'
+            (settings.home / "everloop.toml").write_text(plain + secret)
             adapter = settings.home / "from-elsewhere"
             write_adapter(adapter, linear_shapes(settings.base_model_dir), 4, seed=1)
             with sessions.begin() as session:
@@ -117,7 +117,8 @@ def test_a_backup_under_load_is_whole_and_restored_is_what_it_was(running, taken
         assert verification.posteriors(session) == said["reward"]
         [digest] = open_store(Settings(home=home)).digests()
         assert open_store(settings).fetch(digest).name == open_store(Settings(home=home)).fetch(digest).name
-    assert restored.min_new_signals == 7 and report["settings_to_set_again"] == ["adapters_options"]
+    assert (restored.min_new_signals, restored.max_answer_tokens) == (7, 200)
+    assert report["settings_to_set_again"] == ["adapters_options"]
     for path in target.rglob("*.toml"):
         assert SECRET not in path.read_text()
     assert "[home_not_empty]" in everloop("restore", target, home=home, fails=True)[0]
