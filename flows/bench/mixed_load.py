@@ -16,6 +16,8 @@ from typing import Any, Self
 import httpx
 import orjson
 
+from infra.settings import Settings
+
 NUM_STREAMS = 3
 ANSWER_TOKENS = 32
 PAUSE_S = 0.2  # between an answer and the next question of the same person
@@ -51,7 +53,7 @@ class MixedLoad:
         When a connection was refused (``time.monotonic``): nothing was accepted.
     """
 
-    url: str
+    settings: Settings
     num_streams: int = NUM_STREAMS
     answer_tokens: int = ANSWER_TOKENS
     done: Counter[str] = field(default_factory=Counter)
@@ -76,10 +78,13 @@ class MixedLoad:
         self._thread.join()
 
     async def _run(self) -> None:
-        limits = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(
-            base_url=self.url, timeout=TIMEOUT_S, trust_env=False, limits=limits
-        ) as client:
+        options: dict[str, Any] = {
+            "base_url": self.settings.need("public_url"),
+            "headers": self.settings.credentials,
+            "timeout": TIMEOUT_S,
+            "limits": httpx.Limits(max_keepalive_connections=0),
+        }
+        async with httpx.AsyncClient(trust_env=False, **options) as client:
             people = [self._repeat(lambda: self._talk(client), PAUSE_S) for _ in range(self.num_streams)]
             await asyncio.gather(*people, self._repeat(lambda: self._look(client), PAGE_EVERY_S))
 

@@ -56,7 +56,7 @@ def measure(minutes: float) -> dict[str, Any]:
     with own_stack() as (settings, sessions, supervisor):
         acts = Acts(settings, sessions)
         acts.prepare()
-        load = MixedLoad(settings.need("public_url"))
+        load = MixedLoad(settings)
         began_s = time.monotonic()
         with Sampler(supervisor) as sampler, load:
             _play(acts, load, began_s, 60.0 * minutes)

@@ -34,7 +34,7 @@ def state(supervisor, name):
 @pytest.mark.parametrize("part", ["api", "relay", "ledger", "reconciler", "reward", "flows", "prefect", "door"])
 def test_a_part_that_is_stopped_under_load_is_soon_gone_and_no_request_fails(whole, part):
     settings, _, supervisor = whole
-    with MixedLoad(settings.need("public_url")) as load:
+    with MixedLoad(settings) as load:
         wait_until(lambda: load.done["vote"] >= 3 and load.done["page"] >= 2, timeout_s=60)
         began_s = time.monotonic()
         supervisor.stop(part)
@@ -63,7 +63,8 @@ def test_an_answer_that_would_take_too_long_is_ended_whole_and_kept_as_interrupt
 
     def read():
         url = f"{settings.public_url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as response:
+        given = {"json": body, "timeout": 120, "trust_env": False, "headers": settings.credentials}
+        with httpx.stream("POST", url, **given) as response:
             lines.extend(line for line in response.iter_lines() if line)
 
     reader = threading.Thread(target=read)
@@ -83,7 +84,7 @@ def test_an_answer_that_would_take_too_long_is_ended_whole_and_kept_as_interrupt
 
 def test_the_whole_stack_stops_under_load_without_a_failed_request(whole):
     settings, _, supervisor = whole
-    with MixedLoad(settings.need("public_url")) as load:
+    with MixedLoad(settings) as load:
         wait_until(lambda: load.done["vote"] >= 3, timeout_s=90)
         pids = {part.name: part.pid for part in supervisor.status()}
         began_s = time.monotonic()

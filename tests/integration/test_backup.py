@@ -59,7 +59,7 @@ def taken(running, tmp_path_factory):
     """A backup that was taken under load; its path, its report, and the home that is restored into."""
     settings, sessions = running
     target = tmp_path_factory.mktemp("backups") / "monday"
-    raters = Raters(settings.need("public_url"), write_pairs(sessions), seed=3)
+    raters = Raters(settings, write_pairs(sessions), seed=3)
     with raters:
         wait_until(lambda: len(raters.accepted) > 60 and num_learned(sessions) > 30, timeout_s=180)
         _, told = everloop("backup", target)

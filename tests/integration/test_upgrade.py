@@ -88,6 +88,7 @@ def test_the_previous_version_works_on_the_new_schema(previous, database, tmp_pa
         "PYTHONPATH": str(code),
         "EVERLOOP_HOME": str(tmp_path),
         "EVERLOOP_DATABASE_URL": url,
+        "EVERLOOP_ACCESS": "open",  # who may come in is not the question either
         "EVERLOOP_ENGINE_URL": "http://127.0.0.1:9",  # nobody answers: what it serves is not the question
     }
     done = subprocess.run(
