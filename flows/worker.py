@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import EntrypointType
@@ -33,8 +33,9 @@ RUN_ID = "PREFECT__FLOW_RUN_ID"  # in the environment of a flow run's process
 def register(settings: Settings) -> None:
     """Create the work pools and the deployments; safe to repeat."""
     with get_client(sync_client=True) as client:
-        own = WorkPoolCreate(name=POOL, type="process", concurrency_limit=settings.flow_concurrency)
-        client.create_work_pool(own, overwrite=True)
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=settings.flow_concurrency))
         if settings.night_pool != POOL:
             with suppress(ObjectAlreadyExists):  # whoever made it has set it up
                 client.create_work_pool(_night_pool(settings))

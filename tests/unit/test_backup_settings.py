@@ -1,8 +1,15 @@
-"""Which settings a backup leaves out, as whoever finds it may not read them."""
+"""What a backup leaves out of the settings, and adapters that it takes from an object store."""
+
+import uuid
 
 import pytest
 
-from flows.backup.taking import is_secret
+from deploy.adapter_files import adapter_digest, file_digests
+from deploy.store import open_store
+from flows.backup.restoring import _put_adapters
+from flows.backup.taking import _copy_adapters, is_secret
+from infra.settings import Settings
+from tests.adapters import make_adapter
 
 
 @pytest.mark.parametrize(
@@ -23,3 +30,18 @@ from flows.backup.taking import is_secret
 )
 def test_what_holds_a_secret_is_left_out(name, value, secret):
     assert is_secret(name, value) is secret
+
+
+def test_adapters_go_from_one_store_to_another(tmp_path):
+    buckets = [f"memory://backup-{uuid.uuid4().hex}/adapters" for _ in range(2)]
+    old, new = (Settings(home=tmp_path / name, adapters_url=url) for name, url in zip("on", buckets, strict=True))
+    store = open_store(old)
+    with store.staged(make_adapter(tmp_path / "made")) as staged:
+        digest = adapter_digest(file_digests(staged))
+        store.put(staged, digest, {"recipe": "dpo"})
+    store.annotate(digest, "README.md", "its card")
+    absent = "0" * 64
+    assert _copy_adapters(old, [digest, absent], tmp_path / "backup") == [absent]
+    assert _put_adapters(new, tmp_path / "backup") == 1
+    assert adapter_digest(file_digests(open_store(new).fetch(digest))) == digest
+    assert open_store(new).digests() == {digest}
