@@ -29,6 +29,7 @@ def database_alone(settings: Settings) -> Iterator[Settings]:
     SetupError
         Code ``postgres_did_not_start``.
     """
+    settings.home.mkdir(parents=True, exist_ok=True)
     settings, embedded = with_addresses(settings)
     if "database_url" not in embedded:
         yield settings
