@@ -67,12 +67,15 @@ def _night_pool(settings: Settings) -> WorkPoolCreate:
     if settings.pool_template is not None:
         try:
             template = json.loads(settings.pool_template.expanduser().read_text())
-        except (OSError, ValueError) as error:
+            whole = bool(template["job_configuration"] and template["variables"])
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise SetupError(
-                f"pool_template names {settings.pool_template}, which is no JSON file that can be read: {error}. "
-                f"`prefect work-pool get-default-base-job-template --type {settings.pool_type}` writes one.",
+                f"pool_template names {settings.pool_template}, which is no JSON file with a job_configuration and "
+                f"variables; `prefect work-pool get-default-base-job-template --type {settings.pool_type}` has one.",
                 code="pool_template_invalid",
-            ) from error
+            )
     return WorkPoolCreate(name=settings.night_pool, type=settings.pool_type, base_job_template=template)
 
 

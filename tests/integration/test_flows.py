@@ -164,7 +164,9 @@ def test_nights_go_to_a_pool_of_the_type_and_template_of_the_settings(scheduler,
 
     settings, _, _ = scheduler
     template = tmp_path / "template.json"
-    template.write_text(json.dumps({"job_configuration": {"namespace": "{{ namespace }}"}, "variables": {}}))
+    variables = {"properties": {"namespace": {"type": "string", "default": "nights"}}}
+    job = {"namespace": "{{ namespace }}"}
+    template.write_text(json.dumps({"job_configuration": job, "variables": variables}))
     elsewhere = {"night_pool": "cluster", "pool_type": "kubernetes", "pool_template": template}
     with temporary_settings({PREFECT_API_URL: settings.need("prefect_url")}):
         try:
@@ -173,9 +175,10 @@ def test_nights_go_to_a_pool_of_the_type_and_template_of_the_settings(scheduler,
             assert pool["type"] == "kubernetes" and "namespace" in pool["base_job_template"]["job_configuration"]
             pools = {row["name"]: row["pool"] for row in cli("flows", "list")["flows"]}
             assert pools == dict.fromkeys(pools, "everloop") | {"nightly": "cluster"}
-            template.write_text("{")
-            with pytest.raises(SetupError, match="get-default-base-job-template"):
-                worker.register(settings.model_copy(update={**elsewhere, "night_pool": "another"}))
+            for broken in ("{", "[]", json.dumps({"job_configuration": job})):
+                template.write_text(broken)
+                with pytest.raises(SetupError, match="get-default-base-job-template"):
+                    worker.register(settings.model_copy(update={**elsewhere, "night_pool": "another"}))
         finally:
             worker.register(settings)
     assert {row["pool"] for row in cli("flows", "list")["flows"]} == {"everloop"}
