@@ -92,7 +92,7 @@ class ReplicaKeeper:
             It does not answer.
         """
         found: dict[str, tuple[str | None, float | None]] = {}
-        async with EngineClient(self.url, timeout_s=LOAD_TIMEOUT_S) as engine:
+        async with EngineClient(self.url, self.settings.engine_key, timeout_s=LOAD_TIMEOUT_S) as engine:
             self._version = await engine.started_at_s(), await engine.version()
             rows = await self._in_thread(self._attested)
             for name in wanted:

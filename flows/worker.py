@@ -73,7 +73,8 @@ def _night_pool(settings: Settings) -> WorkPoolCreate:
         if not whole:
             raise SetupError(
                 f"pool_template names {settings.pool_template}, which is no JSON file with a job_configuration and "
-                f"variables; `prefect work-pool get-default-base-job-template --type {settings.pool_type}` has one.",
+                "variables. Begin with what `prefect work-pool get-default-base-job-template --type "
+                f"{settings.pool_type}` writes.",
                 code="pool_template_invalid",
             )
     return WorkPoolCreate(name=settings.night_pool, type=settings.pool_type, base_job_template=template)
