@@ -102,7 +102,11 @@ def judge(samples: Sequence[Sample], part: str = "") -> dict[str, Any]:
         "memory_end_mib": round(memory[1], 1),
         "slope_mib_per_min": round(grown.per_min, 3),
         "slope_error": round(grown.error, 3),
-        "verdict": "leaks" if "memory" in leaks else "flat" if grown.is_noise else "within what caches take",
+        "verdict": "leaks"
+        if "memory" in leaks
+        else "flat"
+        if grown.is_noise or grown.per_min <= 0
+        else "within what caches take",
         "files_start": files[0],
         "files_end": files[1],
         "connections_start": connections[0],
