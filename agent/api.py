@@ -22,10 +22,11 @@ from infra.access.gate import SignedIn, needs
 from infra.access.roles import ANONYMOUS, Caller, Role
 from infra.db import transaction
 from infra.engine import LATEST, RUN_PREFIX
-from infra.errors import EverloopError, ForbiddenError
+from infra.errors import EverloopError, ForbiddenError, UnavailableError
 from infra.settings import ASSISTANT_MODEL
 
 STATIC_DIR = Path(__file__).parent / "static"
+STOPPING_POLL_S = 0.25
 
 HUNG_UP = 499  # nobody is there to read it
 
@@ -98,7 +99,7 @@ async def chat_completions(body: ChatRequest, caller: SignedIn, request: Request
             param="model",
         )
     state.gate.limits.check_tokens(caller)
-    turn = Turn(state.book, state.fleet, state.settings, body)
+    turn = Turn(state.book, state.fleet, state.settings, body, state.must_end)
     if not body.stream:
         return await _whole_answer(turn, caller, request)
     if not await _while_there(request, turn.begin):
@@ -159,8 +160,17 @@ async def _while_there(request: Request, work: Callable[[], Awaitable[None]]) ->
             is_gone = True
             tasks.cancel_scope.cancel()
 
-        tasks.start_soon(watch_client)
         error: EverloopError | None = None
+
+        async def watch_server() -> None:
+            nonlocal error
+            while not request.app.state.must_end():
+                await anyio.sleep(STOPPING_POLL_S)
+            error = UnavailableError("The server is being started anew; ask again.", code="server_stopping")
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch_client)
+        tasks.start_soon(watch_server)
         try:
             await work()
         except EverloopError as caught:  # out of here it would be a group of one

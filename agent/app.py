@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import urlencode
 
 import httpx
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -35,6 +34,7 @@ from agent.book import Book
 from agent.guard import Guard
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
+from agent.serving import Server
 from deploy.followers import Followers
 from deploy.pages.live import Pulse
 from deploy.serving import RouteTable
@@ -55,6 +55,7 @@ from infra.fleet import Fleet
 from infra.log.metrics import LogCollector
 from infra.process import setup_logging
 from infra.settings import Settings, load
+from infra.stack import door
 
 # What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
@@ -120,7 +121,7 @@ def build_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": ErrorEnvelope}, "503": {"model": ErrorEnvelope}},
     )
-    app.state.is_stopping = lambda: False
+    app.state.is_stopping = app.state.must_end = lambda: False  # until a server says so
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     app.add_exception_handler(EverloopError, _everloop_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -223,13 +224,9 @@ def main() -> None:
             "alone. Use EVERLOOP_ACCESS=accounts, or EVERLOOP_API_HOST=127.0.0.1.",
             code="open_to_all",
         )
-    options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port or 8080}
-    app = build_app(settings)
-    options |= {"access_log": False, "proxy_headers": False}  # whom to believe, `trusted_proxies` says
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10, **options)
-    server = uvicorn.Server(config)
-    app.state.is_stopping = lambda: server.should_exit  # streams without an end look at it
-    server.run()
+    server = Server(build_app(settings), settings.api_host, settings.api_port or 8080)
+    held = door.listening_socket(settings)
+    server.run([held] if held is not None else None)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -27,13 +27,27 @@ class Turn:
 
     Use :meth:`begin`, then iterate :meth:`deltas` to the end, or close it early: the episode is written
     either way, marked complete, interrupted or failed. Whoever may never come to iterate calls :meth:`close`.
+
+    Parameters
+    ----------
+    must_end
+        Whether it has to end now, as the process stops: the client gets a whole response, which says that it was
+        cut (``length``), and the episode is interrupted.
     """
 
-    def __init__(self, book: Book, fleet: Fleet, settings: Settings, body: ChatRequest) -> None:
+    def __init__(
+        self,
+        book: Book,
+        fleet: Fleet,
+        settings: Settings,
+        body: ChatRequest,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.book = book
         self.fleet = fleet
         self.settings = settings
         self.body = body
+        self.must_end = must_end
         self.created = int(time.time())
         self.recording: Recording
         self._key: SubjectKey
@@ -135,6 +149,9 @@ class Turn:
                     text = self._take(event)
                     if text:
                         yield text
+                    if self.must_end() and not self.recording.finish_reason:
+                        self.recording.finish_reason = "length"
+                        return
             self.recording.status = "complete" if self.recording.finish_reason else "failed"
         except EverloopError:
             self.recording.status = "failed"

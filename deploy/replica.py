@@ -78,6 +78,40 @@ class ReplicaKeeper:
                     log.info("%s: unloaded %s", self.url, served_as)
         return proved
 
+    async def check(self, wanted: Sequence[str]) -> dict[str, tuple[str | None, float | None]]:
+        """Probe what it is said to serve, and write nothing.
+
+        Returns
+        -------
+        dict
+            By release: why it is not proved (None where it is), and its distance to the base model.
+
+        Raises
+        ------
+        UnavailableError
+            It does not answer.
+        """
+        found: dict[str, tuple[str | None, float | None]] = {}
+        async with EngineClient(self.url, self.settings.engine_key, timeout_s=LOAD_TIMEOUT_S) as engine:
+            self._version = await engine.started_at_s(), await engine.version()
+            rows = await self._in_thread(self._attested)
+            for name in wanted:
+                row = rows.get(name)
+                if row is None or row.problem is not None:
+                    found[name] = (row.problem if row is not None else "it was never proved", None)
+                    continue
+                proof = await self._probe(engine, name, row.served_as)
+                if proof.is_doubtful:
+                    self._base_probe = None
+                    proof = await self._probe(engine, name, row.served_as)
+                found[name] = (proof.problem, proof.differs_from_base)
+        return found
+
+    def _attested(self) -> dict[str, Attestation]:
+        with self.sessions() as session:
+            rows = session.scalars(sa.select(Attestation).where(Attestation.replica == self.url))
+            return {row.release: row for row in rows}
+
     def _is_due(self, name: str, row: Attestation | None) -> bool:
         if row is not None and row.problem is None:
             return (time.time() - row.attested_at.timestamp()) > PROVE_AGAIN_S

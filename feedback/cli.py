@@ -138,6 +138,20 @@ def show_erasure(
     _print_erasure(_sessions(), erasure_id, False, json_path)
 
 
+@users_app.command("erasures")
+def list_erasures(json_path: JsonPath = None) -> None:
+    """List all erasures; with --json a file for `everloop restore --erasures`."""
+    from feedback import erasure
+
+    with transaction(_sessions()) as session:
+        found = erasure.all_erasures(session)
+    report.write_json(json_path, {"erasures": found})
+    if json_path != "-":
+        for row in found:
+            state = "complete" if row["complete"] else "not finished by every room"
+            report.output.print(f"{row['erasure_id']}  {row['requested_at']}  {row['policy']}  {state}")
+
+
 def _print_erasure(sessions: Sessions, erasure_id: str, wait: bool, json_path: str | None) -> None:
     from feedback import erasure
 

@@ -7,6 +7,7 @@ the other rooms erase theirs. Each notes what it found in the report.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -117,6 +118,42 @@ def report(session: Session, erasure_id: str, room: str, found: dict[str, Any]) 
         .where(Erasure.id == erasure_id)
         .values(parts=Erasure.parts.op("||")(sa.literal({room: found}, JSONB)))
     )
+
+
+def send_again(session: Session, older_than: timedelta) -> list[dict[str, Any]]:
+    """Have every room erase again what one of them has not reported in time; return the reports so far.
+
+    The event goes out anew, under an id of its own: whoever gave up the first takes this one, and whoever has done
+    its part finds nothing left to do.
+    """
+    is_done = sa.and_(*(Erasure.parts.has_key(room) for room in ROOMS))
+    late = sa.select(Erasure).where(~is_done, Erasure.requested_at < sa.func.now() - older_than)
+    found = list(session.scalars(late.order_by(Erasure.requested_at).with_for_update()))
+    for row in found:
+        outbox.append(session, UserForgotten(erasure_id=row.id, tombstone=row.tombstone), key=row.tombstone)
+    return [get(session, row.id) for row in found]
+
+
+def all_erasures(session: Session) -> list[dict[str, Any]]:
+    """Return every erasure with the id of the key that it destroyed, by which a restored backup knows the person.
+
+    The id says nothing about them; once they are forgotten there, too, nothing is left of them.
+    """
+    rows = session.execute(
+        sa.select(Erasure, User.key_id)
+        .join(User, User.user_id == Erasure.tombstone)
+        .order_by(Erasure.requested_at, Erasure.id)
+    )
+    return [
+        {
+            "erasure_id": row.id,
+            "requested_at": row.requested_at.isoformat(),
+            "policy": row.policy,
+            "key_id": key_id,
+            "complete": all(room in row.parts for room in ROOMS),
+        }
+        for row, key_id in rows
+    ]
 
 
 def get(session: Session, erasure_id: str) -> dict[str, Any]:

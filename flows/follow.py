@@ -34,7 +34,8 @@ async def run_night(sessions: Sessions, parameters: dict[str, Any]) -> TrainingR
     """
     began = datetime.now(UTC)
     report.say("asking Prefect for a night run")
-    flow_run = await run_deployment(NIGHTLY, parameters=parameters, timeout=0, as_subflow=False)
+    by_hand = {**parameters, "by_hand": True}
+    flow_run = await run_deployment(NIGHTLY, parameters=by_hand, timeout=0, as_subflow=False)
     phase: report.Phase | None = None
     try:
         async with get_client() as client:

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 import deploy.erasure
-import deploy.retention
 import feedback.erasure
 import trainer.erasure
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
-from feedback import partitions, projection
+from feedback import projection
 from feedback.tables import Erasure
+from flows.housekeeping import keep_house
 from infra.db import DATABASE_AWAY, Sessions, advisory_lock, connect
 from infra.errors import EverloopError
 from infra.events import UserForgotten
-from infra.log import retention
 from infra.log.consumer import Consumer, Delivery
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
@@ -95,12 +94,7 @@ class Ledger:
         """Make partitions ahead of time, prune the log and the adapters' files, once a minute."""
         while not stop.is_set():
             try:
-                with advisory_lock(self.sessions, "housekeeping") as held:
-                    if held:
-                        with self.sessions.begin() as session:
-                            partitions.ensure(session)
-                        retention.prune(self.sessions, self.settings)
-                        deploy.retention.prune(self.sessions, self.settings)
+                keep_house(self.sessions, self.settings)
             except (EverloopError, *DATABASE_AWAY) as error:
                 log.warning("housekeeping: %s; trying again", type(error).__name__)
             stop.wait(HOUSEKEEPING_EVERY_S)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, field_validator
 from pydantic_settings import (
@@ -145,13 +147,32 @@ class Settings(BaseSettings):
         min_length=1,
         description="Prefect work pool whose worker runs the nights, such as a GPU host's.",
     )
+    pool_type: str = Field(
+        "process", min_length=1, description="Type of `night_pool`, such as kubernetes, where Prefect has none yet."
+    )
+    pool_template: Path | None = Field(
+        None, description="JSON file with the base job template of `night_pool`; the type's own if unset."
+    )
+    flow_concurrency: int = Field(4, ge=2, description="Flows that this machine runs at the same time.")
     training_config: Path | None = Field(
         None,
         description="TOML file with the recipe of the night and its settings; training.toml in the home if unset.",
     )
     backbone_cron: str = Field("30 2 * * *", description="When a reward backbone is trained and judged.")
     min_backbone_pairs: int = Field(60, ge=2, description="With fewer comparisons no reward backbone is trained.")
-    time_zone: str = Field("UTC", description="Time zone of the schedules (IANA name).")
+    retention_cron: str = Field("15 4 * * *", description="When what is past its time is deleted, with a report.")
+    erasure_cron: str = Field("45 4 * * *", description="When erasures that a room did not finish are finished.")
+    attest_cron: str = Field("5 */6 * * *", description="When every replica proves again what it serves.")
+    time_zone: str = Field("UTC", description="Time zone of the schedules and of quiet hours (IANA name).")
+    quiet_hours: tuple[str, ...] = Field(
+        (), description="Times of day, such as 08:00-20:00, in which no night starts by schedule."
+    )
+    quiet_hours_then: Literal["wait", "skip"] = Field(
+        "wait", description="Whether a night that falls into quiet hours starts at their end, or not at all."
+    )
+    night_cool_down_s: float = Field(
+        14_400.0, ge=0, description="After a promotion or rollback no night starts by schedule for so long."
+    )
     min_new_signals: int = Field(20, ge=1, description="A night with fewer new signals trains nothing.")
     autonomy: Literal["observe", "propose", "canary", "auto"] = Field(
         "auto", description="What the platform does by itself; `everloop autonomy` sets another for the deployment."
@@ -183,6 +204,32 @@ class Settings(BaseSettings):
         if isinstance(value, tuple):
             return tuple(url.rstrip("/") for url in value)
         return value.rstrip("/") if isinstance(value, str) else value
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(
+                f"There is no time zone {value!r}; use an IANA name, such as Europe/Berlin."
+            ) from error
+        return value
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _leave_time(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        quiet: set[int] = set()
+        for text in value:
+            found = re.fullmatch(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)", text)
+            if found is None:
+                raise ValueError(f"{text!r} are no quiet hours; write them as 22:00-06:00.")
+            begin_h, begin_min, end_h, end_min = map(int, found.groups())
+            begin, end = 60 * begin_h + begin_min, 60 * end_h + end_min
+            quiet.update((begin + n) % 1440 for n in range((end - begin) % 1440 or 1440))
+        if len(quiet) == 1440:
+            raise ValueError("Quiet hours leave no time of day in which a night may start.")
+        return value
 
     @field_validator("canary_steps")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,13 @@ log = logging.getLogger("everloop.reward")
 
 # Features of a new answer cost 0.1 s and more: a large batch would keep the signals behind it waiting.
 BATCH_EVENTS = 64
+STEP_ANSWERS = 4  # between two looks whether it is to stop: a second or two, beside a busy engine
 
 Features = Mapping[tuple[str, str], NDArray[np.float64]]  # by episode and text
+
+
+class StoppingError(Exception):
+    """The process is told to stop; the batch is begun anew by the next."""
 
 
 class RewardWorker:
@@ -74,6 +79,7 @@ class RewardWorker:
         self.settings = settings
         self.encoder = encoder
         self.num_threads = num_threads
+        self.is_stopping: Callable[[], bool] = lambda: False
         self._learner: Learner | None = None
         self.posterior: Posterior
         self._last_seq = 0
@@ -257,10 +263,14 @@ class RewardWorker:
         digests = {(episode.id, text): store.digest_of(episode, text) for episode, text in answers}
         wanted = {digests[episode.id, text]: (episode, text) for episode, text in answers}
         cached = store.cached_features(session, self.encoder.name, wanted)
-        missing = [digest for digest in wanted if digest not in cached]
-        if missing:
-            fresh = self.encoder.encode([(wanted[d][0].messages, wanted[d][1]) for d in missing])
-            rows = {d: (phi, wanted[d][0].id) for d, phi in zip(missing, fresh, strict=True)}
+        # By length, so that what is computed together needs little padding.
+        missing = sorted((d for d in wanted if d not in cached), key=lambda digest: len(wanted[digest][1]))
+        for start in range(0, len(missing), STEP_ANSWERS):
+            if self.is_stopping():
+                raise StoppingError("told to stop; nothing of this batch is kept")
+            step = missing[start : start + STEP_ANSWERS]
+            fresh = self.encoder.encode([(wanted[d][0].messages, wanted[d][1]) for d in step])
+            rows = {d: (phi, wanted[d][0].id) for d, phi in zip(step, fresh, strict=True)}
             store.cache_features(session, self.encoder.name, rows)
             cached |= {digest: phi.astype(np.float64) for digest, (phi, _) in rows.items()}
         return {key: cached[digest] for key, digest in digests.items()}
@@ -317,7 +327,12 @@ def main() -> None:
         batch_events=BATCH_EVENTS,
         on_rollback=worker.forget,
     )
-    run_until_stopped("reward", consumer.run)
+
+    def run(stop: threading.Event) -> None:
+        worker.is_stopping = stop.is_set
+        consumer.run(stop)
+
+    run_until_stopped("reward", run)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -22,7 +20,7 @@ from infra import settings as settings_module
 from infra.db import Sessions, connect
 from infra.settings import Settings
 from infra.stack import embedded
-from infra.stack.parts import embedded_parts
+from infra.stack.database import database_alone
 from infra.stack.supervisor import Supervisor, stack_processes
 
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
@@ -115,19 +113,9 @@ def stack(home: Path) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL alone, with all tables: for tests that need no more, in a second."""
-    home = tmp_path_factory.mktemp("postgres")
-    settings, _ = embedded._with_addresses(Settings(home=home))
-    embedded._init_postgres(settings)
-    part = next(part for part in embedded_parts(settings, {"database_url"}) if part.name == "postgres")
-    with (home / "postgres.log").open("w") as log:
-        server = subprocess.Popen(part.command, stdout=log, stderr=log)
-    try:
-        wait_until(lambda: embedded._database_answers(settings), what=f"PostgreSQL did not start: {log.name}")
-        embedded._migrate(settings)
+    with database_alone(Settings(home=tmp_path_factory.mktemp("postgres"))) as settings:
+        embedded.migrate(settings)
         yield settings.need("database_url")
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(timeout=30)
 
 
 @pytest.fixture

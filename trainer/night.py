@@ -7,13 +7,14 @@ killed in its training goes on from its last checkpoint when the next one starts
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
-from deploy import head, registry
+from deploy import audit, head, registry
 from deploy.runs import LOCK, TrainingRun
 from infra.db import DATABASE_AWAY, LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
@@ -21,13 +22,14 @@ from infra.settings import Settings
 from reward import store
 from reward.encoders import open_active_encoder
 from trainer import collect, erasure, prepared
+from trainer.admission import cooling_until
 from trainer.candidate import Candidate, take_back
 from trainer.failures import explained
 from trainer.fit import check_shape, check_sides, fitting
 from trainer.material import material_of
 from trainer.prepared import Prepared
 from trainer.recipe import UnusableDataError, resolve
-from trainer.record import RunRecord
+from trainer.record import RunCancelledError, RunRecord
 from trainer.redactor import Redactor
 from trainer.scoring import PinnedReward
 from trainer.training import Training
@@ -49,6 +51,8 @@ class Night:
         Signals since the last run without which there is none; the setting's, if unset.
     flow_run_id
         What the scheduler calls it, where it was started by one.
+    cool_down_s
+        Time since the last promotion or rollback before which there is none.
 
     Raises
     ------
@@ -64,9 +68,11 @@ class Night:
         canary_share: float | None = None,
         min_new_signals: int | None = None,
         flow_run_id: str | None = None,
+        cool_down_s: float = 0.0,
     ) -> None:
         self.sessions = sessions
         self.flow_run_id = flow_run_id
+        self.cool_down_s = cool_down_s
         self.settings = settings
         self.recipe, self.config = resolve(given)
         self.canary_share = canary_share
@@ -146,13 +152,7 @@ class Night:
                     raise ConflictError("Another run goes on.", code="run_in_progress")
                 found = self._resumed(run, record)
             except EverloopError as error:
-                status = "cancelled" if error.code == "run_cancelled" else "failed"
-                if run.release is not None:
-                    take_back(record, self.settings, run.release)
-                with self.sessions.begin() as session:
-                    result = {"reason": f"The process died. {error.message}", "code": error.code}
-                    record.end(session, status, result)
-                prepared.discard(record.run_dir)
+                bury(record, self.settings, run, error)
         return found
 
     def _resumed(self, run: TrainingRun, record: RunRecord) -> Prepared:
@@ -167,7 +167,8 @@ class Night:
         recipe, config = resolve(run.config)
         with self.sessions.begin() as session:
             ready = prepared.load(session, self.settings, run)
-        record.update(resumed_at=sa.func.now(), resumes=run.resumes + 1)
+        flow_run_id = self.flow_run_id or run.flow_run_id
+        record.update(resumed_at=sa.func.now(), resumes=run.resumes + 1, flow_run_id=flow_run_id)
         self.recipe, self.config = recipe, config
         self.verification.close()
         self.verification = Verification(config.verifiers, config.verifier_timeout_s)
@@ -197,6 +198,7 @@ class Night:
             if current.canary_id is not None:
                 reason = f"canary {current.canary_id} is still open"
                 return self.record.finish("skipped", reason=reason, code="canary_open")
+            cooling = cooling_until(session, self.cool_down_s)
             seen = session.scalar(
                 sa.select(sa.func.max(TrainingRun.last_signal_seq)).where(
                     TrainingRun.status.in_(["canary", "held"])
@@ -210,6 +212,9 @@ class Night:
             registry.verified_path(session, self.settings, start_from)
         self.record.update(last_signal_seq=data.last_signal_seq)
         must_retrain = start_from != current.champion  # the champion learned from somebody who was forgotten
+        if cooling is not None and not must_retrain:
+            reason = f"somebody was promoted or rolled back lately; nights go on from {cooling:%Y-%m-%d %H:%M} UTC"
+            return self.record.finish("skipped", reason=reason, code="cool_down")
         if data.num_new_signals < self.min_new_signals and not must_retrain:
             reason = f"{data.num_new_signals} new signals; min_new_signals is {self.min_new_signals}"
             return self.record.finish("skipped", reason=reason, code="few_new_signals")
@@ -239,3 +244,50 @@ class Night:
         self.record.metric(phase="rows", sources=Counter(rows.sources), set_aside=rows.set_aside, **rows.facts)
         ready.save(self.record.run_dir)
         return ready
+
+
+def bury(record: RunRecord, settings: Settings, run: TrainingRun, error: EverloopError) -> None:
+    """End the record of a run whose process died, and remove what it left; call it under the lock of the runs."""
+    status = "cancelled" if error.code == "run_cancelled" else "failed"
+    if run.release is not None:
+        take_back(record, settings, run.release)
+    with record.sessions.begin() as session:
+        result = {"reason": f"The process died. {error.message}", "code": error.code}
+        record.end(session, status, result)
+    prepared.discard(record.run_dir)
+
+
+def end_cancelled(sessions: Sessions, settings: Settings, flow_run_id: str, timeout_s: float = 30.0) -> str | None:
+    """End a run whose process was stopped because somebody cancelled its flow; return the run, if there was one.
+
+    Without it the next night would take the run for one that was killed, and go on with it.
+
+    Raises
+    ------
+    ConflictError
+        Code ``run_in_progress`` where its process has not gone in time; it is asked to end after its step.
+    """
+    with sessions.begin() as session:
+        running = sa.select(TrainingRun).where(
+            TrainingRun.flow_run_id == flow_run_id, TrainingRun.status == "running"
+        )
+        run = session.scalars(running.with_for_update()).one_or_none()
+        if run is None:
+            return None
+        run.cancel_requested = True
+        audit.write(
+            session, actor="prefect", action="run_cancelled", subject=run.id, reason="its flow was cancelled there"
+        )
+    with LongLock(sessions, LOCK) as lock:
+        until_s = time.monotonic() + timeout_s
+        while not lock.take():
+            if time.monotonic() > until_s:
+                raise ConflictError(f"{run.id} has not ended yet; it does after its step.", code="run_in_progress")
+            time.sleep(0.5)
+        with sessions() as session:
+            run = session.get_one(TrainingRun, run.id)  # it may have ended by itself meanwhile
+        if run.status == "running":
+            record = RunRecord(sessions, settings.runs_dir, lock.keep)
+            record.take_over(run.id)
+            bury(record, settings, run, RunCancelledError("Its flow was cancelled."))
+    return run.id

@@ -213,3 +213,32 @@ def swap(
 
     stop_on_sigterm()
     report.print_fields(json_path, measure(rounds))
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option("--minutes", min=1, help="Length of the load.")] = 30.0,
+    json_path: JsonPath = None,
+) -> None:
+    """All at once for a while: chat, votes, pages, a night, a canary, a rollback; nothing may fail or grow."""
+    from flows.bench.soak import MAX_LAG_S, measure
+    from infra.stack.cli import stop_on_sigterm
+
+    stop_on_sigterm()
+    result = measure(minutes)
+    report.write_json(json_path, result)
+    if json_path != "-":
+        table = Table("part", "memory (MiB)", "slope (MiB/min)", "verdict", "files", "connections", box=None)
+        for name, part in result["parts"].items():
+            table.add_row(
+                name,
+                f"{part['memory_start_mib']:.0f} to {part['memory_end_mib']:.0f}",
+                f"{part['slope_mib_per_min']:+.2f} ± {part['slope_error']:.2f}",
+                part["verdict"],
+                f"{part['files_start']:.0f} to {part['files_end']:.0f}",
+                f"{part['connections_start']:.0f} to {part['connections_end']:.0f}",
+            )
+        report.output.print(table)
+        report.print_fields(None, {name: value for name, value in result.items() if name != "parts"})
+    if result["errors"] or result["leaks"] or result["lag_s"] > MAX_LAG_S:
+        raise typer.Exit(1)

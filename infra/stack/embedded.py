@@ -94,14 +94,14 @@ def down(settings: Settings) -> bool:
 
 def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Collection[str] | None) -> Settings:
     settings.stack_file.unlink(missing_ok=True)
-    settings, embedded = _with_addresses(settings)
+    settings, embedded = with_addresses(settings)
     if "database_url" in embedded:
-        _init_postgres(settings)
+        init_postgres(settings)
     parts = [part for part in embedded_parts(settings, embedded) if only is None or part.name in only]
     names = {part.name for part in parts}
     _write_stack_file(settings, embedded)
     supervisor.launch(write_config(settings, parts))
-    supervisor.start(*names & {"postgres", "broker"})
+    supervisor.start(*names & {"postgres", "broker", "door"})
     if not settings.base_model and not settings.base_model_dir.exists():
         say("preparing SmolLM2-135M-Instruct from its wheel (once)")
         _prepare_base_model(settings)
@@ -110,9 +110,9 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
         _fetch_from_hub(settings.base_model)
     supervisor.start(*names & {"engine", "prefect"})
     say("database: waiting")
-    _wait("PostgreSQL", supervisor, "postgres", lambda: _database_answers(settings), timeout_s=30)
+    _wait("PostgreSQL", supervisor, "postgres", lambda: database_answers(settings), timeout_s=30)
     say("database: migrating")
-    _migrate(settings)
+    migrate(settings)
     if settings.access == "accounts" and settings.service_key is None:
         settings = settings.model_copy(update={"service_key": _service_key(settings)})
         _write_stack_file(settings, embedded | {"service_key"})
@@ -122,15 +122,16 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
         _wait("The engine", supervisor, "engine", lambda: _answers(f"{settings.engine_url}/health"), timeout_s=240)
     # Loaded only now: the worker's imports would compete with the engine's start.
     supervisor.start(*names & {"reward", "flows"})
-    say("api: waiting")
-    _wait("The API", supervisor, "api", lambda: _answers(f"{_own_url(settings)}/v1/session"), timeout_s=60)
+    if "api" in names:
+        say("api: waiting")
+        _wait("The API", supervisor, "api", lambda: _answers(f"{_own_url(settings)}/v1/session"), timeout_s=60)
     if {"api", "reconciler"} <= names:
         say("engine: proving what it serves")
         _wait("The assistant", supervisor, "reconciler", lambda: _serves(settings), timeout_s=60)
     return settings
 
 
-def _with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
+def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
     """Choose free ports where none are set; return the settings and the names of embedded addresses."""
     embedded = {
         name
@@ -194,7 +195,8 @@ def _database_password(settings: Settings) -> str:
     return path.read_text()
 
 
-def _init_postgres(settings: Settings) -> None:
+def init_postgres(settings: Settings) -> None:
+    """Make the embedded database's files, unless they are there."""
     target = settings.home / "postgres"
     if (target / "PG_VERSION").exists():
         return
@@ -239,15 +241,21 @@ def _fetch_from_hub(name: str) -> None:
         ) from error
 
 
-def _migrate(settings: Settings) -> None:
+def migrate(settings: Settings) -> None:
+    """Bring the database's schema to this version."""
     from alembic import command
+
+    command.upgrade(alembic_config(settings), "head")
+
+
+def alembic_config(settings: Settings) -> Any:
+    """Return what Alembic has to know of our migrations, and of the database."""
     from alembic.config import Config
 
-    url = settings.need("database_url")
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
-    config.attributes["database_url"] = url
-    command.upgrade(config, "head")
+    config.attributes["database_url"] = settings.need("database_url")
+    return config
 
 
 def _service_key(settings: Settings) -> str:
@@ -277,7 +285,8 @@ def way_in(settings: Settings) -> str:
     return sessions.link_url(settings.need("public_url"), token)
 
 
-def _database_answers(settings: Settings) -> bool:
+def database_answers(settings: Settings) -> bool:
+    """Tell whether PostgreSQL answers; where it does, the embedded one has its database."""
     dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
     try:
         with psycopg.connect(dsn.rpartition("/")[0] + "/postgres", connect_timeout=2, autocommit=True) as conn:

@@ -59,7 +59,9 @@ def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
     if "prefect_url" in embedded:
         parts.append(_prefect(settings))
     parts += [
-        Part("api", [python, "-m", "agent.app"], priority=600),
+        # The first to stop, while all that its answers need is there; the door holds its port meanwhile.
+        Part("api", [python, "-m", "agent.app"], priority=800),
+        Part("door", [python, "-m", "infra.stack.door"], priority=900),
         Part("relay", [python, "-m", "infra.log.relay"], priority=600),
         Part("ledger", [python, "-m", "flows.ledger"], priority=600),
         Part("reconciler", [python, "-m", "deploy.reconciler"], priority=600),

@@ -24,6 +24,7 @@ from infra.stack.parts import Part
 
 MAX_SOCKET_PATH_BYTES = 100
 MARKER = "EVERLOOP_STACK"
+STOP_WAIT_S = 9  # what is not gone by then is killed; every part is made to be gone sooner, its work done
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,14 @@ class PartStatus:
     restarts: int
 
 
-def socket_path(settings: Settings) -> Path:
-    """Return supervisord's control socket; in the temporary directory where the home's path is too long."""
-    path = settings.run_dir / "supervisor.sock"
+def socket_path(settings: Settings, name: str = "supervisor") -> Path:
+    """Return a control socket, supervisord's if unset; in the temporary directory where the home's path is long."""
+    path = settings.run_dir / f"{name}.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
         return path
-    name = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"everloop-{name}.sock"
+    of_home = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:16]
+    suffix = "" if name == "supervisor" else f"-{name}"
+    return Path(tempfile.gettempdir()) / f"everloop-{of_home}{suffix}.sock"
 
 
 def write_config(settings: Settings, parts: Sequence[Part]) -> Path:
@@ -77,7 +79,7 @@ def write_config(settings: Settings, parts: Sequence[Part]) -> Path:
             "startretries=1000",
             "stopasgroup=true",
             "killasgroup=true",
-            "stopwaitsecs=15",
+            f"stopwaitsecs={STOP_WAIT_S}",
             "redirect_stderr=true",
             "stdout_logfile_maxbytes=20MB",
             "stdout_logfile_backups=2",

@@ -24,7 +24,7 @@ from infra.events import RebuildRequested
 from infra.log import reading
 from infra.log.consumer import Delivery
 from infra.settings import Settings
-from infra.stack.embedded import _migrate
+from infra.stack.embedded import migrate
 from infra.tables import OutboxRow
 from reward import backbone, encoders, state
 from reward.backbone_config import BackboneConfig
@@ -90,7 +90,7 @@ def world(stack, empty_database, tmp_path_factory):
         base_model=str(stack.settings.base_model_dir),
         min_backbone_pairs=40,
     )
-    _migrate(settings)
+    migrate(settings)
     sessions = connect(empty_database, pool_size=2)
     with sessions.begin() as session:
         for number in range(NUM_PROMPTS):

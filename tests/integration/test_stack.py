@@ -34,7 +34,8 @@ def test_status_lists_every_part_and_the_deployment(stack):
     report = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert {part["name"] for part in report["parts"]} == {
-        "postgres", "broker", "engine", "prefect", "api", "relay", "ledger", "reconciler", "reward", "flows",
+        "postgres", "broker", "engine", "prefect", "door", "api", "relay", "ledger", "reconciler", "reward",
+        "flows",
     }  # fmt: skip
     assert all(part["state"] == "running" for part in report["parts"])
     assert report["deployment"]["champion"]

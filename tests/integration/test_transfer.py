@@ -102,7 +102,7 @@ def make_database(stack):
     with psycopg.connect(server.replace("+psycopg", "") + "/postgres", autocommit=True) as admin:
         admin.execute("DROP DATABASE IF EXISTS transfer_template WITH (FORCE)")
         admin.execute("CREATE DATABASE transfer_template")
-        embedded._migrate(stack.settings.model_copy(update={"database_url": f"{server}/transfer_template"}))
+        embedded.migrate(stack.settings.model_copy(update={"database_url": f"{server}/transfer_template"}))
 
         def make():
             name = f"transfer_{next(numbers)}_{os.getpid()}"

@@ -9,6 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import worker
+from flows.catalog import POOL
 from flows.nightly import NIGHTLY
 from infra.stack.parts import prefect_environment
 from tests.conftest import wait_until
@@ -30,7 +31,7 @@ def test_a_night_is_taken_up_by_the_worker_of_its_pool(environment):
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(NIGHTLY)
         assert deployment.work_pool_name == OTHER
-        assert client.read_deployment_by_name("watch-canary/everloop").work_pool_name == worker.POOL
+        assert client.read_deployment_by_name("watch-canary/everloop").work_pool_name == POOL
         night = client.create_flow_run_from_deployment(deployment.id, parameters={"config": {"recipe": "none"}})
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", OTHER, "--run-once"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)

@@ -1,0 +1,1 @@
+"""Backup and restore of all that an Everloop has learned: database, adapters, backbones, datasets, settings."""
