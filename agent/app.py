@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
@@ -52,9 +52,11 @@ from infra.errors import (
     UnavailableError,
 )
 from infra.fleet import Fleet
+from infra.fleet_metrics import FleetCollector
 from infra.log.metrics import LogCollector
-from infra.process import setup_logging
 from infra.settings import Settings, load
+from infra.telemetry import logs, tracing
+from infra.telemetry.http import Observed
 
 # What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
@@ -72,11 +74,9 @@ ROUTERS = (
 
 @operations.get("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
-    """Return Prometheus metrics of the log and of self-evaluation."""
-    registry = CollectorRegistry()
-    registry.register(LogCollector(request.app.state.sessions))
-    registry.register(request.app.state.self_evaluator.outcomes)
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    """Return Prometheus metrics of this process, of the log and of the engines as it sees them."""
+    registry: CollectorRegistry = request.app.state.registry
+    return Response(generate_latest(REGISTRY) + generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _reward_client(settings: Settings) -> httpx.AsyncClient:
@@ -110,6 +110,9 @@ def build_app(settings: Settings) -> FastAPI:
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):
+                app.state.registry = CollectorRegistry()
+                for collector in (LogCollector(app.state.sessions), FleetCollector(fleet), evaluator.outcomes):
+                    app.state.registry.register(collector)
                 yield
 
     app = FastAPI(
@@ -127,6 +130,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Observed)
     for router in ROUTERS:
         app.include_router(router)
     app.include_router(operations)
@@ -215,8 +219,9 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """Run the API as a process."""
-    setup_logging()
     settings = load()
+    logs.setup(settings)
+    tracing.start(settings, "api")
     if settings.access == "open" and not _is_loopback(settings.api_host):
         raise SetupError(
             f"EVERLOOP_ACCESS=open lets in whoever reaches the port, and {settings.api_host} is not this machine "
@@ -230,6 +235,7 @@ def main() -> None:
     server = uvicorn.Server(config)
     app.state.is_stopping = lambda: server.should_exit  # streams without an end look at it
     server.run()
+    tracing.stop()
 
 
 if __name__ == "__main__":

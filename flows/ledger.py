@@ -14,6 +14,7 @@ import deploy.retention
 import feedback.erasure
 import trainer.erasure
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
+from deploy.metrics import CanaryCollector
 from feedback import partitions, projection
 from feedback.tables import Erasure
 from infra.db import DATABASE_AWAY, Sessions, advisory_lock, connect
@@ -23,6 +24,7 @@ from infra.log import retention
 from infra.log.consumer import Consumer, Delivery
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
+from infra.telemetry.disk import DiskCollector
 
 log = logging.getLogger("everloop.ledger")
 
@@ -110,7 +112,9 @@ def main() -> None:
     """Run the ledger as a process."""
     os.nice(2)  # an answer that somebody is reading goes first
     settings = load()
-    run_until_stopped("ledger", Ledger(connect(settings.need("database_url")), settings).run)
+    sessions = connect(settings.need("database_url"))
+    collectors = CanaryCollector(sessions), DiskCollector(settings.home)
+    run_until_stopped("ledger", Ledger(sessions, settings).run, settings, *collectors)
 
 
 if __name__ == "__main__":

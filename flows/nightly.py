@@ -14,6 +14,7 @@ from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
 from infra.db import advisory_lock, connect
 from infra.errors import InvalidRequestError
 from infra.settings import load
+from infra.telemetry import tracing
 
 NIGHTLY = "nightly/everloop"
 WATCH = "watch-canary/everloop"
@@ -49,7 +50,11 @@ def nightly(
         with sessions.begin() as session:
             note_refusal(session, given, error)
         raise
-    result = night.run()
+    tracing.start(settings, "run")
+    try:
+        result = night.run()
+    finally:
+        tracing.stop()
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
     with sessions() as session:
         is_open = head.read(session).canary_id is not None

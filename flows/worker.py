@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import runpy
 import sys
 import time
 from contextlib import suppress
@@ -15,7 +15,9 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.schedules import Cron
 
-from infra.process import setup_logging
+from deploy.metrics import RunCollector
+from infra.db import connect
+from infra.process import tell_of_itself
 from infra.settings import Settings, load
 
 log = logging.getLogger("everloop.flows")
@@ -50,9 +52,10 @@ def register(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Run as a process: register, then hand over to Prefect's worker."""
-    setup_logging()
+    """Run as a process: register, then become Prefect's worker."""
     settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=1)
+    tell_of_itself("flows", settings, RunCollector(sessions))
     for attempt in range(60):
         try:
             register(settings)
@@ -62,22 +65,9 @@ def main() -> None:
             if attempt == 59:
                 raise
             time.sleep(1.0)
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "prefect",
-            "worker",
-            "start",
-            "--pool",
-            POOL,
-            "--type",
-            "process",
-            "--name",
-            POOL,
-        ],
-    )
+    # In this process, which goes on to serve its metrics.
+    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,17 @@ class Settings(BaseSettings):
     reward_port: int | None = Field(None, description="Port of the embedded reward worker; free one if unset.")
     prefect_port: int | None = Field(None, description="Port of the embedded Prefect; free one if unset.")
 
+    metrics_port: int | None = Field(
+        None,
+        description="Port of a process's /metrics (the API has its own); in the embedded stack the first of five.",
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address at which /metrics of a process listens.")
+    log_format: Literal["text", "json"] = Field("text", description="What a process writes into its log.")
+    otlp_url: str | None = Field(
+        None, description="Collector of traces (OTLP over HTTP), such as http://127.0.0.1:4318; none if unset."
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="Share of the requests that are traced.")
+
     base_model: str | None = Field(
         None, description="Model directory or hub name; SmolLM2-135M-Instruct from its wheel if unset."
     )
@@ -263,6 +274,11 @@ class Settings(BaseSettings):
     def engine_credentials(self) -> dict[str, str]:
         """Headers by which we are known to the engines."""
         return {"Authorization": f"Bearer {self.engine_key}"} if self.engine_key else {}
+
+    @property
+    def metrics_targets_file(self) -> Path:
+        """Where each part of the running stack serves its metrics, as Prometheus reads it (``file_sd_configs``)."""
+        return self.run_dir / "metrics" / "targets.json"
 
     def need(self, name: str) -> str:
         """Return an address, or say how to get one."""

@@ -26,7 +26,8 @@ def test_a_part_that_fails_is_not_kept_by_its_threads():
         [sys.executable, "-c", BUSY.format(what="raise KeyError('gone')")],
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
-    assert done.returncode == 1 and "KeyError: 'gone'" in done.stderr
+    assert done.returncode == 1 and "KeyError" in done.stderr
+    assert "gone" not in done.stderr, "the message of an exception may quote what a person said"
 
 
 def test_a_partition_that_is_gone_is_an_error_of_the_broker():
