@@ -111,7 +111,7 @@ def build_app(settings: Settings) -> FastAPI:
                 _reward_client(settings) as app.state.reward,
             ):
                 app.state.registry = CollectorRegistry()
-                for collector in (LogCollector(app.state.sessions), FleetCollector(fleet), evaluator.outcomes):
+                for collector in (LogCollector(app.state.sessions), FleetCollector(fleet)):
                     app.state.registry.register(collector)
                 yield
 
