@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -299,6 +301,21 @@ def home_dir() -> Path:
     return Path(os.environ.get("EVERLOOP_HOME", DEFAULT_HOME)).expanduser().absolute()
 
 
+def _read() -> Settings:
+    from infra.errors import SetupError
+
+    try:
+        return Settings(home=home_dir())
+    except ValidationError as error:
+        # Without the values: some are secrets.
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        raise SetupError(f"The settings are not valid. {wrong}", code="settings_invalid") from None
+    except SettingsError as error:
+        raise SetupError(f"The settings are not valid. {error}", code="settings_invalid") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"{home_dir() / 'everloop.toml'} is not TOML: {error}", code="settings_invalid") from None
+
+
 def load(*, recorded_addresses: bool = True) -> Settings:
     """Read the settings.
 
@@ -307,8 +324,13 @@ def load(*, recorded_addresses: bool = True) -> Settings:
     recorded_addresses
         Whether the addresses that a running `everloop up` recorded fill in what neither the environment
         nor ``everloop.toml`` sets. `up` itself must not: a record may have outlived its stack.
+
+    Raises
+    ------
+    SetupError
+        Code ``settings_invalid``, with each setting that is wrong and why.
     """
-    settings = Settings(home=home_dir())
+    settings = _read()
     if recorded_addresses and settings.stack_file.exists():
         recorded = json.loads(settings.stack_file.read_text())
         missing = {k: v for k, v in recorded.items() if getattr(settings, k, None) is None}

@@ -32,6 +32,7 @@ from infra.stack.supervisor import Supervisor, stack_processes, write_config
 OWNER = "owner"  # whoever has the machine
 SERVICE_ACCOUNT = "operator"
 MIN_FREE_BYTES = 2 * 1024**3
+MIGRATIONS = Path(__file__).parents[1] / "migrations"
 Say = Callable[[str], None]
 
 
@@ -227,7 +228,7 @@ def _migrate(settings: Settings) -> None:
 
     url = settings.need("database_url")
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["database_url"] = url
     command.upgrade(config, "head")
 
