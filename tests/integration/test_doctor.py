@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from infra.doctor import findings, services
 from infra.doctor.findings import Finding
 from infra.settings import Settings
-from tests.conftest import EVERLOOP
+from tests.conftest import EVERLOOP, wait_until
 
 LIMIT_S = 5.0
 
@@ -213,12 +213,15 @@ def test_every_part_of_the_stack_serves_metrics(stack):
         "flows": ("everloop_run_last_outcome", "everloop_run_in_progress"),
         "engine": ("vllm:num_requests_running",),
     }
-    stack.ask(user="watched", stream=True).close()
-    time.sleep(1)
-    for part, names in wanted.items():
+    assert stack.feedback(stack.ask(user="watched").id, user="watched", kind="thumb", value=1).status_code == 202
+
+    def told(part):
         text = httpx.get(f"http://{places[part]}/metrics", trust_env=False).text
-        samples = {s.name: s for family in text_string_to_metric_families(text) for s in family.samples}
-        assert set(names) <= samples.keys(), part
+        return text, {s.name: s for family in text_string_to_metric_families(text) for s in family.samples}
+
+    for part, names in wanted.items():
+        wait_until(lambda part=part, names=names: set(names) <= told(part)[1].keys(), what=f"{part} lacks one")
+        text, samples = told(part)
         ups = [s for name, s in samples.items() if re.search(r"everloop_\w+_up$", name)]
         assert all(s.value == 1 for s in ups), part
         if part != "engine" and (promtool := shutil.which("promtool")):
