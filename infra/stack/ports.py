@@ -45,6 +45,7 @@ def free_port(wanted: int | None, name: str, held: contextlib.ExitStack, but: Co
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):
             sock.bind((LOOPBACK, port))
+            sock.listen(1)  # else another socket that may reuse addresses is given the same port
             return port
     raise SetupError(
         f"Port {candidates[-1]} is taken. Free it, or set EVERLOOP_{name.upper()} to another "

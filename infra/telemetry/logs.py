@@ -39,8 +39,10 @@ def setup(settings: Settings | None = None, level: int = logging.INFO) -> None:
     handler.setFormatter(_formatter(settings.log_format if settings else "text"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    for noisy in ("kafka", "httpx", "httpcore", "alembic", "urllib3", "opentelemetry"):
+    for noisy in ("kafka", "httpx", "httpcore", "alembic", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A collector that is away is told once for each batch that is lost, not for each try.
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)
     # Warns about every callback over 0.1 s, which computing a feature always is.
     logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
 
