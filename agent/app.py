@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
@@ -54,8 +54,9 @@ from infra.errors import (
 from infra.fleet import Fleet
 from infra.fleet_metrics import FleetCollector
 from infra.log.metrics import LogCollector
+from infra.process import tell_of_itself
 from infra.settings import Settings, load
-from infra.telemetry import logs, tracing
+from infra.telemetry import exposition, tracing
 from infra.telemetry.http import Observed
 
 # What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
@@ -75,8 +76,7 @@ ROUTERS = (
 @operations.get("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
     """Return Prometheus metrics of this process, of the log and of the engines as it sees them."""
-    registry: CollectorRegistry = request.app.state.registry
-    return Response(generate_latest(REGISTRY) + generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
 def _reward_client(settings: Settings) -> httpx.AsyncClient:
@@ -110,10 +110,8 @@ def build_app(settings: Settings) -> FastAPI:
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):
-                app.state.registry = CollectorRegistry()
-                for collector in (LogCollector(app.state.sessions), FleetCollector(fleet)):
-                    app.state.registry.register(collector)
-                yield
+                with exposition.telling(LogCollector(app.state.sessions), FleetCollector(fleet)):
+                    yield
 
     app = FastAPI(
         title="Everloop",
@@ -220,8 +218,7 @@ def _is_loopback(host: str) -> bool:
 def main() -> None:
     """Run the API as a process."""
     settings = load()
-    logs.setup(settings)
-    tracing.start(settings, "api")
+    tell_of_itself("api", settings)
     if settings.access == "open" and not _is_loopback(settings.api_host):
         raise SetupError(
             f"EVERLOOP_ACCESS=open lets in whoever reaches the port, and {settings.api_host} is not this machine "

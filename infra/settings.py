@@ -85,7 +85,7 @@ class Settings(BaseSettings):
 
     metrics_port: int | None = Field(
         None,
-        description="Port of a process's /metrics (the API has its own); in the embedded stack the first of five.",
+        description="Port of a process's /metrics; in the embedded stack the first of one for each part.",
     )
     metrics_host: str = Field("127.0.0.1", description="Address at which /metrics of a process listens.")
     log_format: Literal["text", "json"] = Field("text", description="What a process writes into its log.")

@@ -170,18 +170,22 @@ def _engine(url: str) -> Iterator[Finding]:
 def check_http(settings: Settings) -> Iterator[Finding]:
     """Find whether the API and Prefect answer."""
     if settings.public_url is not None:
-        yield _answers("api", f"{settings.public_url}/v1/deployment", "EVERLOOP_PUBLIC_URL", "fail")
+        yield _answers(
+            "api", f"{settings.public_url}/v1/deployment", "EVERLOOP_PUBLIC_URL", "fail", settings.credentials
+        )
     if settings.prefect_url is not None:
         # Serving and feedback do without it; nights do not.
-        yield _answers("prefect", f"{settings.prefect_url}/health", "EVERLOOP_PREFECT_URL", "warn")
+        yield _answers("prefect", f"{settings.prefect_url}/health", "EVERLOOP_PREFECT_URL", "warn", {})
 
 
-def _answers(name: str, url: str, setting: str, otherwise: Verdict) -> Finding:
+def _answers(name: str, url: str, setting: str, otherwise: Verdict, headers: dict[str, str]) -> Finding:
     try:
-        status = httpx.get(url, timeout=TIMEOUT_S, trust_env=False).status_code
+        status = httpx.get(url, timeout=TIMEOUT_S, trust_env=False, headers=headers).status_code
     except httpx.HTTPError as error:
         told = f"{url} does not answer ({type(error).__name__})"
         return Finding(name, otherwise, told, START.format(setting=setting))
+    if status in (401, 403):
+        return Finding(name, "warn", f"{url} does not know this machine's key", "Set EVERLOOP_SERVICE_KEY to one.")
     if status < 500:
         return Finding(name, "ok", url.rpartition("/v1/")[0] if name == "api" else url)
     return Finding(name, otherwise, f"{url}: status {status}", "See its log.")

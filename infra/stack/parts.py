@@ -40,8 +40,8 @@ class Part:
     priority: int = 500
 
 
-# Those of ours that serve their metrics at a port of their own; the API does where it answers.
-WITH_METRICS = ("relay", "ledger", "reconciler", "reward", "flows")
+# Those of ours, each of which serves its metrics at a port of its own.
+WITH_METRICS = ("api", "relay", "ledger", "reconciler", "reward", "flows")
 
 
 def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:

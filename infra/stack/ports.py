@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 import socket
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -84,10 +84,8 @@ def write_targets(settings: Settings, parts: Sequence[Part]) -> None:
     places: dict[str, str] = {
         part.name: f"{LOOPBACK}:{port}" for part in parts if (port := part.environment.get("EVERLOOP_METRICS_PORT"))
     }
-    others: Mapping[str, str | None] = {"api": settings.public_url, "engine": settings.engine_url}
-    for name, url in others.items():
-        if url and any(part.name == name for part in parts):
-            places[name] = urlsplit(url).netloc
+    if settings.engine_url and any(part.name == "engine" for part in parts):
+        places["engine"] = urlsplit(settings.engine_url).netloc
     targets = [{"targets": [place], "labels": {"part": name}} for name, place in sorted(places.items())]
     settings.metrics_targets_file.parent.mkdir(exist_ok=True)
     settings.metrics_targets_file.write_text(json.dumps(targets, indent=2) + "\n")

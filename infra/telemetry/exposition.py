@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
@@ -39,6 +40,18 @@ def serve(settings: Settings, *collectors: Collector, registry: CollectorRegistr
         )
         return None
     return settings.metrics_port
+
+
+@contextmanager
+def telling(*collectors: Collector, registry: CollectorRegistry = REGISTRY) -> Iterator[None]:
+    """Tell what collectors find, for the length of the block."""
+    for collector in collectors:
+        registry.register(collector)
+    try:
+        yield
+    finally:
+        for collector in collectors:
+            registry.unregister(collector)
 
 
 class FigureCollector(Collector):

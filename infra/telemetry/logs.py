@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -29,6 +29,7 @@ _AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+")
 _NAMED = re.compile(
     r"(?i)([\w-]*(?:password|passwd|secret|token|api[_-]?key|cookie)[\"']?\s*[:=]\s*[\"']?)(?!\d+\b)[^\s\"',;}&]+"
 )
+_SECRET_NAME = re.compile(r"(?i)(^|_)(key|secret|token|password)$")
 _COMPILED = ((_USERINFO, rf"\1{HIDDEN}\2"), (_AUTHORIZATION, rf"\1 {HIDDEN}"), (_NAMED, rf"\1{HIDDEN}"))
 
 
@@ -124,22 +125,16 @@ def redacted(text: str, secrets: Iterable[str] = ()) -> str:
 
 def secrets_of(settings: Settings) -> list[str]:
     """Return the secrets that settings hold: passwords within addresses, and what is given to an object store."""
-    found = []
-    for value in settings.model_dump().values():
-        if isinstance(value, str) and "://" in value:
+    return list(_secrets(settings.model_dump()))
+
+
+def _secrets(named: Mapping[str, object]) -> Iterator[str]:
+    """Yield the texts that are named as secrets are, and the passwords within addresses."""
+    for name, value in named.items():
+        if isinstance(value, dict):
+            yield from _secrets(value)
+        elif isinstance(value, str) and _SECRET_NAME.search(name):
+            yield value
+        elif isinstance(value, str) and "://" in value:
             password = urlsplit(value).password
-            found += [password, unquote(password)] if password else []
-    return [*found, *_texts(settings.adapters_options)]
-
-
-def _texts(value: object) -> list[str]:
-    """Return the texts of options that are named as secrets are."""
-    if not isinstance(value, dict):
-        return []
-    found = []
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            found += _texts(inner)
-        elif isinstance(inner, str) and re.search(r"(?i)key|secret|token|password", str(name)):
-            found.append(inner)
-    return found
+            yield from (password, unquote(password)) if password else ()

@@ -38,8 +38,9 @@ def vote(traced):
         episode_id = write_episode(session, "ada", 1, f"A number is like {WORDS}.")
     signal = {"episode_id": episode_id, "user": "ada", "kind": "thumb", "value": 1, "idempotency_key": "k1"}
     url = f"{settings.need('public_url')}/v1/feedback"
-    headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01", "X-Everloop-User": "ada"}
-    given = httpx.post(url, json=signal, headers=headers, trust_env=False)
+    headers = {"X-Everloop-User": "ada", **settings.credentials}
+    caller = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+    given = httpx.post(url, json=signal, headers=headers | caller, trust_env=False)
     assert given.status_code == 202, given.text
     feedback_id = given.json()["id"]
     receipt = f"{url}/{feedback_id}/receipt"
@@ -122,7 +123,8 @@ def test_from_a_vote_to_its_effect_takes_a_second(traced, vote):
     for number in range(5):
         signal = {"episode_id": episode_id, "user": "bo", "kind": "thumb", "value": (-1) ** number}
         body = {**signal, "idempotency_key": uuid.uuid4().hex}
-        httpx.post(f"{settings.public_url}/v1/feedback", json=body, trust_env=False).raise_for_status()
+        url = f"{settings.public_url}/v1/feedback"
+        httpx.post(url, json=body, headers=settings.credentials, trust_env=False).raise_for_status()
         wait_until(lambda n=number: seen()[0] == before[0] + n + 1)
     mean_s = (seen()[1] - before[1]) / 5
     assert 0 < mean_s < 2.0, mean_s
@@ -131,7 +133,7 @@ def test_from_a_vote_to_its_effect_takes_a_second(traced, vote):
 def test_routes_are_told_by_template_and_unknown_paths_share_one_label(traced, vote):
     settings, _, _ = traced
     for path in ("/nowhere-1", "/nowhere-2", "/static/chat.js", f"/v1/feedback/{vote[0]}/receipt"):
-        httpx.get(f"{settings.public_url}{path}", trust_env=False)
+        httpx.get(f"{settings.public_url}{path}", headers=settings.credentials, trust_env=False)
     labels = figures(settings, "api")["everloop_http_requests_total"].keys()
     routes = {dict(label)["route"] for label in labels}
     assert {"unmatched", "/static", "/v1/feedback/{feedback_id}/receipt"} <= routes

@@ -56,6 +56,15 @@ def test_secrets_of_an_object_store_are_known_as_such(logged):
     assert "AKIA" not in out and "deep-down" not in out and "eu-north-1" in out
 
 
+def test_keys_that_are_settings_are_known_as_such(logged):
+    out = logged(
+        lambda log: log.error("sk-service-key and oidc-secret"),
+        service_key="sk-service-key",
+        oidc_client_secret="oidc-secret",
+    )
+    assert out.count("***") == 2
+
+
 def test_what_is_no_secret_stays(logged):
     said = "42 tokens: 7 of key everloop.feedback/2 at http://127.0.0.1:8000/v1, max_tokens: 16"
     assert said in logged(lambda log: log.warning(said), "text")
