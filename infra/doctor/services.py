@@ -144,12 +144,12 @@ def check_engines(settings: Settings) -> Iterator[Finding]:
     """Find whether each engine answers, its version and its clock."""
     urls = [url for url in (settings.engine_url, *settings.engine_replicas) if url]
     for url in urls:
-        yield from _engine(url)
+        yield from _engine(url, settings.engine_credentials)
 
 
-def _engine(url: str) -> Iterator[Finding]:
+def _engine(url: str, headers: dict[str, str]) -> Iterator[Finding]:
     try:
-        with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(timeout=TIMEOUT_S, trust_env=False, headers=headers) as client:
             sent_s = time.time()
             health = client.get(f"{url}/health")
             version = client.get(f"{url}/version")
