@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -31,18 +32,18 @@ def gather(settings: Settings) -> dict[str, Any]:
     supervisor = Supervisor(settings)
     if not supervisor.running():
         return {"running": False, "parts": []}
-    known = httpx.Client(
+    api = httpx.Client(
         base_url=settings.public_url or "", headers=settings.credentials, timeout=TIMEOUT_S, trust_env=False
     )
-    with known as api:
-        deployment = _asked(api, "/v1/deployment")
-        loop = _asked(api, "/v1/loop") if deployment else None
+    with api, ThreadPoolExecutor(2) as asking:  # all at once: a terminal waits
+        deployment, loop = (asking.submit(_asked, api, path) for path in ("/v1/deployment", "/v1/loop"))
+        parts = supervisor.status()
     return {
         "running": True,
         "url": settings.public_url,
-        "parts": [asdict(part) for part in supervisor.status()],
-        "deployment": deployment,
-        "loop": loop,
+        "parts": [asdict(part) for part in parts],
+        "deployment": deployment.result(),
+        "loop": loop.result(),
     }
 
 

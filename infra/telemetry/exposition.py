@@ -28,7 +28,8 @@ def serve(settings: Settings, *collectors: Collector, registry: CollectorRegistr
 
     A process that cannot be looked at works on: a port that is taken is a line in the log.
     """
-    disable_created_metrics()  # when each series began: half as many series again, and rates need it not
+    # When each series began would be half as many series again, and rates do without.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     for collector in collectors:
         registry.register(collector)
     if settings.metrics_port is None:
