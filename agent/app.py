@@ -14,7 +14,7 @@ import httpx
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
@@ -52,10 +52,13 @@ from infra.errors import (
     UnavailableError,
 )
 from infra.fleet import Fleet
+from infra.fleet_metrics import FleetCollector
 from infra.log.metrics import LogCollector
-from infra.process import setup_logging
+from infra.process import tell_of_itself
 from infra.settings import Settings, load
 from infra.stack import door
+from infra.telemetry import exposition, tracing
+from infra.telemetry.http import Observed
 
 # What the framework itself refuses; a body nested too deeply for the parser arrives here as a 400.
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
@@ -73,11 +76,8 @@ ROUTERS = (
 
 @operations.get("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
-    """Return Prometheus metrics of the log and of self-evaluation."""
-    registry = CollectorRegistry()
-    registry.register(LogCollector(request.app.state.sessions))
-    registry.register(request.app.state.self_evaluator.outcomes)
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    """Return Prometheus metrics of this process, of the log and of the engines as it sees them."""
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
 def _reward_client(settings: Settings) -> httpx.AsyncClient:
@@ -111,7 +111,8 @@ def build_app(settings: Settings) -> FastAPI:
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):
-                yield
+                with exposition.telling(LogCollector(app.state.sessions), FleetCollector(fleet)):
+                    yield
 
     app = FastAPI(
         title="Everloop",
@@ -128,6 +129,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Observed)
     for router in ROUTERS:
         app.include_router(router)
     app.include_router(operations)
@@ -216,8 +218,8 @@ def _is_loopback(host: str) -> bool:
 
 def main() -> None:
     """Run the API as a process."""
-    setup_logging()
     settings = load()
+    tell_of_itself("api", settings)
     if settings.access == "open" and not _is_loopback(settings.api_host):
         raise SetupError(
             f"EVERLOOP_ACCESS=open lets in whoever reaches the port, and {settings.api_host} is not this machine "
@@ -227,6 +229,7 @@ def main() -> None:
     server = Server(build_app(settings), settings.api_host, settings.api_port or 8080)
     held = door.listening_socket(settings)
     server.run([held] if held is not None else None)
+    tracing.stop()
 
 
 if __name__ == "__main__":

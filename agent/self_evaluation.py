@@ -34,28 +34,22 @@ POLL_S = 0.05
 # Behind others who work on the engine: a run's samples, which give way to what they take for a person.
 LONG_PATIENCE_S = 60.0
 LONG_POLL_S = 0.5
-OUTCOMES = ("recorded", "dropped", "lost")
+OUTCOMES = Counter(
+    "everloop_self_evaluations",
+    "Answers to be self-evaluated: recorded, dropped as too many waited, or lost to an error or to forgetting.",
+    ["outcome"],
+)
+for _outcome in ("recorded", "dropped", "lost"):
+    OUTCOMES.labels(_outcome)  # shown from the start, as 0
 
 
 class SelfEvaluator:
-    """Evaluates answers behind their clients' backs: one at a time, in quiet moments, none where too many wait.
-
-    Attributes
-    ----------
-    outcomes
-        Answers that were offered, by what became of them: ``recorded``, ``dropped`` because too many waited,
-        ``lost`` to an error or to their user's being forgotten.
-    """
+    """Evaluates answers behind their clients' backs: one at a time, in quiet moments, none where too many wait."""
 
     def __init__(self, sessions: Sessions, fleet: Fleet, settings: Settings) -> None:
         self.sessions = sessions
         self.fleet = fleet
         self.enabled = settings.self_evaluation
-        self.outcomes = Counter(
-            "everloop_self_evaluations", "Answers to be self-evaluated, by outcome.", ["outcome"], registry=None
-        )
-        for outcome in OUTCOMES:
-            self.outcomes.labels(outcome)  # shown from the start, as 0
         self._waiting: asyncio.Queue[Recording] = asyncio.Queue(MAX_WAITING)
 
     @contextlib.asynccontextmanager
@@ -74,7 +68,7 @@ class SelfEvaluator:
         try:
             self._waiting.put_nowait(recording)
         except asyncio.QueueFull:
-            self.outcomes.labels("dropped").inc()
+            OUTCOMES.labels("dropped").inc()
 
     async def _evaluate_all(self) -> None:
         while True:
@@ -88,7 +82,7 @@ class SelfEvaluator:
             except Exception as error:
                 log.warning("%s has no self-evaluation: %s", recording.episode_id, type(error).__name__)
                 recorded = False
-            self.outcomes.labels("recorded" if recorded else "lost").inc()
+            OUTCOMES.labels("recorded" if recorded else "lost").inc()
 
     async def _quiet(self) -> None:
         """Wait until nobody wants the engine, but not for ever: our own clients less long than others."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from agent import metrics
 from agent.book import Asked, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
@@ -20,6 +21,7 @@ from infra.errors import EverloopError, NotFoundError, UnavailableError
 from infra.fleet import Fleet
 from infra.sealing import SubjectKey
 from infra.settings import Settings
+from infra.telemetry import tracing
 
 
 class Turn:
@@ -89,6 +91,11 @@ class Turn:
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
         )
+        tracing.note(
+            everloop__episode_id=self.recording.episode_id,
+            everloop__arm=assignment.arm,
+            everloop__release=assignment.release,
+        )
         self._stream = self.fleet.stream_chat(
             assignment.release,
             {
@@ -118,6 +125,7 @@ class Turn:
 
     async def _end(self) -> None:
         self.recording.latency_ms = self._elapsed_ms()
+        metrics.note(self.recording)
         await self.book.end(self.recording, self._key)
 
     async def _version_of_run(self) -> str:

@@ -71,6 +71,15 @@ class DeploymentView(BaseModel):
     sentence: str | None
 
 
+class LoopView(BaseModel):
+    """Each part of the loop with its figure and its health, and what waits for an operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    parts: list[loop.Part]
+    decisions: list[loop.Decision]
+
+
 class Moved(BaseModel):
     """A champion and the one before."""
 
@@ -116,6 +125,16 @@ def get_deployment(request: Request) -> DeploymentView:
             evidence=rollout.evidence() if rollout else None,
             sentence=rollout.sentence() if rollout else None,
         )
+
+
+@router.get("/loop")
+def get_loop(request: Request) -> LoopView:
+    """Return the loop as it is now, from what people say to what they are served."""
+    state = request.app.state
+    followers: Followers = state.canary_followers
+    with followers.lock, transaction(state.sessions) as session:
+        now = loop.read(session, followers.open_rollout(session))
+        return LoopView(parts=loop.parts(session, state.settings, now), decisions=loop.decisions(session, now))
 
 
 @router.post("/deployment/promote")

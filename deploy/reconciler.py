@@ -13,6 +13,7 @@ import threading
 import sqlalchemy as sa
 
 from deploy import serving
+from deploy.metrics import ReplicaCollector
 from deploy.replica import ReplicaKeeper
 from deploy.tables import Attestation, Replica
 from infra.db import DATABASE_AWAY, Sessions, connect
@@ -88,7 +89,7 @@ def main() -> None:
     """Run the reconciler as a process."""
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=4)
-    run_until_stopped("reconciler", Reconciler(sessions, settings).run)
+    run_until_stopped("reconciler", Reconciler(sessions, settings).run, settings, ReplicaCollector(sessions))
 
 
 if __name__ == "__main__":

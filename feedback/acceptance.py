@@ -146,6 +146,7 @@ def _row(signal: BaseSignal) -> dict[str, Any]:
         "given_at": signal.given_at,
         "idempotency_key": signal.idempotency_key,
         "body_digest": signal.digest(),
+        "traceparent": signal.traceparent,  # of the request that brought it: many are written together
     }
 
 
@@ -162,6 +163,7 @@ def _write(session: Session, rows: list[dict[str, Any]], targets: Mapping[str, T
     for row, seq in zip(rows, sorted(seqs), strict=True):
         row["seq"] = seq
         event = FeedbackGiven(feedback_id=row["id"], **{name: row[name] for name in EVENT_FIELDS})
+        event.happened_in(row["traceparent"])
         # Sealed for the one whom the answer belongs to: a judge's rationale quotes them.
         entries.append(Entry(event, row["episode_id"], row["id"], targets[row["episode_id"]].key))
     columns = {name: [row[name] for row in rows] for name in COLUMN_TYPES}
@@ -198,8 +200,9 @@ _WRITE = sa.text(
     f"WITH fresh AS (INSERT INTO feedback ({_NAMES}) SELECT {_SELECTED} FROM {unnest(COLUMN_TYPES)} "
     "ORDER BY user_id, idempotency_key "
     "ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id) "
-    f"INSERT INTO outbox (event_id, topic, key, value) SELECT event.event_id, topic, key, event.value "
-    f"FROM {outbox.UNNEST} JOIN fresh ON fresh.id = event.event_id ORDER BY event.place RETURNING event_id"
+    f"INSERT INTO outbox (event_id, topic, key, value, headers) SELECT event.event_id, topic, key, event.value, "
+    f"event.headers FROM {outbox.UNNEST} JOIN fresh ON fresh.id = event.event_id ORDER BY event.place "
+    "RETURNING event_id"
 )
 
 

@@ -20,6 +20,7 @@ from infra.ids import new_id
 from infra.log import outbox
 from infra.log.outbox import Entry
 from infra.sealing import SubjectKey
+from infra.telemetry import tracing
 
 MAX_PAGE = 100
 
@@ -53,6 +54,10 @@ class Recording:
     latency_ms: float = 0.0
     conversation_id: str | None = None
     parent_id: str | None = None
+    traceparent: str | None = field(default_factory=tracing.traceparent)
+
+
+COLUMNS = tuple(name for name in Recording.__slots__ if name not in ("episode_id", "traceparent"))
 
 
 def begin(session: Session, user_id: str, learn_by_default: bool) -> tuple[SubjectKey, bool]:
@@ -94,7 +99,7 @@ def record_many(
     """
     rows, entries = [], []
     for recording, created_at in _in_conversations(session, list(recordings)):
-        row = {name: getattr(recording, name) for name in Recording.__slots__ if name != "episode_id"}
+        row = {name: getattr(recording, name) for name in COLUMNS}
         row["id"] = recording.episode_id
         if created_at is not None:
             row["created_at"] = created_at
@@ -111,7 +116,7 @@ def record_many(
             answer=recording.answer,
             conversation_id=recording.conversation_id,
             parent_id=recording.parent_id,
-        )
+        ).happened_in(recording.traceparent)
         entries.append(Entry(event, recording.episode_id, recording.episode_id, keys[recording.user_id]))
     if rows:
         session.execute(sa.insert(Episode), rows)
@@ -172,7 +177,8 @@ def record_self_evaluation(session: Session, recording: Recording, p_good: float
         insert(SelfEvaluation).values(values).on_conflict_do_nothing().returning(SelfEvaluation.episode_id)
     ):
         return False
-    outbox.append(session, SelfEvaluated.model_validate(values), key=recording.episode_id)
+    event = SelfEvaluated.model_validate(values).happened_in(recording.traceparent)
+    outbox.append(session, event, key=recording.episode_id)
     return True
 
 

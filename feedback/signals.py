@@ -20,6 +20,7 @@ from pydantic import (
 
 from feedback.fold import Standing
 from infra.access.roles import ANONYMOUS
+from infra.telemetry import tracing
 from infra.text import CleanText
 
 MAX_CORRECTION_CHARS = 16_000
@@ -66,11 +67,17 @@ class BaseSignal(BaseModel):
 
     kind: Any
     _address_block: str | None = PrivateAttr(None)
+    _traceparent: str | None = PrivateAttr(default_factory=tracing.traceparent)
 
     @property
     def address_block(self) -> str | None:
         """The network that it came from; the API knows, the body cannot say."""
         return self._address_block
+
+    @property
+    def traceparent(self) -> str | None:
+        """The trace in which it was given."""
+        return self._traceparent
 
     def came_from(self, block: str | None) -> None:
         """Note the network that it came from."""

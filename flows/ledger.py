@@ -13,6 +13,7 @@ import deploy.erasure
 import feedback.erasure
 import trainer.erasure
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
+from deploy.metrics import CanaryCollector
 from feedback import projection
 from feedback.tables import Erasure
 from flows.housekeeping import keep_house
@@ -22,6 +23,7 @@ from infra.events import UserForgotten
 from infra.log.consumer import Consumer, Delivery
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
+from infra.telemetry.disk import DiskCollector
 
 log = logging.getLogger("everloop.ledger")
 
@@ -104,7 +106,9 @@ def main() -> None:
     """Run the ledger as a process."""
     os.nice(2)  # an answer that somebody is reading goes first
     settings = load()
-    run_until_stopped("ledger", Ledger(connect(settings.need("database_url")), settings).run)
+    sessions = connect(settings.need("database_url"))
+    collectors = CanaryCollector(sessions), DiskCollector(settings.home)
+    run_until_stopped("ledger", Ledger(sessions, settings).run, settings, *collectors)
 
 
 if __name__ == "__main__":

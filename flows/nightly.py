@@ -20,6 +20,7 @@ from flows.retries import step
 from infra.db import Sessions, advisory_lock, connect
 from infra.errors import ConflictError, InvalidRequestError
 from infra.settings import Settings, load
+from infra.telemetry import tracing
 
 NIGHTLY = "nightly/everloop"
 WATCH = "watch-canary/everloop"
@@ -85,7 +86,11 @@ def train(sessions: Sessions, settings: Settings, given: dict[str, Any], *option
     """Run a night; tried again, it goes on with the run that it had begun, where the database was away."""
     from trainer.night import Night
 
-    return Night(sessions, settings, given, *options).run()
+    tracing.start(settings, "run")
+    try:
+        return Night(sessions, settings, given, *options).run()
+    finally:
+        tracing.stop()
 
 
 def _wait(until: datetime, parameters: dict[str, Any]) -> dict[str, Any]:

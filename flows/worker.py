@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import runpy
 import sys
 import time
 from contextlib import suppress
@@ -20,9 +20,11 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.schedules import Cron
 from prefect.states import Crashed
 
+from deploy.metrics import RunCollector
 from flows.catalog import DEPLOYMENT, POOL, catalog
+from infra.db import connect
 from infra.errors import SetupError
-from infra.process import setup_logging
+from infra.process import tell_of_itself
 from infra.settings import Settings, load
 
 log = logging.getLogger("everloop.flows")
@@ -106,9 +108,10 @@ def end_orphans() -> list[str]:
 
 
 def main() -> None:
-    """Run as a process: register, then hand over to Prefect's worker."""
-    setup_logging()
+    """Run as a process: register, then become Prefect's worker."""
     settings = load()
+    sessions = connect(settings.need("database_url"), pool_size=1)
+    tell_of_itself("flows", settings, RunCollector(sessions))
     for attempt in range(60):
         try:
             register(settings)
@@ -122,8 +125,9 @@ def main() -> None:
             if attempt == 59:
                 raise
             time.sleep(1.0)
-    worker = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
-    os.execv(sys.executable, [sys.executable, *worker])
+    # In this process, which goes on to serve its metrics.
+    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 
 def _is_embedded(settings: Settings) -> bool:

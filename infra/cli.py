@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "up": ("infra.stack.cli", "up", "Start the embedded stack and serve."),
     "down": ("infra.stack.cli", "down", "Stop the stack; no process stays behind."),
-    "status": ("infra.stack.cli", "status", "Show each part, and what is deployed."),
+    "status": ("infra.stack.cli", "status", "Show each part, the loop, and what needs a decision."),
+    "doctor": ("flows.doctor", "doctor", "Check the machine, the settings and every service; say what to do."),
     "backup": ("flows.backup.cli", "backup", "Write all that was learned to a directory, while people chat."),
     "restore": ("flows.backup.cli", "restore", "Restore a backup into an empty home, and check it."),
     "demo": ("flows.cli", "demo", "Take the loop round with a simulated population."),

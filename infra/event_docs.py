@@ -27,6 +27,8 @@ def document(schemas: Path) -> str:
         "encrypted in",
         "`sealed` (a compact JWE under the key named by `subject`), so that destroying a person's key erases them "
         "everywhere.",
+        "What happened within a trace names it in the envelope's `traceparent` (W3C), and",
+        "Kafka's header of that name the hop that sent it.",
     ]
     for topic in TOPICS:
         lines += ["", f"## `{topic}`"]

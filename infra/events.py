@@ -13,11 +13,12 @@ import functools
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, model_validator
 
 from infra.errors import InvalidRequestError
 from infra.ids import new_id
 from infra.sealing import SubjectKey, seal, unseal
+from infra.telemetry import tracing
 
 SOURCE = "urn:everloop"
 
@@ -35,6 +36,19 @@ class Event(BaseModel):
     type: ClassVar[str]
     major: ClassVar[int] = 1
     personal: ClassVar[frozenset[str]] = frozenset()
+
+    # Of the envelope, not of the data: the trace in which it happened.
+    _traceparent: str | None = PrivateAttr(default_factory=tracing.traceparent)
+
+    @property
+    def traceparent(self) -> str | None:
+        """The trace in which it happened, as W3C writes it; None where nobody traces."""
+        return self._traceparent
+
+    def happened_in(self, traceparent: str | None) -> Self:
+        """Note the trace in which it happened, where that is not the one that goes on now; return the event."""
+        self._traceparent = traceparent
+        return self
 
     @classmethod
     def schema_name(cls) -> str:
@@ -65,6 +79,8 @@ class Event(BaseModel):
             assert subject is not None, f"{self.type} needs the key of its subject"
             envelope["subject"] = subject.key_id
             data["sealed"] = seal(subject, {name: data.pop(name) for name in self.personal})
+        if self._traceparent is not None:
+            envelope[tracing.HEADER] = self._traceparent
         envelope["data"] = data
         return envelope
 
@@ -94,7 +110,7 @@ class Event(BaseModel):
             if key is None:
                 raise ErasedEventError
             data = {**data, **unseal(key, str(data["sealed"]))}
-        return cls.model_validate(data)
+        return cls.model_validate(data).happened_in(tracing.valid(envelope.get(tracing.HEADER)))
 
     @classmethod
     @functools.cache

@@ -37,6 +37,24 @@ def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) ->
         admin.close()
 
 
+def topic_names(bootstrap: str, timeout_s: float) -> set[str]:
+    """Return the topics that a cluster has.
+
+    Raises
+    ------
+    KafkaError
+        It does not answer in time.
+    """
+    timeout_ms = int(timeout_s * 1000)
+    admin = KafkaAdminClient(
+        bootstrap_servers=bootstrap, request_timeout_ms=timeout_ms, bootstrap_timeout_ms=timeout_ms
+    )
+    try:
+        return set(admin.list_topics())
+    finally:
+        admin.close()
+
+
 def producer(bootstrap: str) -> KafkaProducer:
     """Return an idempotent producer that waits for all replicas."""
     return KafkaProducer(

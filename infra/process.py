@@ -1,4 +1,4 @@
-"""What every long-running process does: log to standard error, and stop when asked."""
+"""What every long-running process does: tell of itself, and stop when asked."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from prometheus_client.registry import Collector
+
+from infra.settings import Settings
+from infra.telemetry import exposition, logs, tracing
+
 GIVE_UP_S = 6.0  # supervisord kills after infra.stack.supervisor.STOP_WAIT_S
 
 
-def setup_logging(level: int = logging.INFO) -> None:
-    """Log to standard error. Ids go into logs, never message text."""
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
-    for noisy in ("kafka", "httpx", "httpcore", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Warns about every callback over 0.1 s, which computing a feature always is.
-    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
-
-
-def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None:
+def run_until_stopped(
+    name: str, run: Callable[[threading.Event], None], settings: Settings | None = None, *collectors: Collector
+) -> None:
     """Call ``run(stop)``; SIGTERM and SIGINT set `stop`, so that work in hand is finished first.
 
     Work that takes too long is given up: the process ends, and its transaction with it; the next begins it anew.
     Where `run` raises, the process ends at once: threads that are still busy could keep it, and with it keep
     another from being started in its place.
+
+    Parameters
+    ----------
+    settings
+        How the process logs, where its spans go, and the port of its metrics; text on standard error, if unset.
+    collectors
+        What it tells of the database beside its own metrics.
     """
-    setup_logging()
+    tell_of_itself(name, settings, *collectors)
     stop = threading.Event()
 
     def begin_to_stop(*_: object) -> None:
@@ -51,6 +53,7 @@ def run_until_stopped(name: str, run: Callable[[threading.Event], None]) -> None
         logging.getLogger(f"everloop.{name}").exception("failed")
         logging.shutdown()
         os._exit(1)
+    tracing.stop()
     logging.getLogger(f"everloop.{name}").info("stopped")
 
 
@@ -58,6 +61,14 @@ def _give_up(name: str) -> None:
     logging.getLogger(f"everloop.{name}").warning("stopped in the middle of its work, of which nothing is kept")
     logging.shutdown()
     os._exit(0)
+
+
+def tell_of_itself(name: str, settings: Settings | None, *collectors: Collector) -> None:
+    """Set up a process's log and, where the settings say so, its traces and its metrics."""
+    logs.setup(settings)
+    if settings is not None:
+        tracing.start(settings, name)
+        exposition.serve(settings, *collectors)
 
 
 @asynccontextmanager

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -85,6 +87,17 @@ class Settings(BaseSettings):
     engine_port: int | None = Field(None, description="Port of the embedded vLLM; free one if unset.")
     reward_port: int | None = Field(None, description="Port of the embedded reward worker; free one if unset.")
     prefect_port: int | None = Field(None, description="Port of the embedded Prefect; free one if unset.")
+
+    metrics_port: int | None = Field(
+        None,
+        description="Port of a process's /metrics; in the embedded stack the first of one for each part.",
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address at which /metrics of a process listens.")
+    log_format: Literal["text", "json"] = Field("text", description="What a process writes into its log.")
+    otlp_url: str | None = Field(
+        None, description="Collector of traces (OTLP over HTTP), such as http://127.0.0.1:4318; none if unset."
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="Share of the requests that are traced.")
 
     base_model: str | None = Field(
         None, description="Model directory or hub name; SmolLM2-135M-Instruct from its wheel if unset."
@@ -314,6 +327,11 @@ class Settings(BaseSettings):
         """Headers by which we are known to the engines."""
         return {"Authorization": f"Bearer {self.engine_key}"} if self.engine_key else {}
 
+    @property
+    def metrics_targets_file(self) -> Path:
+        """Where each part of the running stack serves its metrics, as Prometheus reads it (``file_sd_configs``)."""
+        return self.run_dir / "metrics" / "targets.json"
+
     def need(self, name: str) -> str:
         """Return an address, or say how to get one."""
         from infra.errors import SetupError
@@ -333,6 +351,21 @@ def home_dir() -> Path:
     return Path(os.environ.get("EVERLOOP_HOME", DEFAULT_HOME)).expanduser().absolute()
 
 
+def _read() -> Settings:
+    from infra.errors import SetupError
+
+    try:
+        return Settings(home=home_dir())
+    except ValidationError as error:
+        # Without the values: some are secrets.
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        raise SetupError(f"The settings are not valid. {wrong}", code="settings_invalid") from None
+    except SettingsError as error:
+        raise SetupError(f"The settings are not valid. {error}", code="settings_invalid") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"{home_dir() / 'everloop.toml'} is not TOML: {error}", code="settings_invalid") from None
+
+
 def load(*, recorded_addresses: bool = True) -> Settings:
     """Read the settings.
 
@@ -341,8 +374,13 @@ def load(*, recorded_addresses: bool = True) -> Settings:
     recorded_addresses
         Whether the addresses that a running `everloop up` recorded fill in what neither the environment
         nor ``everloop.toml`` sets. `up` itself must not: a record may have outlived its stack.
+
+    Raises
+    ------
+    SetupError
+        Code ``settings_invalid``, with each setting that is wrong and why.
     """
-    settings = Settings(home=home_dir())
+    settings = _read()
     if recorded_addresses and settings.stack_file.exists():
         recorded = json.loads(settings.stack_file.read_text())
         missing = {k: v for k, v in recorded.items() if getattr(settings, k, None) is None}

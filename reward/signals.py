@@ -17,10 +17,12 @@ from infra.db import among
 from infra.events import FeedbackGiven, RewardUpdated, SignalSetAside
 from infra.log import outbox
 from infra.log.outbox import Entry
+from infra.telemetry import tracing
 from reward import history, store
 from reward.asking import note_rating
 from reward.kinds import EXPLICIT, key_of, verdict_of
 from reward.learner import Change, Observation
+from reward.metrics import note_set_aside
 from reward.observations import LEARNED_KINDS, PAIRS, observation, reason_against
 from reward.online import Score
 from reward.raters import Rater
@@ -120,7 +122,10 @@ class Signals:
         """Apply the signals in their order, and report each."""
         entries = []
         for event in self.events:
-            entries += [Entry(report, report.episode_id) for report in self._apply(event)]
+            with tracing.within(event.traceparent):  # what it causes goes on in its trace
+                reports = self._apply(event)
+            note_set_aside(self.session, reports)
+            entries += [Entry(report, report.episode_id) for report in reports]
         store.save_scores(self.session, self.scores, self.worker.encoder.name)
         outbox.append_many(self.session, entries)
 

@@ -41,6 +41,7 @@ from reward import CONSUMER, asking, encoders, history, replay, rulings, state, 
 from reward.encoder import Encoder
 from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
+from reward.metrics import RewardCollector, note_set_aside
 from reward.online import Score
 from reward.raters import PROGRAM
 from reward.scoring import Scorer
@@ -252,6 +253,7 @@ class RewardWorker:
         for change in changes:
             self.note(change)
         reports = self.report_settled(session, changes)
+        note_set_aside(session, reports)
         outbox.append_many(session, [Entry(report, report.episode_id) for report in reports])
 
     def report_settled(self, session: Session, changes: Sequence[Change]) -> list[RewardUpdated | SignalSetAside]:
@@ -332,7 +334,7 @@ def main() -> None:
         worker.is_stopping = stop.is_set
         consumer.run(stop)
 
-    run_until_stopped("reward", run)
+    run_until_stopped("reward", run, settings, RewardCollector(sessions))
 
 
 if __name__ == "__main__":

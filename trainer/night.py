@@ -19,6 +19,7 @@ from deploy.runs import LOCK, TrainingRun
 from infra.db import DATABASE_AWAY, LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
+from infra.telemetry import tracing
 from reward import store
 from reward.encoders import open_active_encoder
 from trainer import collect, erasure, prepared
@@ -100,7 +101,8 @@ class Night:
                 if not lock.take():
                     raise ConflictError("Another training run is in progress.", code="run_in_progress")
                 self.record.make_sure = lock.keep
-                return self._run_alone()
+                with tracing.span("training run", everloop__recipe=self.config.recipe):
+                    return self._run_alone()
         finally:
             self.verification.close()
 

@@ -22,6 +22,8 @@ from infra.db import DATABASE_AWAY, Sessions
 from infra.errors import EverloopError
 from infra.events import RunEnded, RunProgressed, TrainingUsed
 from infra.log import outbox
+from infra.telemetry import tracing
+from infra.telemetry.tracing import Hop
 from trainer.config import DEFAULT_RECIPE, RunConfig
 from trainer.snapshot import Snapshot
 
@@ -64,6 +66,7 @@ class RunRecord:
         self._told_s = -math.inf
         self._phase_started_s = time.monotonic()
         self._first: tuple[int, float] | None = None
+        self._hop: Hop | None = None
         self._seconds: dict[str, float] = defaultdict(float)
 
     def create(self, config: RunConfig, flow_run_id: str | None = None) -> None:
@@ -126,6 +129,7 @@ class RunRecord:
         self.raise_if_cancelled()
         self._close_phase()
         self.current_phase = name
+        self._hop = tracing.begin(f"training {name}", everloop__run_id=self.run_id)
         self._phase_total = total
         self._first = None
         self.update(phase=name, phase_done=0, phase_total=total, seconds_left=None)
@@ -175,11 +179,17 @@ class RunRecord:
 
     def _close_phase(self) -> None:
         now = time.monotonic()
+        self._end_hop()
         if self.current_phase:
             seconds = round(now - self._phase_started_s, 1)
             self._seconds[self.current_phase] += seconds  # some come twice
             self.metric(phase=self.current_phase, seconds=seconds)
         self._phase_started_s = now
+
+    def _end_hop(self, error: str | None = None) -> None:
+        if self._hop is not None:
+            self._hop.end(error)
+            self._hop = None
 
     def metric(self, **values: Any) -> None:
         """Append a line to the run's ``metrics.jsonl``."""
@@ -201,6 +211,8 @@ class RunRecord:
 
     def end(self, session: Session, status: str, result: dict[str, Any], **values: Any) -> None:
         """Write how the run ended, and its event."""
+        self._end_hop(status if status in ("failed", "cancelled") else None)
+        tracing.note(everloop__run_id=self.run_id, everloop__run_status=status)
         values |= {"canary_id": result["canary_id"]} if "canary_id" in result else {}
         self.update(session, status=status, result=result, ended_at=sa.func.now(), **values)
         name = session.scalar(sa.select(TrainingRun.release).where(TrainingRun.id == self.run_id))
@@ -221,8 +233,11 @@ class RunRecord:
             .where(TrainingRun.id == self.run_id)
             .values(dataset_digest=data.digest, reward_snapshot_id=snapshot_id)
         )
+        tracing.note(everloop__dataset_digest=data.digest, everloop__reward_snapshot_id=snapshot_id)
         for role, examples in (("train", data.train), ("gates", data.gate)):
             ids = [feedback_id for example in examples for feedback_id in example.feedback_ids]
+            if tracing.is_on():
+                tracing.link(outbox.traceparents(session, ids))
             for start in range(0, len(ids), IDS_PER_EVENT):
                 event = TrainingUsed(
                     run_id=self.run_id,

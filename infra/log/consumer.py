@@ -27,6 +27,7 @@ from infra.errors import InvalidRequestError
 from infra.events import Event
 from infra.kafka import TopicPartition
 from infra.log import dead_letters, outbox, reading
+from infra.log.effects import GIVEN_UP, Effects
 from infra.log.leases import Leases
 from infra.log.reading import UnreadableEventError
 from infra.settings import Settings
@@ -260,11 +261,12 @@ class Consumer:
 
     def apply(self, polled: Polled) -> None:
         """Handle records in one transaction with their positions; skip what was applied before."""
-        envelopes = [reading.parse(record.value) for records in polled.values() for record in records]
+        envelopes = [reading.parse(r.value, r.headers) for records in polled.values() for r in records]
         positions = {p: (self._positions[p][0], records[-1].offset + 1) for p, records in polled.items()}
-        with Session(self._leases.connection) as session, session.begin():
+        with Effects(self.name) as effects, Session(self._leases.connection) as session, session.begin():
             fresh = reading.claim(session, self.name, envelopes)
             opened = list(reading.open_all(session, fresh, self.handlers, public=self.public))
+            effects.follow(opened)
             # By class, in the handlers' order: what is about one thing stays in order within its partition.
             opened.sort(key=lambda pair: self._order[pair[0].event_class])
             for event_class, group in groupby(opened, key=lambda pair: pair[0].event_class):
@@ -296,3 +298,4 @@ class Consumer:
             dead_letters.add(session, self.name, record, error, tries)
             self._move(session, partition, position)
         self._positions[partition] = position
+        GIVEN_UP.labels(self.name).inc()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session
 
-from infra.db import DATABASE_AWAY, Sessions
 from infra.tables import ConsumerPosition, DeadLetter, LogPartition, OutboxRow
+from infra.telemetry.exposition import DatabaseCollector, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,38 +81,29 @@ def read(session: Session) -> LogStatus:
     return LogStatus(int(waiting), float(oldest_s), [Lag(*row) for row in lags], dict(dead.tuples().all()))
 
 
-class LogCollector(Collector):
-    """The log's state as Prometheus metrics, read when it is asked for."""
+class LogCollector(DatabaseCollector):
+    """The log's state as Prometheus metrics."""
 
-    def __init__(self, sessions: Sessions) -> None:
-        self.sessions = sessions
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the metrics; none but ``everloop_log_up`` where the database is away."""
-        try:
-            with self.sessions() as session:
-                status = read(session)
-        except DATABASE_AWAY:
-            yield GaugeMetricFamily("everloop_log_up", "Whether the database answered.", value=0)
-            return
-        yield GaugeMetricFamily("everloop_log_up", "Whether the database answered.", value=1)
-        yield GaugeMetricFamily(
-            "everloop_outbox_waiting_events", "Events not yet published to Kafka.", value=status.num_waiting
-        )
-        yield GaugeMetricFamily(
-            "everloop_outbox_oldest_waiting_seconds",
-            "Age of the oldest unpublished event.",
-            value=status.oldest_waiting_s,
-        )
-        lag = GaugeMetricFamily(
-            "everloop_consumer_lag_records",
+    up = "everloop_log_up"
+    figures: ClassVar = {
+        "everloop_log_up": ("Whether the database answered.",),
+        "everloop_outbox_waiting_events": ("Events not yet published to Kafka.",),
+        "everloop_outbox_oldest_waiting_seconds": ("Age of the oldest unpublished event.",),
+        "everloop_consumer_lag_records": (
             "Records of a partition that a consumer has not applied.",
-            labels=["consumer", "topic", "partition"],
-        )
+            "consumer",
+            "topic",
+            "partition",
+        ),
+        "everloop_dead_letters": ("Open dead letters.", "consumer"),
+    }
+
+    def read(self, session: Session) -> Iterator[Sample]:
+        status = read(session)
+        yield "everloop_outbox_waiting_events", {}, status.num_waiting
+        yield "everloop_outbox_oldest_waiting_seconds", {}, status.oldest_waiting_s
         for row in status.lags:
-            lag.add_metric([row.consumer, row.topic, str(row.partition)], row.records)
-        yield lag
-        dead = GaugeMetricFamily("everloop_dead_letters", "Open dead letters.", labels=["consumer"])
+            place = {"consumer": row.consumer, "topic": row.topic, "partition": str(row.partition)}
+            yield "everloop_consumer_lag_records", place, row.records
         for consumer, count in status.dead_letters.items():
-            dead.add_metric([consumer], count)
-        yield dead
+            yield "everloop_dead_letters", {"consumer": consumer}, count

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from infra.events import Event
 from infra.sealing import SubjectKey
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
+from infra.telemetry.tracing import HEADER, MAX_LINKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +53,33 @@ def append_many(session: Session, entries: Iterable[Entry]) -> None:
 
 def columns(entries: Iterable[Entry]) -> dict[str, list[Any]]:
     """Return the columns of events as parameters of a statement that selects from :data:`UNNEST`."""
-    written: dict[str, list[Any]] = {"event_ids": [], "topics": [], "keys": [], "values": []}
+    written: dict[str, list[Any]] = {"event_ids": [], "topics": [], "keys": [], "values": [], "headers": []}
     for entry in entries:
         envelope = entry.event.to_cloudevent(entry.event_id, entry.subject)
         written["event_ids"].append(envelope["id"])
         written["topics"].append(entry.event.topic)
         written["keys"].append(entry.key)
         written["values"].append(orjson.dumps(envelope))
+        traceparent = entry.event.traceparent
+        written["headers"].append(None if traceparent is None else orjson.dumps({HEADER: traceparent}).decode())
     return written
 
 
 UNNEST = (
-    "unnest(CAST(:event_ids AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:values AS bytea[])) "
-    "WITH ORDINALITY AS event(event_id, topic, key, value, place)"
+    "unnest(CAST(:event_ids AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:values AS bytea[]), "
+    "CAST(:headers AS jsonb[])) WITH ORDINALITY AS event(event_id, topic, key, value, headers, place)"
 )
 _INSERT = sa.text(
-    "INSERT INTO outbox (event_id, topic, key, value) "
-    f"SELECT event_id, topic, key, value FROM {UNNEST} ORDER BY place"
+    "INSERT INTO outbox (event_id, topic, key, value, headers) "
+    f"SELECT event_id, topic, key, value, headers FROM {UNNEST} ORDER BY place"
 )
+
+
+def traceparents(session: Session, event_ids: Sequence[str]) -> list[str]:
+    """Return the traces of events that the log still has, the newest first."""
+    header = OutboxRow.headers[HEADER].astext
+    query = sa.select(header).where(OutboxRow.event_id.in_(event_ids), header.is_not(None))
+    return list(session.scalars(query.order_by(OutboxRow.seq.desc()).limit(MAX_LINKS)))
 
 
 def republish(session: Session, from_seq: int, topics: Sequence[str] = ()) -> int:

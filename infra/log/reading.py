@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from infra import sealing
 from infra.errors import EverloopError
 from infra.events import BY_SCHEMA, SOURCE, ErasedEventError, Event
+from infra.telemetry import tracing
 
 MAX_EVENT_ID_CHARS = 200
 _SCHEMA_NAME = re.compile(SOURCE + r":schema:[a-z_.]{1,60}\.v[0-9]{1,4}")
@@ -33,8 +34,11 @@ class Envelope:
     content: dict[str, Any]
 
 
-def parse(value: bytes | None) -> Envelope:
-    """Read a record's envelope.
+Headers = Sequence[tuple[str, bytes]]
+
+
+def parse(value: bytes | None, headers: Headers = ()) -> Envelope:
+    """Read a record's envelope; the trace that its headers name, whoever sent it last, goes before its own.
 
     Raises
     ------
@@ -51,6 +55,9 @@ def parse(value: bytes | None) -> Envelope:
     if event_class is None:
         # Quoted only where it looks like a name: anybody may have written it, with anything in it.
         raise UnreadableEventError(f"unknown schema {schema if _SCHEMA_NAME.fullmatch(schema) else ''}".rstrip())
+    for name, text in headers:
+        if name == tracing.HEADER:
+            content[name] = text.decode(errors="replace")
     return Envelope(event_id, event_class, content)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from kafka import KafkaProducer
+from prometheus_client import Counter
 from sqlalchemy.orm import Session
 
 from infra import kafka
@@ -29,8 +30,11 @@ from infra.log.outbox import republish_unconsumed
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
 from infra.tables import LogPartition, OutboxRow
+from infra.telemetry import tracing
+from infra.telemetry.tracing import Hop
 
 log = logging.getLogger("everloop.relay")
+PUBLISHED = Counter("everloop_relay_published_events", "Events that the broker has acknowledged.", ["topic"])
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024**2
@@ -128,13 +132,9 @@ class Relay:
             rows = _within_bytes(session.execute(_WAITING).all())
             if not rows:
                 return 0
+            hops = _Hops(rows)
             futures = [
-                self._producer.send(
-                    row.topic,
-                    key=row.key.encode(),
-                    value=row.value,
-                    headers=[(name, text.encode()) for name, text in (row.headers or {}).items()],
-                )
+                self._producer.send(row.topic, key=row.key.encode(), value=row.value, headers=hops.headers_of(row))
                 for row in rows
             ]
             # Bounded: a producer that waits for a new epoch from a broker without memory expires nothing by itself.
@@ -145,6 +145,9 @@ class Relay:
                 offsets.setdefault((meta.topic, meta.partition), []).append(meta.offset)
             self._note_offsets(session, offsets)
             session.execute(_MARK, {"seqs": [row.seq for row in rows]})
+        hops.end()
+        for row in rows:
+            PUBLISHED.labels(row.topic).inc()
         return len(rows)
 
     def _note_offsets(self, session: Session, newest: dict[Place, list[int]]) -> None:
@@ -202,6 +205,30 @@ _WAITING = (
 _MARK = sa.text("UPDATE outbox SET published_at = now() WHERE seq = ANY(:seqs)")
 
 
+class _Hops:
+    """The spans of events that are being published; consumers go on from them. Where it fails, none is sent."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._by_seq: dict[int, Hop] = {}
+        for row in rows if tracing.is_on() else ():
+            parent = tracing.valid((row.headers or {}).get(tracing.HEADER))
+            if parent is not None:
+                hop = tracing.begin(f"publish {row.topic}", "PRODUCER", parent, everloop__outbox_seq=row.seq)
+                assert hop is not None
+                self._by_seq[row.seq] = hop
+
+    def headers_of(self, row: Any) -> list[tuple[str, bytes]]:
+        """Return a row's headers, with the trace as it goes on from here."""
+        headers = dict(row.headers or {})
+        if row.seq in self._by_seq:
+            headers[tracing.HEADER] = self._by_seq[row.seq].traceparent
+        return [(name, text.encode()) for name, text in headers.items()]
+
+    def end(self) -> None:
+        for hop in self._by_seq.values():
+            hop.end()
+
+
 def _within_bytes(rows: Sequence[Any]) -> list[Any]:
     """Return the rows that together are not larger than a batch may be; always the first."""
     chosen: list[Any] = []
@@ -225,7 +252,7 @@ def main() -> None:
     """Run the relay as a process."""
     settings = load()
     relay = Relay(connect(settings.need("database_url"), pool_size=3), settings)
-    run_until_stopped("relay", relay.run)
+    run_until_stopped("relay", relay.run, settings)
 
 
 if __name__ == "__main__":

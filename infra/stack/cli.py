@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import signal
 import threading
-from dataclasses import asdict
-from typing import Annotated, Any
+import time
+from collections.abc import Callable
+from typing import Annotated
 
-import httpx
 import typer
-from rich.table import Table
+from rich.console import RenderableType
+from rich.live import Live
 
 from infra import report
 from infra.report import JsonPath
 from infra.settings import Settings, load
-from infra.stack import embedded
 from infra.stack.supervisor import Supervisor
+
+# What starts a stack is imported where that is done: looking at one takes half the time without it.
+WATCH_EVERY_S = 1.0
 
 
 def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return when everything is up.")] = False,
 ) -> None:
     """Start the embedded stack and serve until Ctrl-C."""
+    from infra.stack import embedded
+
     stop_on_sigterm()
     settings = embedded.up(load(recorded_addresses=False), report.say)
     embedded.tell_way_in(settings, report.say)
@@ -37,6 +42,8 @@ def stop_on_sigterm() -> None:
 
 def serve_until_interrupted(settings: Settings) -> None:
     """Wait for Ctrl-C (or SIGTERM), then stop the stack."""
+    from infra.stack import embedded
+
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
@@ -52,55 +59,36 @@ def serve_until_interrupted(settings: Settings) -> None:
 
 def down() -> None:
     """Stop the stack."""
+    from infra.stack import embedded
+
     stopped = embedded.down(load())
     report.say("stopped" if stopped else "nothing was running")
 
 
-def status(json_path: JsonPath = None) -> None:
-    """Show each part and what is deployed; exit status 1 where something is not well."""
-    settings = load()
-    supervisor = Supervisor(settings)
-    if not supervisor.running():
-        report.write_json(json_path, {"running": False, "parts": []})
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Show each part, the loop and what needs a decision; exit status 1 where something is not well."""
+    from infra.stack.status import gather, is_well, view
+
+    if watch:
+        if json_path is not None:
+            raise typer.BadParameter("--watch shows it on a terminal: give one of the two.")
+        _watch(lambda: view(gather(load())))
+        return
+    found = gather(load())
+    report.write_json(json_path, found)
+    if not found["running"]:
         report.say("not running; start it with `everloop up`")
-        raise typer.Exit(1)
-    parts = supervisor.status()
-    deployment = _deployment(settings)
-    report.write_json(
-        json_path,
-        {
-            "running": True,
-            "url": settings.public_url,
-            "parts": [asdict(part) for part in parts],
-            "deployment": deployment,
-        },
-    )
-    if json_path != "-":
-        table = Table("part", "state", "pid", "up (s)", "restarts", box=None)
-        for part in parts:
-            colour = "green" if part.state == "running" else "red"
-            state = f"[{colour}]{part.state}[/{colour}]"
-            table.add_row(part.name, state, str(part.pid or "-"), str(part.uptime_s), str(part.restarts))
-        report.output.print(table)
-        report.output.print(f"{settings.public_url}  {_deployment_line(deployment)}")
-    if deployment is None or any(part.state != "running" for part in parts):
+    elif json_path != "-":
+        report.output.print(view(found))
+    if not is_well(found):
         raise typer.Exit(1)
 
 
-def _deployment(settings: Settings) -> dict[str, Any] | None:
-    try:
-        response = httpx.get(
-            f"{settings.public_url}/v1/deployment", timeout=2, trust_env=False, headers=settings.credentials
-        )
-        return dict(response.json()) if response.status_code == 200 else None
-    except httpx.HTTPError:
-        return None
-
-
-def _deployment_line(deployment: dict[str, Any] | None) -> str:
-    if deployment is None:
-        return "the API does not answer"
-    line = f"champion {deployment['champion']}"
-    if deployment["challenger"]:
-        line += f", canary {deployment['challenger']} for {deployment['share']:.0%} of users"
-    return line
+def _watch(look: Callable[[], RenderableType]) -> None:
+    with Live(look(), console=report.output, screen=report.output.is_terminal, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_EVERY_S)
+            live.update(look(), refresh=True)

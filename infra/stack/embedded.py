@@ -6,10 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,15 +26,13 @@ from infra.db import connect, transaction
 from infra.errors import SetupError
 from infra.settings import Settings
 from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileged
+from infra.stack.ports import free_port, with_metrics_ports, write_targets
 from infra.stack.supervisor import Supervisor, stack_processes, write_config
 
-# Below the ports that systems give to outgoing connections: a client that tries again and again to reach a part
-# that was killed may be given that part's port for its own end, meet itself there, and keep the part away.
-OWN_PORTS = range(20_000, 32_000)
-PORT_TRIES = 50
 OWNER = "owner"  # whoever has the machine
 SERVICE_ACCOUNT = "operator"
 MIN_FREE_BYTES = 2 * 1024**3
+MIGRATIONS = Path(__file__).parents[1] / "migrations"
 Say = Callable[[str], None]
 
 
@@ -89,6 +85,7 @@ def down(settings: Settings) -> bool:
     was_running = supervisor.running() or bool(stack_processes(settings.home))
     supervisor.shutdown()
     settings.stack_file.unlink(missing_ok=True)
+    settings.metrics_targets_file.unlink(missing_ok=True)
     return was_running
 
 
@@ -98,8 +95,10 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     if "database_url" in embedded:
         init_postgres(settings)
     parts = [part for part in embedded_parts(settings, embedded) if only is None or part.name in only]
+    parts = with_metrics_ports(settings, parts)
     names = {part.name for part in parts}
     _write_stack_file(settings, embedded)
+    write_targets(settings, parts)
     supervisor.launch(write_config(settings, parts))
     supervisor.start(*names & {"postgres", "broker", "door"})
     if not settings.base_model and not settings.base_model_dir.exists():
@@ -152,7 +151,7 @@ def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         }
         for name, needed in wanted.items():
             if needed:
-                ports[name] = _free_port(getattr(settings, name), name, held)
+                ports[name] = free_port(getattr(settings, name), name, held)
     password = _database_password(settings)
     addresses = {
         "database_url": f"postgresql+psycopg://everloop:{password}@{LOOPBACK}:{ports.get('database_port')}/everloop",
@@ -169,22 +168,6 @@ def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         update["engine_key"] = secrets.token_urlsafe(24)
         embedded.add("engine_key")
     return settings.model_copy(update=update), embedded
-
-
-def _free_port(wanted: int | None, name: str, held: contextlib.ExitStack) -> int:
-    """Return a port that is free now, keeping it bound until all are chosen."""
-    candidates = [wanted] if wanted else random.sample(OWN_PORTS, PORT_TRIES)
-    for port in candidates:
-        sock = held.enter_context(socket.socket())
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            sock.bind((LOOPBACK, port))
-            return port
-    raise SetupError(
-        f"Port {candidates[-1]} is taken. Free it, or set EVERLOOP_{name.upper()} to another "
-        "(unset it to have a free one chosen).",
-        code="port_taken",
-    )
 
 
 def _database_password(settings: Settings) -> str:
@@ -253,7 +236,7 @@ def alembic_config(settings: Settings) -> Any:
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["database_url"] = settings.need("database_url")
     return config
 

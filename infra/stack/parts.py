@@ -26,6 +26,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 * 1024**
 # sleeps costs 2 % in an idle stack.
 SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
+NO_BARS = {"TQDM_DISABLE": "1"}  # a log is no terminal
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -36,6 +38,10 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str = "TERM"
     priority: int = 500
+
+
+# Those of ours, each of which serves its metrics at a port of its own.
+WITH_METRICS = ("api", "relay", "ledger", "reconciler", "reward", "flows")
 
 
 def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
@@ -65,11 +71,16 @@ def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
         Part("relay", [python, "-m", "infra.log.relay"], priority=600),
         Part("ledger", [python, "-m", "flows.ledger"], priority=600),
         Part("reconciler", [python, "-m", "deploy.reconciler"], priority=600),
-        Part("reward", [python, "-m", "reward.worker"], {**KEEP_MEMORY, "OPENBLAS_NUM_THREADS": "1"}, priority=700),
+        Part(
+            "reward",
+            [python, "-m", "reward.worker"],
+            {**KEEP_MEMORY, **NO_BARS, "OPENBLAS_NUM_THREADS": "1"},
+            priority=700,
+        ),
         Part(
             "flows",
             [python, "-m", "flows.worker"],
-            {**prefect_environment(settings), **KEEP_MEMORY, **SHARE_CORES, "TQDM_DISABLE": "1"},
+            {**prefect_environment(settings), **KEEP_MEMORY, **SHARE_CORES, **NO_BARS},
             priority=700,
         ),
     ]

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from agent.self_evaluation import conversation
 from feedback import episodes
-from feedback.episodes import Recording
+from feedback.episodes import COLUMNS, Recording
 from feedback.tables import Episode, SelfEvaluation
 from infra.engine import EngineClient
 from infra.events import SelfEvaluated
@@ -34,7 +34,7 @@ def recorded(stack, episode_id, **changes):
     """Return the recording of an episode that is there."""
     with stack.sessions() as session:
         row = session.get_one(Episode, episode_id)
-    values = {name: getattr(row, name) for name in Recording.__slots__ if name != "episode_id"}
+    values = {name: getattr(row, name) for name in COLUMNS}
     return Recording(**({"episode_id": episode_id} | values | changes))
 
 

@@ -18,7 +18,7 @@ from alembic.migration import MigrationContext
 from infra.db import Base
 from infra.errors import SetupError
 from infra.settings import Settings, load
-from infra.stack import embedded
+from infra.stack import embedded, ports
 from infra.stack.supervisor import stack_processes
 from tests.conftest import EVERLOOP, wait_until
 
@@ -100,10 +100,10 @@ def test_the_engine_does_nothing_for_strangers(stack, method, path):
 
 
 def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):
-    ports = [getattr(stack.settings, name) for name in ("api_port", "reward_port")]
+    used = [getattr(stack.settings, name) for name in ("api_port", "reward_port")]
     addresses = (stack.settings.database_url, stack.settings.kafka_bootstrap, stack.settings.engine_url)
-    ports += [int(re.search(r":(\d+)(?:/|$)", address).group(1)) for address in addresses]
-    assert all(port in embedded.OWN_PORTS for port in ports)
+    used += [int(re.search(r":(\d+)(?:/|$)", address).group(1)) for address in addresses]
+    assert all(port in ports.OWN_PORTS for port in used)
 
 
 def test_the_models_are_what_the_migrations_make(stack):

@@ -29,7 +29,8 @@ def test_a_part_that_fails_is_not_kept_by_its_threads():
         [sys.executable, "-c", BUSY.format(what="raise KeyError('gone')")],
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
-    assert done.returncode == 1 and "KeyError: 'gone'" in done.stderr
+    assert done.returncode == 1 and "KeyError" in done.stderr
+    assert "gone" not in done.stderr, "the message of an exception may quote what a person said"
 
 
 def test_a_part_whose_work_does_not_end_gives_it_up_before_it_is_killed():

@@ -7,10 +7,10 @@ import time
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY
 
 from agent import self_evaluation
-from agent.self_evaluation import MAX_WAITING, QUESTION, SelfEvaluator
+from agent.self_evaluation import MAX_WAITING, OUTCOMES, QUESTION, SelfEvaluator
 from feedback.episodes import Recording
 from infra.engine import EngineClient
 from infra.engine_wire import EngineError
@@ -70,10 +70,14 @@ def run(work, tmp_path, monkeypatch, **settings):
     return written
 
 
-def count(evaluator, outcome):
-    registry = CollectorRegistry()
-    registry.register(evaluator.outcomes)
-    return registry.get_sample_value("everloop_self_evaluations_total", {"outcome": outcome})
+@pytest.fixture(autouse=True)
+def count_from_zero():
+    for outcome in ("recorded", "dropped", "lost"):
+        OUTCOMES.labels(outcome).reset()
+
+
+def count(outcome):
+    return REGISTRY.get_sample_value("everloop_self_evaluations_total", {"outcome": outcome})
 
 
 async def until(condition):
@@ -84,7 +88,7 @@ async def until(condition):
 def test_the_release_that_answered_is_asked_about_its_answer_in_its_conversation(tmp_path, monkeypatch):
     async def work(evaluator, engine):
         await evaluator.offer(recording())
-        await until(lambda: count(evaluator, "recorded") == 1)
+        await until(lambda: count("recorded") == 1)
         ((release, messages),) = engine.asked
         assert release == "r1" and messages == [
             {"role": "user", "content": "Why?"},
@@ -105,9 +109,9 @@ def test_one_is_asked_at_a_time_and_what_cannot_wait_is_dropped_and_counted(tmp_
         for number in range(1, num_taken + 5):
             await evaluator.offer(recording(number))
         await asyncio.sleep(0.02)
-        assert len(engine.asked) == 1 and count(evaluator, "dropped") == 5
+        assert len(engine.asked) == 1 and count("dropped") == 5
         engine.gate.set()
-        await until(lambda: count(evaluator, "recorded") == num_taken)
+        await until(lambda: count("recorded") == num_taken)
 
     assert [episode for episode, _ in run(work, tmp_path, monkeypatch)] == [f"ep_{n}" for n in range(num_taken)]
 
@@ -119,7 +123,7 @@ def test_it_waits_until_nobody_else_wants_the_engine(tmp_path, monkeypatch):
         await asyncio.sleep(0.2)
         assert engine.asked == []
         engine.idle_s = 60.0
-        await until(lambda: count(evaluator, "recorded"))
+        await until(lambda: count("recorded"))
 
     assert run(work, tmp_path, monkeypatch) == [("ep_0", 0.75)]
 
@@ -138,15 +142,15 @@ def test_it_waits_while_the_engine_works_for_others_such_as_a_run_that_samples(t
         await asyncio.sleep(0.1)
         assert engine.asked == []
         engine.idle_s = 60.0
-        await until(lambda: count(evaluator, "recorded") == 1)
+        await until(lambda: count("recorded") == 1)
         engine.num_others = 1
         monkeypatch.setattr(self_evaluation, "LONG_PATIENCE_S", 0.05)
         await evaluator.offer(recording(1))
-        await until(lambda: count(evaluator, "recorded") == 2)
+        await until(lambda: count("recorded") == 2)
         monkeypatch.setattr(self_evaluation, "LONG_PATIENCE_S", 60.0)
         engine.num_others = -1
         await evaluator.offer(recording(2))
-        await until(lambda: count(evaluator, "recorded") == 3)
+        await until(lambda: count("recorded") == 3)
 
     assert [episode for episode, _ in run(work, tmp_path, monkeypatch)] == ["ep_0", "ep_1", "ep_2"]
 
@@ -159,7 +163,7 @@ def test_under_load_that_does_not_end_its_patience_does(tmp_path, monkeypatch):
         for number in range(3):
             await evaluator.offer(recording(number))
         started_s = time.monotonic()
-        await until(lambda: count(evaluator, "recorded") == 3)
+        await until(lambda: count("recorded") == 3)
         assert time.monotonic() - started_s >= 0.3, "each waits its turn"
 
     assert len(run(work, tmp_path, monkeypatch)) == 3
@@ -171,10 +175,10 @@ def test_an_error_loses_its_answer_only(tmp_path, monkeypatch, error):
         engine.failing = error
         for number in range(2):
             await evaluator.offer(recording(number))
-        await until(lambda: count(evaluator, "lost") == 2)
+        await until(lambda: count("lost") == 2)
         engine.failing = None
         await evaluator.offer(recording(9))
-        await until(lambda: count(evaluator, "recorded") == 1)
+        await until(lambda: count("recorded") == 1)
 
     assert run(work, tmp_path, monkeypatch) == [("ep_9", 0.75)]
 
@@ -186,7 +190,7 @@ def test_what_may_not_be_learned_from_or_did_not_end_is_not_evaluated(tmp_path, 
     async def work(evaluator, engine):
         await evaluator.offer(recording(0, **changes))
         await evaluator.offer(recording(1))
-        await until(lambda: count(evaluator, "recorded") == 1)
+        await until(lambda: count("recorded") == 1)
         assert len(engine.asked) == 1
 
     assert run(work, tmp_path, monkeypatch) == [("ep_1", 0.75)]

@@ -1,0 +1,33 @@
+"""What the assistant tells of its answers."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Histogram
+
+from feedback.episodes import Recording
+
+ANSWERS = Counter("everloop_chat_answers", "Answers, by arm and how they ended.", ["arm", "outcome"])
+TOKENS = Counter("everloop_chat_tokens", "Tokens of prompts that were read and of answers.", ["arm", "kind"])
+FIRST_TOKEN = Histogram(
+    "everloop_chat_first_token_seconds",
+    "From a streamed request's arrival to the first words of its answer.",
+    ["arm"],
+    buckets=(0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32),
+)
+ANSWER = Histogram(
+    "everloop_chat_answer_seconds",
+    "From a request's arrival to the end of its answer.",
+    ["arm", "outcome"],
+    buckets=(0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128),
+)
+
+
+def note(recording: Recording) -> None:
+    """Count an answer that has ended."""
+    arm, outcome = recording.arm, recording.status
+    ANSWERS.labels(arm, outcome).inc()
+    TOKENS.labels(arm, "prompt").inc(recording.num_prompt_tokens)
+    TOKENS.labels(arm, "answer").inc(len(recording.token_ids))
+    ANSWER.labels(arm, outcome).observe(recording.latency_ms / 1000.0)
+    if recording.ttft_ms is not None:
+        FIRST_TOKEN.labels(arm).observe(recording.ttft_ms / 1000.0)
