@@ -50,7 +50,7 @@ def register(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Run as a process: register, then hand over to Prefect's worker."""
+    """Run as a process: register, then hand over to Prefect's worker; with ``register`` as argument, end there."""
     setup_logging()
     settings = load()
     for attempt in range(60):
@@ -62,6 +62,8 @@ def main() -> None:
             if attempt == 59:
                 raise
             time.sleep(1.0)
+    if sys.argv[1:] == ["register"]:  # the worker is another container's
+        return
     os.execv(
         sys.executable,
         [

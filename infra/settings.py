@@ -74,6 +74,9 @@ class Settings(BaseSettings):
         None, repr=False, description="Key that the engines ask for; `everloop up` makes one. Shown nowhere."
     )
     reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
+    reward_host: str = Field(
+        "127.0.0.1", description="Where the reward worker listens; 0.0.0.0 in a container, behind a network policy."
+    )
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
     kafka_port: int | None = Field(None, description="Port of the embedded broker; free one if unset.")

@@ -56,6 +56,14 @@ def down() -> None:
     report.say("stopped" if stopped else "nothing was running")
 
 
+def migrate(
+    patience_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the database.")] = 60.0,
+) -> None:
+    """Bring the tables of a database of yours to this version; `up` does it for its own."""
+    embedded.migrate(load(), patience_s)
+    report.say("the database has the tables of this version")
+
+
 def status(json_path: JsonPath = None) -> None:
     """Show each part and what is deployed; exit status 1 where something is not well."""
     settings = load()

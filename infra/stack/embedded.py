@@ -92,6 +92,32 @@ def down(settings: Settings) -> bool:
     return was_running
 
 
+def migrate(settings: Settings, patience_s: float) -> None:
+    """Bring the tables of the database that the settings name to this version; safe to repeat.
+
+    Raises
+    ------
+    SetupError
+        Code ``database_unavailable`` where it cannot be connected to for `patience_s`.
+    """
+    dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            psycopg.connect(dsn, connect_timeout=5).close()
+            break
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                reason = str(error).strip().splitlines()[-1]
+                raise SetupError(
+                    f"The database that EVERLOOP_DATABASE_URL names cannot be connected to ({reason}). Check its "
+                    "address, name, password and network, then run this again.",
+                    code="database_unavailable",
+                ) from error
+            time.sleep(0.5)
+    _migrate(settings)
+
+
 def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Collection[str] | None) -> Settings:
     settings.stack_file.unlink(missing_ok=True)
     settings, embedded = _with_addresses(settings)
