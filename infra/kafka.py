@@ -16,7 +16,9 @@ REQUEST_TIMEOUT_MS = 10_000
 MAX_EVENT_BYTES = 8 * 1024**2
 
 
-def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) -> dict[str, str | None]:
+def ensure_topics(
+    bootstrap: str, num_partitions: int, retention_days: float, num_replicas: int = 1
+) -> dict[str, str | None]:
     """Create the loop's topics and their dead-letter topics where they are missing; return the id of each.
 
     Kafka keeps events as long as the outbox does: what it dropped sooner would have to be sent again.
@@ -29,7 +31,7 @@ def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) ->
     try:
         for name in set(names).difference(admin.list_topics()):
             try:
-                admin.create_topics([NewTopic(name, num_partitions, 1, topic_configs=configs)])
+                admin.create_topics([NewTopic(name, num_partitions, num_replicas, topic_configs=configs)])
             except TopicAlreadyExistsError:
                 pass
         return {topic["name"]: topic["topic_id"] for topic in admin.describe_topics(names)}

@@ -1,4 +1,4 @@
-"""Settings: from the environment (``EVERLOOP_*``), then ``everloop.toml``, then what `everloop up` chose.
+"""Settings: from the environment (``EVERLOOP_*``), secrets' files, ``everloop.toml``, then what `up` chose.
 
 Nothing is read at import: :func:`load` reads everything, once, where a process starts.
 """
@@ -14,11 +14,13 @@ from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
 DEFAULT_HOME = "~/.local/share/everloop"
+SECRETS_DIR = "EVERLOOP_SECRETS_DIR"  # files named as the variables, as containers are given secrets
 BASE_MODEL_NAME = "base"
 ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -63,6 +65,9 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL of PostgreSQL; embedded if unset.")
     kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
     kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
+    kafka_replicas: int = Field(
+        1, ge=1, description="Copies that brokers keep of each topic that Everloop creates; 3 on a cluster."
+    )
     engine_url: str | None = Field(None, description="Address of a vLLM server; embedded if unset.")
     engine_replicas: tuple[str, ...] = Field(
         (), description="Addresses of further vLLM servers that serve the same base model."
@@ -201,6 +206,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, home_dir() / "everloop.toml")
+        if directory := os.environ.get(SECRETS_DIR):
+            return init_settings, env_settings, SecretsSettingsSource(settings_cls, directory), toml
         return init_settings, env_settings, toml
 
     @property

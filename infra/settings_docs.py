@@ -24,7 +24,9 @@ INTRODUCTION = """\
 # Settings
 
 Made from `infra/settings.py` by `make docs`; a test keeps it so. A setting is read from its environment variable,
-then from `everloop.toml` in the home (the same name without the prefix, in small letters), then it has its default.
+then from a file of the variable's name in small letters in the directory that `EVERLOOP_SECRETS_DIR` names (as
+containers are given secrets), then from `everloop.toml` in the home (the name in the first column), then it has its
+default.
 Lists and objects are JSON in the environment: `EVERLOOP_CANARY_STEPS='[0.1, 0.5]'`. A name in `everloop.toml`
 that is none of these is an error that names it; other `EVERLOOP_*` variables are passed over.
 

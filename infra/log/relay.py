@@ -70,6 +70,7 @@ class Relay:
         self.sessions = sessions
         self.bootstrap = settings.need("kafka_bootstrap")
         self.num_partitions = settings.kafka_partitions
+        self.num_replicas = settings.kafka_replicas
         self.retention_days = settings.log_retention_days
         self._producer: KafkaProducer | None = None
         self._topic_ids: dict[str, str | None] = {}
@@ -169,7 +170,9 @@ class Relay:
 
     def check_memory(self, connection: sa.Connection) -> None:
         """Compare the topics' ids with those that were published to; republish where the broker forgot."""
-        self._topic_ids = kafka.ensure_topics(self.bootstrap, self.num_partitions, self.retention_days)
+        self._topic_ids = kafka.ensure_topics(
+            self.bootstrap, self.num_partitions, self.retention_days, self.num_replicas
+        )
         with Session(connection) as session, session.begin():
             lost = []
             for known in session.scalars(sa.select(LogPartition)):
