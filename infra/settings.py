@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     engine_key: str | None = Field(
         None, repr=False, description="Key that the engines ask for; `everloop up` makes one. Shown nowhere."
     )
+    engine_gpu_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="On a GPU, the share of its memory that the engine takes; training has the rest.",
+    )
     reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
     reward_host: str = Field(
         "127.0.0.1", description="Where the reward worker listens; 0.0.0.0 in a container, behind a network policy."
