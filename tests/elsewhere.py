@@ -1,8 +1,8 @@
 """Clusters for a test run: EVERLOOP_TEST_KAFKA, _DATABASE, _ENGINE and _PREFECT; embedded parts where unset.
 
 A real one is not spoilt: each run has a database of its own on the server, and a Kafka cluster that has Everloop's
-topics already is refused; what the run made there is deleted at its end. The engine must see the run's home, which
-adapters are loaded from, and serve the default base model.
+topics already, or a Prefect that has its work pool, is refused; what the run made there is deleted at its end. The
+engine must see the run's home, which adapters are loaded from, and serve the default base model.
 """
 
 import os
@@ -10,12 +10,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import httpx
 import pytest
 import sqlalchemy as sa
 from kafka import KafkaAdminClient
 
 from infra.events import TOPICS, dead_letter_topic
 
+POOL = "everloop"
 SETTINGS = {
     "EVERLOOP_TEST_KAFKA": "EVERLOOP_KAFKA_BOOTSTRAP",
     "EVERLOOP_TEST_ENGINE": "EVERLOOP_ENGINE_URL",
@@ -37,6 +39,8 @@ def chosen() -> Iterator[dict[str, str]]:
             named["EVERLOOP_DATABASE_URL"] = held.enter_context(own_database(database()))
         if "EVERLOOP_KAFKA_BOOTSTRAP" in named:
             held.enter_context(own_topics(named["EVERLOOP_KAFKA_BOOTSTRAP"]))
+        if "EVERLOOP_PREFECT_URL" in named:
+            held.enter_context(own_flows(named["EVERLOOP_PREFECT_URL"]))
         yield named
 
 
@@ -74,3 +78,23 @@ def own_topics(bootstrap: str) -> Iterator[None]:
                 admin.delete_topics(made)
     finally:
         admin.close()
+
+
+@contextmanager
+def own_flows(api: str) -> Iterator[None]:
+    """Leave a Prefect without Everloop's work pool and deployments; one that has them runs somebody's nights."""
+    pool = f"/work_pools/{POOL}"
+    with httpx.Client(base_url=api, trust_env=False, timeout=30) as client:
+        if client.get(pool).status_code == 200:
+            pytest.exit(
+                f"EVERLOOP_TEST_PREFECT={api} has the work pool {POOL}: an Everloop uses it, or a test run "
+                "that was killed left it. Name another, or delete the pool.",
+                returncode=2,
+            )
+        try:
+            yield
+        finally:
+            ours = {"work_pools": {"name": {"any_": [POOL]}}}
+            for deployment in client.post("/deployments/filter", json=ours).json():
+                client.delete(f"/deployments/{deployment['id']}")
+            client.delete(pool)

@@ -8,7 +8,10 @@ import pytest
 import sqlalchemy as sa
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows import worker
 from infra.events import TOPICS
 from infra.settings import Settings
 from infra.stack import embedded
@@ -46,6 +49,24 @@ def cluster(tmp_path_factory):
         "EVERLOOP_TEST_DATABASE": settings.need("database_url"),
     }
     for server in servers:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture
+def prefect_url(tmp_path):
+    """A Prefect server of no stack."""
+    settings, _ = embedded._with_addresses(Settings(home=tmp_path))
+    part = next(part for part in embedded_parts(settings, {"prefect_url"}) if part.name == "prefect")
+    with (tmp_path / "prefect.log").open("w") as log:
+        server = subprocess.Popen(part.command, env={**os.environ, **part.environment}, stdout=log, stderr=log)
+    try:
+        url = settings.need("prefect_url")
+        wait_until(
+            lambda: embedded._answers(f"{url}/health"), timeout_s=90, what=f"Prefect did not start: {log.name}"
+        )
+        yield url
+    finally:
         server.terminate()
         server.wait(30)
 
@@ -96,3 +117,20 @@ def test_a_cluster_that_serves_an_everloop_is_refused(cluster):
     finally:
         admin.delete_topics([TOPICS[0]])
         admin.close()
+
+
+@pytest.mark.slow
+def test_a_prefect_is_left_without_our_pool_and_refused_with_it(prefect_url, tmp_path):
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+
+        def pools():
+            return {pool.name for pool in client.read_work_pools()}
+
+        with elsewhere.own_flows(prefect_url):
+            worker.register(Settings(home=tmp_path))
+            assert elsewhere.POOL in pools() and client.read_deployments()
+        assert elsewhere.POOL not in pools() and not client.read_deployments()
+        worker.register(Settings(home=tmp_path))
+        with pytest.raises(pytest.exit.Exception) as refused, elsewhere.own_flows(prefect_url):
+            pass
+        assert "everloop" in str(refused.value) and elsewhere.POOL in pools(), "what others have there stays"
