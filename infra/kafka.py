@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
@@ -17,7 +18,11 @@ MAX_EVENT_BYTES = 8 * 1024**2
 
 
 def ensure_topics(
-    bootstrap: str, num_partitions: int, retention_days: float, num_replicas: int = 1
+    bootstrap: str,
+    num_partitions: int,
+    retention_days: float,
+    num_replicas: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, str | None]:
     """Create the loop's topics and their dead-letter topics where they are missing; return the id of each.
 
@@ -27,7 +32,7 @@ def ensure_topics(
     """
     configs = {"retention.ms": str(int(retention_days * 86_400_000))}
     names = [name for topic in TOPICS for name in (topic, dead_letter_topic(topic))]
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
+    admin = KafkaAdminClient(**(options or {}), bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
         for name in set(names).difference(admin.list_topics()):
             try:
@@ -39,9 +44,10 @@ def ensure_topics(
         admin.close()
 
 
-def producer(bootstrap: str) -> KafkaProducer:
+def producer(bootstrap: str, options: Mapping[str, Any] | None = None) -> KafkaProducer:
     """Return an idempotent producer that waits for all replicas."""
     return KafkaProducer(
+        **(options or {}),
         bootstrap_servers=bootstrap,
         acks="all",
         enable_idempotence=True,
@@ -54,9 +60,10 @@ def producer(bootstrap: str) -> KafkaProducer:
     )
 
 
-def consumer(bootstrap: str) -> KafkaConsumer:
+def consumer(bootstrap: str, options: Mapping[str, Any] | None = None) -> KafkaConsumer:
     """Return a consumer without a group: positions are kept in the database beside their effect."""
     return KafkaConsumer(
+        **(options or {}),
         bootstrap_servers=bootstrap,
         group_id=None,
         enable_auto_commit=False,

@@ -65,6 +65,12 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL of PostgreSQL; embedded if unset.")
     kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
     kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
+    kafka_options: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Further options of kafka-python's clients, such as security_protocol, sasl_mechanism, "
+        "sasl_plain_username and sasl_plain_password; shown nowhere.",
+    )
     kafka_replicas: int = Field(
         1, ge=1, description="Copies that brokers keep of each topic that Everloop creates; 3 on a cluster."
     )

@@ -102,7 +102,10 @@ def test_what_pods_refer_to_is_there(manifests):
             for variable in container.get("env", ()):
                 for source in variable.get("valueFrom", {}).values():
                     assert source["key"] in keys[source["name"]], variable
-            assert all(s["configMapRef"]["name"] in there["ConfigMap"] for s in container.get("envFrom", ()))
+            for source in container.get("envFrom", ()):
+                config, secret = source.get("configMapRef"), source.get("secretRef")
+                assert config is None or config["name"] in there["ConfigMap"]
+                assert secret is None or secret["optional"], "what is not in README.md need not be there"
         account = spec.get("serviceAccountName")
         assert account is None or account in {name_of(m) for m in of(manifests, "ServiceAccount")}
 
