@@ -6,11 +6,12 @@ import anyio
 from fastapi import APIRouter, Request
 
 from deploy import head
+from infra.access.gate import needs
 from infra.db import transaction
 from infra.engine_wire import MODEL_GONE
 from infra.errors import UnavailableError
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[needs(None)])  # probes sign in nowhere
 
 
 @router.get("/healthz")
@@ -31,8 +32,8 @@ async def readyz(request: Request) -> dict[str, str]:
     """
     champion = await _champion(request)
     if not await request.app.state.fleet.serves(champion):
-        raise UnavailableError(f"No engine has proved that it serves {champion}.", code=MODEL_GONE)
-    return {"status": "ready", "champion": champion}
+        raise UnavailableError("No engine has proved that it serves the champion.", code=MODEL_GONE)
+    return {"status": "ready"}
 
 
 @router.get("/readyz/feedback")
@@ -44,7 +45,8 @@ async def readyz_feedback(request: Request) -> dict[str, str]:
     UnavailableError
         Code ``stopping`` or ``database_unavailable``.
     """
-    return {"status": "ready", "champion": await _champion(request)}
+    await _champion(request)
+    return {"status": "ready"}
 
 
 async def _champion(request: Request) -> str:

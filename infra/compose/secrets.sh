@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 umask 077
 mkdir -p secrets
 random() { head -c 24 /dev/urandom | base64 | tr '+/' '-_'; }
-for name in postgres_password grafana_password; do
+for name in postgres_password grafana_password everloop_engine_key; do
     [ -e "secrets/$name" ] || random | tr -d '\n' >"secrets/$name"
 done
 [ -e secrets/everloop_database_url ] || printf 'postgresql+psycopg://everloop:%s@postgres:5432/everloop' \

@@ -23,7 +23,7 @@ MAX_BYTES = 300 * 1000**2
 MODULES = [
     *("agent.app", "infra.log.relay", "deploy.reconciler", "infra.stack.cli", "infra.stack.embedded"),
     *("infra.cli", "deploy.cli", "deploy.canary_cli", "deploy.audit_cli", "deploy.releases_cli", "feedback.cli"),
-    *("reward.cli", "infra.log.cli", "alembic.command", "psycopg"),
+    *("agent.access_cli", "reward.cli", "infra.log.cli", "alembic.command", "psycopg"),
 ]
 # Runs as if only the packages that are named on the first line of standard input were installed.
 ALONE = """
@@ -46,7 +46,8 @@ for module in sys.argv[1:]:
 
 def pins(file):
     lines = (line.strip() for line in file.read_text().splitlines())
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    named = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in named}
 
 
 def test_it_is_a_subset_of_the_platforms_pins_and_lacks_nothing():
@@ -99,6 +100,7 @@ def test_it_installs_within_its_size_and_starts(database, tmp_path):
         "EVERLOOP_DATABASE_URL": database.kw["bind"].url.render_as_string(hide_password=False),
         "EVERLOOP_ENGINE_URL": NO_ENGINE,
         "EVERLOOP_API_PORT": str(number),
+        "EVERLOOP_ACCESS": "open",  # on loopback: all pages, without signing in
     }
     began_s = time.monotonic()
     process = subprocess.Popen([venv / "bin" / "python", "-m", "agent.app"], env=environment, cwd=tmp_path)

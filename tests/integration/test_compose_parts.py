@@ -33,6 +33,7 @@ def resolved(cluster, base_model_dir, tmp_path_factory):  # noqa: F811
     """What stands for the names in the file."""
     home, secrets = tmp_path_factory.mktemp("state"), tmp_path_factory.mktemp("secrets")
     (secrets / "everloop_database_url").write_text(cluster["EVERLOOP_TEST_DATABASE"])
+    (secrets / "everloop_engine_key").write_text("only ours")
     ports = {name: str(port()) for name in ("8080", "8000", "8001")}
     return {
         "kafka:9092": cluster["EVERLOOP_TEST_KAFKA"],
@@ -85,7 +86,7 @@ def running(services, resolved, log_dir):
         told = [put_in(flag, resolved) for flag in services["engine"]["command"]]
         told = [f"--port={resolved['8000']}" if flag.startswith("--port=") else flag for flag in told]
         engine = [ROOT / ".venv-engine" / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", *told]
-        start("engine", engine, {**os.environ, **image_environment()})
+        start("engine", engine, {**os.environ, **image_environment(), "VLLM_API_KEY": "only ours"})
         migrated = subprocess.run(
             command_of(services["migrate"]), env=environment_of(services["migrate"], resolved), capture_output=True
         )
@@ -103,6 +104,14 @@ def image_environment():
     words = stage.partition("\nENV ")[2].partition("\nEXPOSE")[0].replace("\\\n", " ").split()
     pairs = dict(word.split("=", 1) for word in words)
     return {name: value for name, value in pairs.items() if name not in ("HOME", "LD_PRELOAD")}
+
+
+def key_of(name, services, resolved):
+    """Make an account and a key as an operator would, in the container of the API."""
+    command, environment = [sys.executable, "-m", "infra.cli", "access"], environment_of(services["api"], resolved)
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    subprocess.run([*command, "add", name, "--reason", "a test"], **options)
+    return subprocess.run([*command, "key", name, "--reason", "a test"], **options).stdout.strip()
 
 
 def is_well(name, services, resolved):
@@ -123,7 +132,7 @@ def test_the_parts_of_the_file_chat_and_learn_and_are_well(services, resolved, t
     url = resolved["http://127.0.0.1:8080"]
     with (
         running(services, resolved, tmp_path),
-        httpx.Client(base_url=url, timeout=60, trust_env=False, headers={"X-Everloop-User": "ada"}) as client,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
     ):
 
         def ready():
@@ -141,7 +150,7 @@ def test_the_parts_of_the_file_chat_and_learn_and_are_well(services, resolved, t
             "messages": [{"role": "user", "content": "Hi"}],
         }
         answer = client.post("/v1/chat/completions", json=question).json()
-        vote = {"episode_id": answer["id"], "user": "ada", "kind": "thumb", "value": 1, "idempotency_key": "one"}
+        vote = {"episode_id": answer["id"], "kind": "thumb", "value": 1, "idempotency_key": "one"}
         receipt = client.post("/v1/feedback", json=vote).json()
 
         def learned():

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "infra" / "compose"
 FILES = ("compose.yaml", "compose.gpu.yaml")
 ONCE = {"migrate", "model", "prefect-volume"}
-# Read beside the settings; the last two come with the accounts and the log formats.
-NOT_SETTINGS = {"EVERLOOP_SECRETS_DIR", "EVERLOOP_API_HOST", "EVERLOOP_LOG_FORMAT"}
+# Read beside the settings; the last one comes with the log formats.
+NOT_SETTINGS = {"EVERLOOP_SECRETS_DIR", "EVERLOOP_LOG_FORMAT"}
 
 
 def read(name):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += [*ROOT.glob("docs/**/*.md"), ROOT / "infra/compose/README.md", ROOT / "infra/k8s/README.md"]
 VERBS = {"setup", "up", "demo", "test", "test-all", "lint", "type", "docs", "bench", "shots", "clean"}
-COMING = {"flows.md", "monitoring.md", "security.md"}  # being written beside this
+COMING = {"flows.md", "monitoring.md"}  # being written beside this
 
 
 def test_make_alone_lists_every_verb_with_what_it_does():

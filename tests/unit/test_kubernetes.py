@@ -17,7 +17,7 @@ K8S = Path(__file__).parents[2] / "infra" / "k8s"
 OVERLAYS = ("small", "gpu")
 VERSIONS = ("1.30", "1.33", "1.37")
 WORKLOADS = ("Deployment", "StatefulSet", "Job")
-SECRETS = {"everloop-database": {"url", "password"}}  # made by hand: README.md
+SECRETS = {"everloop-database": {"url", "password"}, "everloop-engine": {"key"}}  # made by hand: README.md
 CLUSTER_WIDE = ("Namespace",)
 # Of the flows' work, not yet of these settings.
 COMING = {"EVERLOOP_POOL_TYPE", "EVERLOOP_POOL_TEMPLATE"}
@@ -227,7 +227,7 @@ def test_no_secret_stands_in_a_manifest(manifests):
     for workload in workloads(manifests):
         for container in kustomize.containers(workload):
             for variable in container.get("env", ()):
-                if re.search("PASSWORD|DATABASE_URL|TOKEN", variable["name"]):
+                if re.search("PASSWORD|DATABASE_URL|TOKEN|_KEY$", variable["name"]):
                     assert "secretKeyRef" in variable["valueFrom"], variable["name"]
 
 
@@ -253,3 +253,19 @@ def test_gpus_are_asked_for_on_the_nodes_that_have_them():
             pools[name_of(workload)] = spec["nodeSelector"]["everloop.dev/pool"]
             assert "-gpu:" in wants[0]["image"]
     assert pools == {"engine": "engine", "engine-more": "engine", "night": "training"}
+
+
+def test_engines_ask_for_the_key_that_is_sent_to_them(manifests):
+    asked, sent = {}, {}
+    for workload in workloads(manifests):
+        component = kustomize.pod(workload)["metadata"]["labels"]["app.kubernetes.io/component"]
+        for container in kustomize.containers(workload):
+            for variable in container.get("env", ()):
+                kept = asked if variable["name"] == "VLLM_API_KEY" else sent
+                if variable["name"] in ("VLLM_API_KEY", "EVERLOOP_ENGINE_KEY"):
+                    kept[component] = variable["valueFrom"]["secretKeyRef"]
+    assert set(asked) == {"engine", "engine-more"}
+    assert set(sent) == {
+        name for name, hops in HOPS.items() if "engine" in hops and name in {*sent, "api", "reconciler", "flows"}
+    }
+    assert len({tuple(key.items()) for key in (*asked.values(), *sent.values())}) == 1
