@@ -143,12 +143,8 @@ def test_the_parts_of_the_file_chat_and_learn_and_are_well(services, resolved, t
 
         logs = "\n".join(path.name for path in tmp_path.glob("*.log"))
         wait_until(ready, timeout_s=150, what=f"not ready; logs in {tmp_path}: {logs}")
-        question = {
-            "model": "everloop",
-            "user": "ada",
-            "max_tokens": 8,
-            "messages": [{"role": "user", "content": "Hi"}],
-        }
+        client.headers["Authorization"] = f"Bearer {key_of('ada', services, resolved)}"
+        question = {"model": "everloop", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
         answer = client.post("/v1/chat/completions", json=question).json()
         vote = {"episode_id": answer["id"], "kind": "thumb", "value": 1, "idempotency_key": "one"}
         receipt = client.post("/v1/feedback", json=vote).json()
