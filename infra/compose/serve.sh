@@ -1,5 +1,5 @@
 #!/bin/sh
-# vLLM takes the key that it asks for from its environment, or from the command line, which everybody can read.
+# The engine's door takes the key that it asks for from the environment: a command line everybody can read.
 key=/run/secrets/everloop_engine_key
-[ ! -r "$key" ] || { VLLM_API_KEY=$(cat "$key") && export VLLM_API_KEY; }
+[ ! -r "$key" ] || { EVERLOOP_ENGINE_KEY=$(cat "$key") && export EVERLOOP_ENGINE_KEY; }
 exec python -m vllm.entrypoints.openai.api_server "$@"

@@ -86,7 +86,7 @@ def running(services, resolved, log_dir):
         told = [put_in(flag, resolved) for flag in services["engine"]["command"]]
         told = [f"--port={resolved['8000']}" if flag.startswith("--port=") else flag for flag in told]
         engine = [ROOT / ".venv-engine" / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", *told]
-        start("engine", engine, {**os.environ, **image_environment(), "VLLM_API_KEY": "only ours"})
+        start("engine", engine, {**os.environ, **image_environment(), "EVERLOOP_ENGINE_KEY": "only ours"})
         migrated = subprocess.run(
             command_of(services["migrate"]), env=environment_of(services["migrate"], resolved), capture_output=True
         )
