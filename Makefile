@@ -2,19 +2,20 @@
 SHELL := /bin/bash
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-all test-engine lint shots clean
+.PHONY: help setup up demo test test-all test-engine lint type docs bench shots clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
+	@echo "Options go in ARGS: make test ARGS='-k feedback', make up ARGS=--detach."
 
 setup: ## Make the two environments (safe to repeat).
 	@bash infra/setup.sh
 
-demo: setup ## Take the loop round with simulated users, then serve (ARGS=--exit stops by itself).
-	@.venv/bin/everloop demo $(ARGS)
-
 up: setup ## Start everything and serve until Ctrl-C.
 	@.venv/bin/everloop up $(ARGS)
+
+demo: setup ## Take the loop round with simulated users, then serve (ARGS=--exit stops by itself).
+	@.venv/bin/everloop demo $(ARGS)
 
 test-engine: setup ## The engine plug-in against vLLM's own functions, in the engine's environment.
 	@cd infra/engine_plugin && ../../.venv-engine/bin/python -P -m pytest -q
@@ -25,12 +26,24 @@ test: setup lint test-engine ## What CI runs: linters, types, layers, and all te
 test-all: setup lint test-engine ## Everything, the slow tests too.
 	@.venv/bin/python -m pytest $(ARGS)
 
-lint: setup ## ruff, strict mypy, import-linter, the types of the pages' JavaScript.
+lint: setup type ## Style, types and layers: ruff, strict mypy, import-linter, the pages' JavaScript.
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+
+type: setup ## Types alone: strict mypy, and those of the pages' JavaScript.
+	@.venv/bin/mypy
 	@PATH="$$PATH:$$PWD/.venv/bin" node infra/web/node_modules/typescript/bin/tsc --project infra/web/jsconfig.json
+
+docs: setup ## Write what is made from the code: settings, events and their schemas, OpenAPI, AsyncAPI.
+	@.venv/bin/python -m infra.event_docs
+	@.venv/bin/python -m flows.metric_docs
+	@.venv/bin/python -m infra.settings_docs
+	@.venv/bin/python -m infra.asyncapi
+	@.venv/bin/python -m agent.api_document
+
+bench: setup ## Measure (ARGS="serving --help" tells how; alone, lists the benches).
+	@.venv/bin/everloop bench $(or $(ARGS),--help)
 
 shots: setup ## Take the pictures of the pages in docs/img/ (a real stack, a real browser).
 	@mkdir -p docs/img

@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 import agent.access_api
 import agent.api
+import agent.health
 import agent.oidc
 import deploy.api
 import deploy.decisions_api
@@ -133,6 +134,7 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.include_router(operations)
+    app.include_router(agent.health.router)
     app.mount("/static/deploy", _compressed(deploy.api.STATIC_DIR), name="static-deploy")
     app.mount("/static", _compressed(agent.api.STATIC_DIR), name="static")
     return app

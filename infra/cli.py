@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("flows.doctor", "doctor", "Check the machine, the settings and every service; say what to do."),
     "backup": ("flows.backup.cli", "backup", "Write all that was learned to a directory, while people chat."),
     "restore": ("flows.backup.cli", "restore", "Restore a backup into an empty home, and check it."),
+    "migrate": ("infra.stack.cli", "migrate", "Bring a database of yours to this version's tables."),
     "demo": ("flows.cli", "demo", "Take the loop round with a simulated population."),
     "chat": ("agent.cli", "chat", "Talk to the assistant in the terminal."),
     "train": ("flows.cli", "train", "Start a night run now and follow it."),

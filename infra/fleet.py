@@ -145,6 +145,10 @@ class Fleet:
             await asyncio.to_thread(self.refresh)
         return self.routes(release)
 
+    async def serves(self, release: str) -> bool:
+        """Tell whether any replica that is well has proved a release."""
+        return bool(self._ranked(await self.proved(release), affinity=""))
+
     async def p_yes(self, release: str, messages: Sequence[dict[str, Any]]) -> float:
         """Ask a replica for the probability of Yes (:meth:`infra.engine.EngineClient.p_yes`)."""
 

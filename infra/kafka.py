@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
@@ -16,7 +17,13 @@ REQUEST_TIMEOUT_MS = 10_000
 MAX_EVENT_BYTES = 8 * 1024**2
 
 
-def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) -> dict[str, str | None]:
+def ensure_topics(
+    bootstrap: str,
+    num_partitions: int,
+    retention_days: float,
+    num_replicas: int = 1,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, str | None]:
     """Create the loop's topics and their dead-letter topics where they are missing; return the id of each.
 
     Kafka keeps events as long as the outbox does: what it dropped sooner would have to be sent again.
@@ -25,11 +32,11 @@ def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) ->
     """
     configs = {"retention.ms": str(int(retention_days * 86_400_000))}
     names = [name for topic in TOPICS for name in (topic, dead_letter_topic(topic))]
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
+    admin = KafkaAdminClient(**(options or {}), bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
         for name in set(names).difference(admin.list_topics()):
             try:
-                admin.create_topics([NewTopic(name, num_partitions, 1, topic_configs=configs)])
+                admin.create_topics([NewTopic(name, num_partitions, num_replicas, topic_configs=configs)])
             except TopicAlreadyExistsError:
                 pass
         return {topic["name"]: topic["topic_id"] for topic in admin.describe_topics(names)}
@@ -37,7 +44,7 @@ def ensure_topics(bootstrap: str, num_partitions: int, retention_days: float) ->
         admin.close()
 
 
-def topic_names(bootstrap: str, timeout_s: float) -> set[str]:
+def topic_names(bootstrap: str, timeout_s: float, options: Mapping[str, Any] | None = None) -> set[str]:
     """Return the topics that a cluster has.
 
     Raises
@@ -47,7 +54,10 @@ def topic_names(bootstrap: str, timeout_s: float) -> set[str]:
     """
     timeout_ms = int(timeout_s * 1000)
     admin = KafkaAdminClient(
-        bootstrap_servers=bootstrap, request_timeout_ms=timeout_ms, bootstrap_timeout_ms=timeout_ms
+        **(options or {}),
+        bootstrap_servers=bootstrap,
+        request_timeout_ms=timeout_ms,
+        bootstrap_timeout_ms=timeout_ms,
     )
     try:
         return set(admin.list_topics())
@@ -55,9 +65,10 @@ def topic_names(bootstrap: str, timeout_s: float) -> set[str]:
         admin.close()
 
 
-def producer(bootstrap: str) -> KafkaProducer:
+def producer(bootstrap: str, options: Mapping[str, Any] | None = None) -> KafkaProducer:
     """Return an idempotent producer that waits for all replicas."""
     return KafkaProducer(
+        **(options or {}),
         bootstrap_servers=bootstrap,
         acks="all",
         enable_idempotence=True,
@@ -70,9 +81,10 @@ def producer(bootstrap: str) -> KafkaProducer:
     )
 
 
-def consumer(bootstrap: str) -> KafkaConsumer:
+def consumer(bootstrap: str, options: Mapping[str, Any] | None = None) -> KafkaConsumer:
     """Return a consumer without a group: positions are kept in the database beside their effect."""
     return KafkaConsumer(
+        **(options or {}),
         bootstrap_servers=bootstrap,
         group_id=None,
         enable_auto_commit=False,

@@ -7,16 +7,55 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.registry import Collector
 
-from infra.settings import Settings
+from infra.settings import Settings, home_dir
 from infra.telemetry import exposition, logs, tracing
 
 GIVE_UP_S = 6.0  # supervisord kills after infra.stack.supervisor.STOP_WAIT_S
+BEAT_EVERY_S = 5.0
+
+
+class Heartbeat(threading.Event):
+    """A stop event that leaves a sign of life whenever a loop looks at it: the time of a file.
+
+    Parts without an HTTP address are watched by it: where the file is old, no loop of the process has come round.
+
+    Parameters
+    ----------
+    path
+        The file; a disk that does not take it stops nobody.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._next_s = 0.0
+
+    def is_set(self) -> bool:
+        """Tell whether to stop."""
+        self._beat()
+        return super().is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait to be told to stop."""
+        self._beat()
+        return super().wait(timeout)
+
+    def _beat(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + BEAT_EVERY_S
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
 
 
 def run_until_stopped(
@@ -36,7 +75,7 @@ def run_until_stopped(
         What it tells of the database beside its own metrics.
     """
     tell_of_itself(name, settings, *collectors)
-    stop = threading.Event()
+    stop = Heartbeat(home_dir() / "run" / f"{name}.alive")
 
     def begin_to_stop(*_: object) -> None:
         stop.set()

@@ -1,4 +1,4 @@
-"""Settings: from the environment (``EVERLOOP_*``), then ``everloop.toml``, then what `everloop up` chose.
+"""Settings: from the environment (``EVERLOOP_*``), secrets' files, ``everloop.toml``, then what `up` chose.
 
 Nothing is read at import: :func:`load` reads everything, once, where a process starts.
 """
@@ -17,12 +17,14 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
 )
 
 DEFAULT_HOME = "~/.local/share/everloop"
+SECRETS_DIR = "EVERLOOP_SECRETS_DIR"  # files named as the variables, as containers are given secrets
 BASE_MODEL_NAME = "base"
 ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -70,6 +72,15 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL of PostgreSQL; embedded if unset.")
     kafka_bootstrap: str | None = Field(None, description="host:port of a Kafka cluster; embedded if unset.")
     kafka_partitions: int = Field(3, ge=1, description="Partitions of each topic that Everloop creates.")
+    kafka_options: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Further options of kafka-python's clients, such as security_protocol, sasl_mechanism, "
+        "sasl_plain_username and sasl_plain_password; shown nowhere.",
+    )
+    kafka_replicas: int = Field(
+        1, ge=1, description="Copies that brokers keep of each topic that Everloop creates; 3 on a cluster."
+    )
     engine_url: str | None = Field(None, description="Address of a vLLM server; embedded if unset.")
     engine_replicas: tuple[str, ...] = Field(
         (), description="Addresses of further vLLM servers that serve the same base model."
@@ -80,7 +91,16 @@ class Settings(BaseSettings):
     engine_key: str | None = Field(
         None, repr=False, description="Key that the engines ask for; `everloop up` makes one. Shown nowhere."
     )
+    engine_gpu_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="On a GPU, the share of its memory that the engine takes; training has the rest.",
+    )
     reward_url: str | None = Field(None, description="Address of a reward worker; embedded if unset.")
+    reward_host: str = Field(
+        "127.0.0.1", description="Where the reward worker listens; 0.0.0.0 in a container, behind a network policy."
+    )
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
     kafka_port: int | None = Field(None, description="Port of the embedded broker; free one if unset.")
@@ -261,6 +281,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         toml = TomlConfigSettingsSource(settings_cls, home_dir() / "everloop.toml")
+        if directory := os.environ.get(SECRETS_DIR):
+            return init_settings, env_settings, SecretsSettingsSource(settings_cls, directory), toml
         return init_settings, env_settings, toml
 
     @property

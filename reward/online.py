@@ -12,24 +12,19 @@ structures. MacKay (1992), The evidence framework applied to classification netw
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsymm, dsymv, dsyr
-from threadpoolctl import ThreadpoolController
 
 from infra.errors import InvalidRequestError
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
-
-# With two threads sums are rounded otherwise, and the same history must give the same bits in every process.
-# Updates are bound by memory, so nothing is lost. torch brings its own libraries, which keep their threads.
-ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
 
 NEWTON_STEPS = 30  # five or six are usual
 MIN_PRECISION = 1e-9
@@ -52,6 +47,20 @@ class Score:
     mean: float
     sd: float
     p_good: float
+
+
+@functools.cache
+def _blas() -> Any:
+    """Return SciPy's BLAS, on one thread; loaded where something is learned: an API alone has no SciPy.
+
+    With two threads sums are rounded otherwise, and the same history must give the same bits in every process.
+    Updates are bound by memory, so nothing is lost. torch brings its own libraries, which keep their threads.
+    """
+    from scipy.linalg import blas
+    from threadpoolctl import ThreadpoolController
+
+    ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
+    return blas
 
 
 def sigmoid(x: float) -> float:
@@ -80,6 +89,7 @@ class BayesianHead:
     """
 
     def __init__(self, theta: Vector, covariance: Matrix) -> None:
+        _blas()  # from here on, all arithmetic is on one thread
         self.theta = np.array(theta, dtype=np.float64)
         self._lower: Matrix = np.array(covariance, dtype=np.float64, order="F")
 
@@ -107,7 +117,7 @@ class BayesianHead:
     def predict_one(self, z: Vector) -> Score:
         """Score one feature vector of shape ``(dim,)``."""
         self.check(z)
-        return score_of(float(z @ self.theta), max(float(z @ dsymv(1.0, self._lower, z, lower=1)), 0.0))
+        return score_of(float(z @ self.theta), max(float(z @ _blas().dsymv(1.0, self._lower, z, lower=1)), 0.0))
 
     def predict_many(self, z: Matrix) -> list[Score]:
         """Score feature vectors of shape ``(n, dim)``.
@@ -119,7 +129,7 @@ class BayesianHead:
         """
         self.check(z)
         means = z @ self.theta
-        covered = dsymm(1.0, self._lower, z.T, lower=1)
+        covered = _blas().dsymm(1.0, self._lower, z.T, lower=1)
         variances = np.maximum(np.einsum("nd,dn->n", z, covered), 0.0)
         return [score_of(float(m), float(v)) for m, v in zip(means, variances, strict=True)]
 
@@ -148,7 +158,7 @@ class BayesianHead:
                 f"An observation has a target in [0, 1] and a positive weight; got {target} and {weight}.",
                 code="observation_out_of_range",
             )
-        Pz = dsymv(1.0, self._lower, z, lower=1)
+        Pz = _blas().dsymv(1.0, self._lower, z, lower=1)
         v = max(float(z @ Pz), 0.0)
         m = float(z @ self.theta)
         a = _mode(m, v, target, weight)
@@ -161,7 +171,7 @@ class BayesianHead:
 
     def apply(self, site: Site) -> None:
         """Add a known site (recovery from the history)."""
-        Pz = dsymv(1.0, self._lower, site.z, lower=1)
+        Pz = _blas().dsymv(1.0, self._lower, site.z, lower=1)
         self._observe(site.precision, site.target, Pz, float(site.z @ Pz), float(site.z @ self.theta))
 
     def unlearn_one(self, site: Site) -> None:
@@ -175,7 +185,7 @@ class BayesianHead:
     def _observe(self, precision: float, target: float, Pz: Vector, v: float, m: float) -> None:
         gain = precision / (1.0 + precision * v)
         self.theta += Pz * (gain * (target - m))
-        dsyr(-gain, Pz, a=self._lower, lower=1, overwrite_a=1)
+        _blas().dsyr(-gain, Pz, a=self._lower, lower=1, overwrite_a=1)
 
     def check(self, z: Matrix | Vector) -> None:
         """Refuse features that cannot be this head's.

@@ -18,6 +18,10 @@ def build(scorer: Scorer) -> FastAPI:
     """Return the application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
     @app.post("/v1/rewards/score")
     def score(body: ScoreRequest) -> dict[str, Any]:
         answers = [([m.model_dump() for m in item.messages], item.answer) for item in body.items]

@@ -310,7 +310,11 @@ def main() -> None:
     threading.Thread(target=_load_or_exit, args=[encoder], daemon=True).start()
     worker = RewardWorker(sessions, settings, encoder, num_threads=1)
     if settings.reward_port is not None:
-        serve(Scorer(sessions, lambda: worker.encoder, settings.pessimism_kappa), "127.0.0.1", settings.reward_port)
+        serve(
+            Scorer(sessions, lambda: worker.encoder, settings.pessimism_kappa),
+            settings.reward_host,
+            settings.reward_port,
+        )
     handlers: dict[type[Any], Any] = {
         RaterRuled: worker.on_rulings,
         FeedbackGiven: worker.on_feedback,

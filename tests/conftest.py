@@ -1,4 +1,7 @@
-"""Fixtures: one real embedded stack for the whole run, started only if a test asks for it."""
+"""Fixtures: one real embedded stack for the whole run, started only if a test asks for it.
+
+With EVERLOOP_TEST_KAFKA and the like, its parts are those of a cluster (:mod:`tests.elsewhere`).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from infra.settings import Settings
 from infra.stack import embedded
 from infra.stack.database import database_alone
 from infra.stack.supervisor import Supervisor, stack_processes
+from tests import elsewhere
 
 EVERLOOP = [sys.executable, "-m", "infra.cli"]
 
@@ -48,7 +52,10 @@ class Stack:
 
     def part_pid(self, name: str) -> int:
         """Return the process id of a running part."""
-        pid = next(part.pid for part in self.supervisor.status() if part.name == name)
+        parts = {part.name: part.pid for part in self.supervisor.status()}
+        if name not in parts:
+            pytest.skip(f"{name} runs elsewhere, and is not this test's to look into or to end")
+        pid = parts[name]
         assert pid is not None
         return pid
 
@@ -69,7 +76,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "everloop-tests" / "models"
     cache.mkdir(parents=True, exist_ok=True)
     (path / "models").symlink_to(cache)
-    with pytest.MonkeyPatch.context() as patch:
+    with elsewhere.chosen() as named, pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
         patch.setenv("EVERLOOP_HOME", str(path))
         patch.setenv("EVERLOOP_CANARY_SETTLE_S", "1")
         patch.setenv("EVERLOOP_SIGN_INS_PER_MINUTE", "1000")  # all of them come from here
@@ -113,7 +122,13 @@ def stack(home: Path) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL alone, with all tables: for tests that need no more, in a second."""
-    with database_alone(Settings(home=tmp_path_factory.mktemp("postgres"))) as settings:
+    home = tmp_path_factory.mktemp("postgres")
+    if server_url := elsewhere.database():
+        with elsewhere.own_database(server_url) as url:
+            embedded.migrate(Settings(home=home, database_url=url))
+            yield url
+        return
+    with database_alone(Settings(home=home)) as settings:
         embedded.migrate(settings)
         yield settings.need("database_url")
 
@@ -123,8 +138,9 @@ def database(database_url: str) -> Iterator[Sessions]:
     """A database of the test's own: all tables, and the base model as champion."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     server = sa.create_engine(database_url.rpartition("/")[0] + "/postgres", isolation_level="AUTOCOMMIT")
+    template = sa.make_url(database_url).database
     with server.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE everloop"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
     sessions = connect(f"{database_url.rpartition('/')[0]}/{name}", pool_size=3)
     yield sessions
     sessions.kw["bind"].dispose()

@@ -126,7 +126,7 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
     host, _, port = bootstrap.split(",")[0].rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=TIMEOUT_S).close()
-        names = kafka.topic_names(bootstrap, timeout_s=TIMEOUT_S)
+        names = kafka.topic_names(bootstrap, TIMEOUT_S, settings.kafka_options)
     except (OSError, ValueError, kafka.KafkaError) as error:
         told = f"{bootstrap} does not answer ({type(error).__name__})"
         yield Finding("broker", "fail", told, START.format(setting="EVERLOOP_KAFKA_BOOTSTRAP"))

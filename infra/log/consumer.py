@@ -102,6 +102,7 @@ class Consumer:
         self.name = name
         self.sessions = sessions
         self.bootstrap = settings.need("kafka_bootstrap")
+        self.options = settings.kafka_options
         self.handlers = dict(handlers)
         self.topics = sorted({event.topic for event in handlers})
         self._order = {event: number for number, event in enumerate(handlers)}
@@ -143,7 +144,7 @@ class Consumer:
                 outbox.republish_unconsumed(session, sorted(topics))
 
     def _consume(self, stop: threading.Event) -> None:
-        client = kafka.consumer(self.bootstrap)
+        client = kafka.consumer(self.bootstrap, self.options)
         try:
             balanced_at_s = -BALANCE_EVERY_S
             while not stop.is_set():

@@ -74,6 +74,8 @@ class Relay:
         self.sessions = sessions
         self.bootstrap = settings.need("kafka_bootstrap")
         self.num_partitions = settings.kafka_partitions
+        self.num_replicas = settings.kafka_replicas
+        self.options = settings.kafka_options
         self.retention_days = settings.log_retention_days
         self._producer: KafkaProducer | None = None
         self._topic_ids: dict[str, str | None] = {}
@@ -104,7 +106,7 @@ class Relay:
     def connect(self, connection: sa.Connection) -> None:
         """Open the producer, with the topics there and the broker's memory checked."""
         self.check_memory(connection)
-        self._producer = kafka.producer(self.bootstrap)
+        self._producer = kafka.producer(self.bootstrap, self.options)
 
     def close(self) -> None:
         """Close the producer."""
@@ -172,7 +174,9 @@ class Relay:
 
     def check_memory(self, connection: sa.Connection) -> None:
         """Compare the topics' ids with those that were published to; republish where the broker forgot."""
-        self._topic_ids = kafka.ensure_topics(self.bootstrap, self.num_partitions, self.retention_days)
+        self._topic_ids = kafka.ensure_topics(
+            self.bootstrap, self.num_partitions, self.retention_days, self.num_replicas, self.options
+        )
         with Session(connection) as session, session.begin():
             lost = []
             for known in session.scalars(sa.select(LogPartition)):

@@ -65,6 +65,16 @@ def down() -> None:
     report.say("stopped" if stopped else "nothing was running")
 
 
+def migrate(
+    patience_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the database.")] = 60.0,
+) -> None:
+    """Bring the tables of a database of yours to this version; `up` does it for its own."""
+    from infra.stack import embedded
+
+    embedded.migrate(load(), patience_s)
+    report.say("the database has the tables of this version")
+
+
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
     json_path: JsonPath = None,

@@ -224,10 +224,31 @@ def _fetch_from_hub(name: str) -> None:
         ) from error
 
 
-def migrate(settings: Settings) -> None:
-    """Bring the database's schema to this version."""
+def migrate(settings: Settings, patience_s: float = 0.0) -> None:
+    """Bring the tables of the database that the settings name to this version; safe to repeat.
+
+    Raises
+    ------
+    SetupError
+        Code ``database_unavailable`` where it cannot be connected to for `patience_s`.
+    """
     from alembic import command
 
+    dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            psycopg.connect(dsn, connect_timeout=5).close()
+            break
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                reason = str(error).strip().splitlines()[-1]
+                raise SetupError(
+                    f"The database that EVERLOOP_DATABASE_URL names cannot be connected to ({reason}). Check its "
+                    "address, name, password and network, then run this again.",
+                    code="database_unavailable",
+                ) from error
+            time.sleep(0.5)
     command.upgrade(alembic_config(settings), "head")
 
 

@@ -100,7 +100,8 @@ def test_every_route_says_which_role_it_needs(house):
 
 def test_what_everybody_may_is_little(house):
     public = {route.path for route in routes(house.app)[0] if role_of(route) is None}
-    assert public == {"/login", "/login/oidc", "/login/oidc/callback", "/v1/session"}
+    probes = {"/healthz", "/readyz", "/readyz/feedback"}  # which tell whether it is well, and nothing else
+    assert public == {"/login", "/login/oidc", "/login/oidc/callback", "/v1/session"} | probes
 
 
 @pytest.mark.parametrize("role", [None, *Role])

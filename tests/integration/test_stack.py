@@ -86,7 +86,7 @@ def test_secrets_are_in_no_log_and_on_no_command_line(stack, home):
             ("POST", path)
             for path in ("/v1/load_lora_adapter", "/v1/chat/completions", "/adapters", "/invocations")
         ),
-        *(("POST", "/tokenize"), ("DELETE", "/adapters/base"), ("GET", "/v1/models"), ("GET", "/metrics")),
+        *(("POST", "/tokenize"), ("DELETE", "/adapters/base"), ("GET", "/v1/models")),
     ],
 )
 def test_the_engine_does_nothing_for_strangers(stack, method, path):

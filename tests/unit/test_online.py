@@ -143,7 +143,8 @@ def test_pessimistic_reward_falls_with_uncertainty_and_is_clipped():
 FOLD = """
 import json, sys
 import numpy as np
-from reward.online import BayesianHead, ThreadpoolController
+from reward.online import BayesianHead
+from threadpoolctl import ThreadpoolController
 rng = np.random.default_rng(0)
 head = BayesianHead.prior(577)
 sites = [head.learn_one(z, float(rng.random() < 0.6)) for z in rng.normal(size=(1000, 577)) * 0.1]

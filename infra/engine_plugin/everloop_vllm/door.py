@@ -1,4 +1,4 @@
-"""The engine's door: without the key nothing but whether it is well.
+"""The engine's door: without the key nothing but whether it is well, and its counts.
 
 vLLM's own ``--api-key`` guards paths under ``/v1`` and a few others. The routes of hosting standards that it also
 has (``/adapters``, ``/invocations``) and ``/tokenize`` stay open: by the first, anybody could change what serves.
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 KEY = "EVERLOOP_ENGINE_KEY"
-OPEN = frozenset({"/health", "/ping"})
+OPEN = frozenset({"/health", "/ping", "/metrics"})
 REFUSAL = b'{"error": {"message": "This engine asks for a key.", "code": "key_needed"}}'
 Scope = dict[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]

@@ -1,0 +1,39 @@
+"""Where settings come from, and which place goes first."""
+
+import pytest
+from pydantic import ValidationError
+
+from infra import settings
+
+PASSWORD_URL = "postgresql+psycopg://everloop:s3cret@postgres/everloop"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERLOOP_HOME", str(tmp_path))
+    for name in ("DATABASE_URL", "NIGHT_CRON", "TIME_ZONE", "SECRETS_DIR"):
+        monkeypatch.delenv(f"EVERLOOP_{name}", raising=False)
+    return tmp_path
+
+
+def test_the_environment_goes_before_secrets_and_those_before_the_file(home, monkeypatch):
+    (home / "everloop.toml").write_text(
+        'night_cron = "1 1 * * *"\ntime_zone = "Asia/Tokyo"\ndatabase_url = "toml"\n'
+    )
+    secrets = home / "secrets"
+    secrets.mkdir()
+    (secrets / "everloop_database_url").write_text(PASSWORD_URL + "\n")
+    (secrets / "everloop_night_cron").write_text("2 2 * * *")
+    (secrets / "postgres_password").write_text("not a setting of ours")
+    assert settings.load().database_url == "toml"
+    monkeypatch.setenv("EVERLOOP_SECRETS_DIR", str(secrets))
+    monkeypatch.setenv("EVERLOOP_NIGHT_CRON", "3 3 * * *")
+    loaded = settings.load()
+    assert loaded.database_url == PASSWORD_URL, "without the line's end"
+    assert (loaded.night_cron, loaded.time_zone) == ("3 3 * * *", "Asia/Tokyo")
+
+
+def test_a_slip_in_the_file_is_named(home):
+    (home / "everloop.toml").write_text('night_corn = "1 1 * * *"\n')
+    with pytest.raises(ValidationError, match="night_corn"):
+        settings.load()
