@@ -1,9 +1,9 @@
 """Where settings come from, and which place goes first."""
 
 import pytest
-from pydantic import ValidationError
 
 from infra import settings
+from infra.errors import SetupError
 
 PASSWORD_URL = "postgresql+psycopg://everloop:s3cret@postgres/everloop"
 
@@ -35,5 +35,5 @@ def test_the_environment_goes_before_secrets_and_those_before_the_file(home, mon
 
 def test_a_slip_in_the_file_is_named(home):
     (home / "everloop.toml").write_text('night_corn = "1 1 * * *"\n')
-    with pytest.raises(ValidationError, match="night_corn"):
+    with pytest.raises(SetupError, match="night_corn"):
         settings.load()
