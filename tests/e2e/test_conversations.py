@@ -61,7 +61,7 @@ def test_a_conversation_begins_with_its_first_message_and_is_there_after_a_reloa
     page.locator('.assistant [data-thumb="-1"]').click()
     page.get_by_role("button", name="Too short").click()
     expect(page.locator(".meta .state")).to_have_text("Saved")
-    before = texts.all_inner_texts()
+    before = texts.all_text_contents()
     page.locator("textarea#prompt").fill("Half a thought")
     page.reload()
     expect(texts).to_have_text(before)
