@@ -30,9 +30,10 @@ class House:
 
     def __init__(self, database, tmp_path, **options):
         url = database.kw["bind"].url.render_as_string(hide_password=False)
-        addresses = {"database_url": url, "engine_url": "http://127.0.0.1:9", "public_url": "http://testserver"}
+        own = {"database_url": url, "engine_url": "http://127.0.0.1:9", "public_url": "http://testserver"}
+        own["sign_ins_per_minute"] = 10  # whatever the stack of the other tests was given
         self.database = database
-        self.settings = Settings(home=tmp_path, **(addresses | options))
+        self.settings = Settings(home=tmp_path, **(own | options))
         self.app = build_app(self.settings)
 
     def account(self, name, role=Role.USER, password=None):
