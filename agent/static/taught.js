@@ -160,7 +160,7 @@ function showReport(told) {
   list.append(...lines);
   const title = document.createElement('p');
   title.textContent = told.complete
-    ? `You are forgotten. The report is ${told.erasure_id}; for this browser you are somebody new.`
+    ? `You are forgotten. The report is ${told.erasure_id}; from now on you are somebody new.`
     : 'Your words are deleted. Clearing up what came of them:';
   report.replaceChildren(title, list);
 }

@@ -279,6 +279,7 @@ def tell_way_in(settings: Settings, say: Say) -> None:
     say(f"the assistant answers at [bold]{settings.public_url}[/bold]")
     if settings.access == "accounts":
         say(f"sign in once, within {sessions.LINK_HOURS:.0f} hours, at [bold]{way_in(settings)}[/bold]")
+    say(f"what is served, and why: {settings.public_url}/operate")
 
 
 def way_in(settings: Settings) -> str:
