@@ -322,11 +322,10 @@ def make_link(account_id: CleanText, body: NewLink, caller: SignedIn, request: R
     with changing(request) as session:
         account = accounts.get(session, account_id)
         if body.reset:
-            account.password_hash = None
-            accounts.end_sessions(session, account)
-        token = sessions.offer(session, "link", sessions.LINK_HOURS * 3600, account)
+            accounts.forget_password(session, account)
+        url = sessions.link(session, account, request.app.state.settings.public_url)
         _note(session, caller, "account.link", account, body.reason, reset=body.reset)
-        return Link(url=sessions.link_url(request.app.state.settings.public_url, token), hours=sessions.LINK_HOURS)
+        return Link(url=url, hours=sessions.LINK_HOURS)
 
 
 def _note(session: Session, caller: Caller, action: str, account: Account, reason: str, **details: Any) -> None:

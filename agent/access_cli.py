@@ -36,8 +36,7 @@ def _note(session: Session, action: str, subject: str, reason: str, **details: A
 
 
 def _link(session: Session, account: Account) -> str:
-    token = sessions.offer(session, "link", sessions.LINK_HOURS * 3600, account)
-    return sessions.link_url(load().need("public_url"), token)
+    return sessions.link(session, account, load().need("public_url"))
 
 
 @app.command("list")
@@ -81,8 +80,7 @@ def link(
     with _acting() as session:
         account = accounts.get(session, name)
         if reset:
-            account.password_hash = None
-            accounts.end_sessions(session, account)
+            accounts.forget_password(session, account)
         _note(session, "account.link", account.id, "asked for at the terminal", reset=reset)
         typer.echo(_link(session, account))
 

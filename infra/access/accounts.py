@@ -178,6 +178,12 @@ def set_password(session: Session, account: Account, password: str) -> None:
     end_sessions(session, account)
 
 
+def forget_password(session: Session, account: Account) -> None:
+    """Take a password away that somebody has lost, with all that it let in."""
+    account.password_hash = None
+    end_sessions(session, account)
+
+
 def end_sessions(session: Session, account: Account) -> None:
     """Sign an account out everywhere, and make its unused links worthless."""
     session.execute(sa.delete(LoginSession).where(LoginSession.account_id == account.id))

@@ -44,9 +44,12 @@ def offer(session: Session, purpose: Purpose, lasts_s: float, account: Account |
     return token
 
 
-def link_url(public_url: str, token: str) -> str:
-    """Return the address of a link: the token is in its fragment, which browsers tell no server and no log."""
-    return f"{public_url}/login#{token}"
+def link(session: Session, account: Account, public_url: str) -> str:
+    """Return an address that signs a browser in once, within :data:`LINK_HOURS`.
+
+    The token is in its fragment, which browsers tell no server and no log.
+    """
+    return f"{public_url}/login#{offer(session, 'link', LINK_HOURS * 3600, account)}"
 
 
 def use(session: Session, purpose: Purpose, token: str) -> tuple[Account | None, dict[str, Any]]:

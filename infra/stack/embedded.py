@@ -286,8 +286,7 @@ def way_in(settings: Settings) -> str:
     """Return an address by which a browser is signed in once, as the owner of this stack."""
     with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
         owner = accounts.ensure(session, OWNER, Role.ADMIN)
-        token = sessions.offer(session, "link", sessions.LINK_HOURS * 3600, owner)
-    return sessions.link_url(settings.need("public_url"), token)
+        return sessions.link(session, owner, settings.need("public_url"))
 
 
 def database_answers(settings: Settings) -> bool:
