@@ -141,6 +141,8 @@ def test_a_link_signs_in_once(house):
     with house.database.begin() as session:
         token = sessions.offer(session, "link", 60, session.merge(owner))
         over = sessions.offer(session, "link", -1, session.merge(owner))
+    # Before anybody signs in, which sweeps out what is over.
+    assert code(house.stranger().post("/v1/session", json={"link": over})) == (401, "link_used")
     client = house.stranger()
     answer = client.post("/v1/session", json={"link": token})
     assert answer.json()["account"]["name"] == "owner"
