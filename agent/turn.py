@@ -53,6 +53,7 @@ class Turn:
         self.created = int(time.time())
         self.recording: Recording
         self._key: SubjectKey
+        self._routes: dict[str, str] | None
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
         self.has_begun = False
@@ -76,7 +77,7 @@ class Turn:
         assignment, self._key = begun.assignment, begun.key
         if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
             raise unknown_model(assignment.release)
-        messages = [message.model_dump() for message in self.body.messages]
+        messages = await self._prompt()
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -96,22 +97,10 @@ class Turn:
             everloop__arm=assignment.arm,
             everloop__release=assignment.release,
         )
-        self._stream = self.fleet.stream_chat(
-            assignment.release,
-            {
-                "messages": messages,
-                "logprobs": True,
-                "return_token_ids": True,
-                **({"stream_options": {"include_usage": True}} if self.body.stream else {}),
-                **sampling,
-            },
-            affinity=self.body.user,
-            # A run serves its versions on the replica that it samples from.
-            routes=None if trial is None else {self.settings.need("engine_url"): trial},
-            at_once=not self.body.stream,
-        )
+        # A run serves its versions on the replica that it samples from.
+        self._routes = None if trial is None else {self.settings.need("engine_url"): trial}
         try:
-            self._events = await self._stream.__aenter__()
+            await self._open(messages)
             self.has_begun, self._is_closed = True, False
         except (EngineError, UnavailableError):
             if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
@@ -122,6 +111,27 @@ class Turn:
             with anyio.CancelScope(shield=True):
                 await self._end()
             raise
+
+    async def _prompt(self) -> list[dict[str, Any]]:
+        """Return what the model is to see."""
+        return [message.model_dump() for message in self.body.messages]
+
+    async def _open(self, messages: list[dict[str, Any]]) -> None:
+        """Have the release go on from `messages`."""
+        self._stream = self.fleet.stream_chat(
+            self.recording.release,
+            {
+                "messages": messages,
+                "logprobs": True,
+                "return_token_ids": True,
+                **({"stream_options": {"include_usage": True}} if self.body.stream else {}),
+                **self.recording.sampling,
+            },
+            affinity=self.body.user,
+            routes=self._routes,
+            at_once=not self.body.stream,
+        )
+        self._events = await self._stream.__aenter__()
 
     async def _end(self) -> None:
         self.recording.latency_ms = self._elapsed_ms()

@@ -54,6 +54,8 @@ class Recording:
     latency_ms: float = 0.0
     conversation_id: str | None = None
     parent_id: str | None = None
+    context: dict[str, Any] | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
     traceparent: str | None = field(default_factory=tracing.traceparent)
 
 
@@ -147,7 +149,7 @@ def _in_conversations(
 
 def _without_words(recording: Recording) -> Recording:
     blank: dict[str, Any] = {"messages": [], "answer": "", "token_ids": [], "logprobs": [], "learn": False}
-    return replace(recording, **blank, conversation_id=None, parent_id=None)
+    return replace(recording, **blank, context=None, steps=[], conversation_id=None, parent_id=None)
 
 
 def blanked() -> dict[str, Any]:
@@ -157,6 +159,8 @@ def blanked() -> dict[str, Any]:
         "answer": "",
         "token_ids": [],
         "logprobs": [],
+        "context": None,
+        "steps": sa.literal([], JSONB),
         "conversation_id": None,
         "parent_id": None,
     }

@@ -42,7 +42,7 @@ said = [
     {"kind": "correction", "text": "It is one, indeed."}, {"kind": "preference", "over": other},
 ]
 found = {"code": agent.__file__, "episodes": [episode, other], "pages": {}, "signals": []}
-with TestClient(build_app(settings)) as client:
+with TestClient(build_app(settings), base_url="http://localhost") as client:
     for signal in said:
         body = {"episode_id": episode, "user": "old-user", "idempotency_key": uuid.uuid4().hex, **signal}
         reply = client.post("/v1/feedback", json=body)
