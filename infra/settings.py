@@ -156,6 +156,12 @@ class Settings(BaseSettings):
     ask_informative_share: float = Field(
         0.5, ge=0, le=1, description="Of the answers that would teach the most, the share that is asked for."
     )
+    ask_per_day: int = Field(
+        6,
+        ge=0,
+        description="Who was asked this often in 24 hours is not asked about answers that would teach much.",
+    )
+    ask_gap_s: float = Field(600.0, ge=0, description="Nor is who was asked less than this long ago.")
     ask_pair_share: float = Field(
         0.5, ge=0, le=1, description="Of those, the share for which another answer is offered to choose from."
     )

@@ -23,6 +23,7 @@ from infra.settings import Settings
 from reward import propensity
 from reward.learner import Learner
 from reward.online import Score
+from reward.patience import Patience
 from reward.style import style_features
 from reward.tables import RatingChoice, Solicitation
 
@@ -75,10 +76,12 @@ def note_answers(
     raters
         The rater's name, by user.
     """
-    choices, asked, entries = [], [], list[Entry]()
+    choices, asked = [], list[RatingSolicited]()
+    patience = Patience(session, answers, settings)
     for answer in answers:
         score = scores[answer.id]
-        informative = learner.guards.asking.is_high(expected_gain(score))
+        is_high = learner.guards.asking.is_high(expected_gain(score))
+        informative = is_high and patience.allows(answer.user_id, answer.created_at)
         reason, ask_propensity = decide(answer.id, informative=informative, settings=settings)
         rater = learner.raters.get(raters[answer.user_id])
         x = propensity.inputs(
@@ -92,15 +95,24 @@ def note_answers(
         rater.num_seen += 1
         choices.append({"episode_id": answer.id, "inputs": [*map(float, x), ask_propensity], "rated": None})
         if reason is not None:
+            patience.note(answer.user_id, answer.created_at)
             form = form_of(answer.id, reason, settings)
-            event = RatingSolicited(episode_id=answer.id, reason=reason, propensity=ask_propensity, form=form)
-            asked.append(event.model_dump(include={"episode_id", "reason", "propensity", "form"}))
-            entries.append(Entry(event, answer.id))
+            asked.append(RatingSolicited(episode_id=answer.id, reason=reason, propensity=ask_propensity, form=form))
     session.execute(insert(RatingChoice).on_conflict_do_nothing(), choices)
     if asked:
-        session.execute(insert(Solicitation).on_conflict_do_nothing(), asked)
-        outbox.append_many(session, entries)
+        _ask(session, asked)
     _close_old_ones(session, learner)
+
+
+def _ask(session: Session, asked: Sequence[RatingSolicited]) -> None:
+    """Write what is asked for, but never a second time about an answer."""
+    rows = [event.model_dump(include={"episode_id", "reason", "propensity", "form"}) for event in asked]
+    new = set(
+        session.scalars(
+            insert(Solicitation).values(rows).on_conflict_do_nothing().returning(Solicitation.episode_id)
+        )
+    )
+    outbox.append_many(session, [Entry(event, event.episode_id) for event in asked if event.episode_id in new])
 
 
 def _close_old_ones(session: Session, learner: Learner) -> None:

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -237,7 +238,10 @@ def test_learning_anew_ends_where_learning_ended(stack):
 def test_who_rates_is_learned_at_one_age_from_those_who_did_and_those_who_did_not(stack):
     learner = Learner(BayesianHead.prior(4))
     early, late = (
-        [Episode(id=f"z{n:04d}", user_id="ada", answer="Rain.") for n in range(start, start + asking.OPEN_ANSWERS)]
+        [
+            Episode(id=f"z{n:04d}", user_id="ada", answer="Rain.", created_at=datetime.now(UTC))
+            for n in range(start, start + asking.OPEN_ANSWERS)
+        ]
         for start in (0, asking.OPEN_ANSWERS)
     )
 
