@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +26,7 @@ from infra.log.outbox import Entry
 
 MAX_TITLE_CHARS = 80
 LOOKED_AT_CHARS = 400  # of a question, for a title
+_WORD = re.compile(r"\w+")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _question: sa.ColumnElement[str] = sa.literal_column(QUESTION, sa.String)
 _words: sa.ColumnElement[Any] = sa.literal_column(WORDS)
@@ -169,7 +172,7 @@ def page(session: Session, user_id: str, before: str | None, limit: int, query: 
     before
         The cursor of the last one of the page before.
     query
-        Words, all of which are in the title, or in one question with its answer.
+        Words, all of which are in the title, or in one question with its answer; of the last, the beginning.
     """
     found = _listed().where(Conversation.user_id == user_id)
     if query.strip():
@@ -183,14 +186,23 @@ def page(session: Session, user_id: str, before: str | None, limit: int, query: 
 
 
 def _about(user_id: str, query: str) -> sa.ColumnElement[bool]:
-    words = sa.func.plainto_tsquery("simple", query)
-    theirs = sa.cast(sa.func.concat("by", sa.func.md5(user_id)), sa.Text).op("::")(sa.literal_column("tsquery"))
+    owner = f"by{hashlib.md5(user_id.encode(), usedforsecurity=False).hexdigest()}"
+    words: sa.ColumnElement[Any] = sa.func.plainto_tsquery("simple", query)
+    # The last word may still be being typed; but what begins like the owner's mark would find all that is theirs.
+    last = _WORD.findall(query.lower())[-1:]
+    if last and not owner.startswith(last[0]):
+        words = _tsquery(sa.func.nullif(sa.cast(words, sa.Text), "").op("||")(":*"))
+    theirs = _tsquery(sa.literal(owner))
     turns = sa.select(Episode.conversation_id).where(
         Episode.conversation_id.is_not(None), _words.op("@@")(theirs.op("&&")(words))
     )
     title = sa.func.to_tsvector("simple", sa.func.coalesce(Conversation.title, ""))
     # Of a query without any word nothing is said: it finds nothing.
     return sa.and_(sa.func.numnode(words) > 0, sa.or_(title.op("@@")(words), Conversation.id.in_(turns)))
+
+
+def _tsquery(text: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    return sa.cast(text, sa.Text).op("::")(sa.literal_column("tsquery"))
 
 
 def turns(

@@ -49,6 +49,9 @@ export class Conversation {
     const isFirst = this.root.turns.length === 0;
     for (const row of rows) {
       const fork = this.forkAfter(row.parent_id ?? '');
+      // What broke off and was tried again in its place is no version that anybody asked for.
+      const isAgain = fork.turns.some(({ prompt }) => prompt === row.question);
+      if (row.status === 'failed' && isAgain && !this.forks.has(row.id)) continue;
       const turn = new Turn(row.question, fork, this.page);
       turn.conversation = this.id;
       turn.restore(row);

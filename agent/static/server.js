@@ -59,6 +59,16 @@ export async function call(path, { method = 'GET', body, user, signal } = {}) {
   throw problem;
 }
 
+/** Waits for a promise, but not on once the signal is given. @template T @param {AbortSignal} signal @param {Promise<T>} promise */
+export const unless = (signal, promise) =>
+  Promise.race([
+    promise,
+    new Promise((_, reject) => {
+      if (signal.aborted) reject(signal.reason);
+      signal.addEventListener('abort', () => reject(signal.reason), { once: true });
+    }),
+  ]);
+
 /** The data of each event, which the server puts on one line. @param {Response} response */
 export async function* events(response) {
   const reader = response.body?.pipeThrough(new TextDecoderStream()).getReader();

@@ -27,7 +27,7 @@ import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
 import { Saving } from './saving.js';
-import { call, copyOf, events, find, Problem, uuid } from './server.js';
+import { call, copyOf, events, find, Problem, unless, uuid } from './server.js';
 
 const MAX_EARLIER = 250; // Two messages each; the server takes 512.
 const BUSY = 'Too many questions just now.';
@@ -140,7 +140,7 @@ export class Turn {
   /** Streams the answer in; returns why it ended. @param {AbortSignal} signal */
   async receive(signal) {
     const options = { model: 'everloop', stream: true, stream_options: { include_usage: true } };
-    const place = await this.page.place(this);
+    const place = await unless(signal, this.page.place(this));
     this.conversation = place?.conversation ?? '';
     this.isUnkept = place === null;
     const body = { ...options, user: this.page.user, messages: this.history(), ...place };

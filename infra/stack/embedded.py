@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import psycopg
+from sqlalchemy import make_url
 
 from infra.access import accounts, keys, sessions
 from infra.access.roles import Role
@@ -291,11 +292,12 @@ def way_in(settings: Settings) -> str:
 
 def database_answers(settings: Settings) -> bool:
     """Tell whether PostgreSQL answers; where it does, the embedded one has its database."""
-    dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+    url = make_url(settings.need("database_url")).set(drivername="postgresql")
+    server = url.set(database="postgres").render_as_string(hide_password=False)
     try:
-        with psycopg.connect(dsn.rpartition("/")[0] + "/postgres", connect_timeout=2, autocommit=True) as conn:
+        with psycopg.connect(server, connect_timeout=2, autocommit=True) as conn:
             if (
-                dsn.endswith("/everloop")
+                url.database == "everloop"
                 and not conn.execute("SELECT 1 FROM pg_database WHERE datname = 'everloop'").fetchone()
             ):
                 conn.execute("CREATE DATABASE everloop")

@@ -114,6 +114,29 @@ def test_branches_and_what_was_said_survive_a_reload(page, stack, keep):
     assert newest.parent_id == one and newest.id > edited and newest.messages[-1]["content"] == "Two"
 
 
+def test_what_broke_off_and_was_tried_again_is_no_version_after_a_reload(page, stack, keep):
+    conversation, (broken,) = keep(("Why?", "Beca"))
+    record(stack.sessions, me(page), "Why?", "Because.", conversation)
+    with stack.sessions.begin() as session:
+        session.execute(sa.update(Episode).where(Episode.id == broken).values(status="failed"))
+    open_(page, stack, conversation)
+    texts = page.locator(".message .text")
+    expect(texts).to_have_text(["Why?", "Because."])
+    expect(page.locator(".versions")).to_be_hidden()
+    record(stack.sessions, me(page), "And then?", "Nothing.", conversation, broken)  # somebody went on from it
+    page.reload()
+    expect(page.locator(".versions span").first).to_have_text("1/2")
+
+
+def test_stopping_does_not_wait_for_a_conversation_that_is_being_made(page, stack):
+    page.route("**/v1/conversations", lambda route: None if route.request.method == "POST" else route.continue_())
+    ask(page, "What is a moor?")
+    expect(page.locator("button#stop")).to_be_visible()
+    page.press("textarea#prompt", "Escape")
+    expect(page.locator("button#stop")).to_be_hidden(timeout=2_000)
+    expect(page.locator(".problem p").first).to_have_text("Stopped before the answer began.")
+
+
 def test_two_tabs_write_into_one_conversation(page, stack, keep):
     conversation, _ = keep(("One", "1"))
     other = page.context.new_page()

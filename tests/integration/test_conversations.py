@@ -138,7 +138,18 @@ def test_words_are_found_in_titles_questions_and_answers_of_ones_own(ann, ben, d
 
     assert found("garden") == {titled, asked, answered}
     assert found("POND deep") == {asked} and found("garden gate") == {answered}
-    assert found("pond gate") == set() == found("gar") == found("?!") == found("'; DROP TABLE x")
+    assert found("gar") == {titled, asked, answered} and found("garden pon") == {asked}, "while it is typed"
+    assert found("pond gate") == set() == found("gar pond gate") == found("arden") == found("?!")
+    assert (
+        found("'; DROP TABLE x")
+        == set()
+        == found("a':* | 'b")
+        == found("\\")
+        == found("ann")
+        == found("by")
+        == found("_")
+    )
+    assert found("b") == set()
     assert found("") == found("  ") == {titled, asked, answered}
     assert found("garden", ben) == {other}
 
@@ -383,8 +394,9 @@ def test_lists_turns_and_searches_are_served_by_indexes(database):
     fill(database)
     cases = {
         "list": lambda s: conversations.page(s, "reader-7", None, 20),
-        "rare word": lambda s: conversations.page(s, "reader-7", None, 20, "number107"),
+        "rare word": lambda s: conversations.page(s, "reader-7", None, 20, "number107 why"),
         "word of everybody": lambda s: conversations.page(s, "reader-7", None, 20, "because why"),
+        "beginning of a word": lambda s: conversations.page(s, "reader-7", None, 20, "because wh"),
         "turns": lambda s: conversations.turns(s, f"cv_{7:032x}", "reader-7", None, 30),
     }
     for name, work in cases.items():

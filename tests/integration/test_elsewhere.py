@@ -105,6 +105,12 @@ def test_a_database_of_the_runs_own_is_made_on_the_server(cluster):
     assert name not in databases(cluster)
 
 
+def test_what_an_address_asks_of_the_connection_is_asked(database_url):
+    for asked, is_met in (("prefer", True), ("require", False)):  # the embedded PostgreSQL has no certificate
+        settings = Settings(home="/nowhere", database_url=f"{database_url}?sslmode={asked}")
+        assert embedded.database_answers(settings) is is_met
+
+
 def test_a_cluster_that_serves_an_everloop_is_refused(cluster):
     admin = KafkaAdminClient(bootstrap_servers=cluster["EVERLOOP_TEST_KAFKA"])
 
