@@ -4,13 +4,12 @@
  * What people write enters the page only as text nodes; what models write is Markdown, sanitised.
  */
 import { refuseFiles } from './attachments.js';
-import { Fork } from './branches.js';
 import { Conversation } from './conversation.js';
 import { draftOf, keepDraft } from './drafts.js';
 import { find, Problem } from './server.js';
 import { Pair } from './pair.js';
 import { Scroll } from './scroll.js';
-import { Sheets } from './sheets.js';
+import { MAX_TURNS, Sheets } from './sheets.js';
 import { Talks } from './talks.js';
 import { copied, Turn } from './turn.js';
 import { whoAsks } from './who.js';
@@ -20,7 +19,6 @@ const [empty, messages, live, stopButton, editing, missing, older] = [
 ].map((selector) => find(document, selector, HTMLElement));
 const draft = find(document, '#prompt', HTMLTextAreaElement);
 const sendButton = find(document, '#send', HTMLButtonElement);
-const TURNS_A_FRAME = 4; // More at once would be felt while scrolling.
 
 let edited = /** @type {Turn | null} */ (null); // Whose question is in the composer, to be asked another way.
 let kept = ''; // What was in the composer before that.
@@ -63,7 +61,8 @@ const page = {
     fork.step(step);
     draw();
     // The button that was pressed went with its version.
-    fork.turns[fork.shown].part(step < 0 ? '.earlier' : '.later').focus();
+    const shown = /** @type {Turn} */ (fork.turns[fork.shown]); // Drawn, it does not rest.
+    shown.part(step < 0 ? '.earlier' : '.later').focus();
     live.textContent = `Version ${fork.shown + 1} of ${fork.turns.length}`;
   },
   /** Shows another answer beside one; whoever just goes on writing goes on from the first. */
@@ -97,7 +96,7 @@ const page = {
   },
   letGo: () => (scroll.isStuck = false),
 };
-const sheets = new Sheets(messages);
+const sheets = new Sheets(messages, find(document, '#scroller', HTMLElement));
 const scroll = new Scroll(messages, () => older.hidden || void showOlder());
 const talks = new Talks(find(document, '#talks', HTMLElement), {
   user: whoAsks,
@@ -113,7 +112,7 @@ function saveDraft() {
   keepDraft(talk.id, (edited && kept) || draft.value);
 }
 
-/** @param {string} prompt @param {Fork<Turn>} [beside] Where: beside another version, or (unset) at the end. */
+/** @param {string} prompt @param {import('./rest.js').Place} [beside] Where: beside another version, or (unset) at the end. */
 function ask(prompt, beside) {
   talk.root.path().at(-1)?.pair?.end();
   const fork = beside ?? talk.root.path().at(-1)?.next ?? talk.root;
@@ -163,7 +162,7 @@ function edit(turn, keeps = false) {
 function draw() {
   const path = talk.root.path();
   for (const turn of path) turn.count();
-  sheets.show(path.flatMap(({ question, view, pair }) => [question, pair?.element ?? view]));
+  sheets.show(path);
 }
 
 /** Brings the controls up to date. @param {AbortController | null} control */
@@ -189,7 +188,7 @@ async function open(id, isNew = true) {
   draft.value = draftOf(id);
   missing.hidden = older.hidden = true;
   isLoading = id !== '';
-  messages.replaceChildren();
+  sheets.show([]);
   scroll.isStuck = true;
   refresh(null);
   draft.focus();
@@ -228,10 +227,10 @@ async function showOlder() {
       while (rows.length && here === talk) {
         const { root } = here;
         const first = root.turns[root.shown];
-        here.add(rows.splice(0, TURNS_A_FRAME));
+        here.add(rows.splice(0, MAX_TURNS)); // More at once would be felt while scrolling.
         const path = here.root.path();
         scroll.keep();
-        sheets.prepend(path.slice(0, path.indexOf(first)).flatMap(({ question, view }) => [question, view]));
+        sheets.prepend(path.slice(0, path.indexOf(first)));
         await new Promise((resolve) => requestAnimationFrame(resolve));
       }
     } while (here === talk && here.before && scroll.isNearTop());
@@ -287,8 +286,8 @@ document.onkeydown = (event) => {
   if (event.key !== 'Escape' || event.isComposing || document.querySelector('dialog[open]')) return;
   if (event.target === talks.search && talks.search.value) return; // It empties the field.
   if (talks.drawer.isOpen) return talks.drawer.close();
-  const turn = talk.root.path().find(({ view }) => view.contains(document.activeElement));
-  if (turn && !turn.part('.editor').hidden) turn.openEditor(false);
+  const turn = talk.root.path().find(({ view }) => view?.contains(document.activeElement));
+  if (turn instanceof Turn && !turn.part('.editor').hidden) turn.openEditor(false);
   else if (active) active.abort();
   else if (edited) stopEditing();
 };

@@ -16,15 +16,15 @@
  * @property {string | null} correction
  */
 import { Fork } from './branches.js';
+import { Rest } from './rest.js';
 import { call } from './server.js';
-import { Turn } from './turn.js';
 
 const PAGE_TURNS = 30;
 
 export class Conversation {
-  /** Where what is shown begins: the first turns, or the earliest that are here. @type {Fork<Turn>} */
-  root = new Fork();
-  /** Places by the episode that leads there. @type {Map<string, Fork<Turn>>} */
+  /** Where what is shown begins: the first turns, or the earliest that are here. @type {import('./rest.js').Place} */
+  root = /** @type {import('./rest.js').Place} */ (new Fork());
+  /** Places by the episode that leads there. @type {Map<string, import('./rest.js').Place>} */
   forks = new Map();
   before = ''; // The earliest turn that is here, where there are earlier ones.
 
@@ -52,9 +52,7 @@ export class Conversation {
       // What broke off and was tried again in its place is no version that anybody asked for.
       const isAgain = fork.turns.some(({ prompt }) => prompt === row.question);
       if (row.status === 'failed' && isAgain && !this.forks.has(row.id)) continue;
-      const turn = new Turn(row.question, fork, this.page);
-      turn.conversation = this.id;
-      turn.restore(row);
+      const turn = new Rest(row, fork, this.page, this.id);
       const next = this.forks.get(row.id); // What follows came before it.
       if (next) [turn.next, next.after] = [next, turn];
       // The newest version is shown, until another is chosen.
@@ -71,7 +69,7 @@ export class Conversation {
 
   /** @param {string} episode */
   forkAfter(episode) {
-    const fork = this.forks.get(episode) ?? new Fork();
+    const fork = this.forks.get(episode) ?? /** @type {import('./rest.js').Place} */ (new Fork());
     fork.follows = episode;
     this.forks.set(episode, fork);
     return fork;
@@ -85,7 +83,7 @@ export class Conversation {
     this.id = (await response.json()).id;
   }
 
-  /** Where a turn stands, as the server is told. @param {Turn} turn */
+  /** Where a turn stands, as the server is told. @param {import('./turn.js').Turn} turn */
   place(turn) {
     let { fork } = turn;
     while (fork.after && (fork.after.conversation !== this.id || !fork.after.episode)) fork = fork.after.fork;

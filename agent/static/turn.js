@@ -13,9 +13,9 @@
  * @property {(control: AbortController) => void} end
  * @property {(turn: Turn) => boolean} shows Whether it is on the screen.
  * @property {(text: string) => void} announce
- * @property {(prompt: string, fork: Fork<Turn>) => void} ask
+ * @property {(prompt: string, fork: import('./rest.js').Place) => void} ask
  * @property {(turn: Turn) => void} edit Have its question in the composer, to be asked another way.
- * @property {(fork: Fork<Turn>, step: number) => void} show Another version.
+ * @property {(fork: import('./rest.js').Place, step: number) => void} show Another version.
  * @property {(turn: Turn) => void} offer Another answer beside it, to choose from.
  * @property {(turn: Turn) => void} takeBack Put an unanswered question back into the composer.
  * @property {() => void} letGo Stop following new text.
@@ -65,12 +65,13 @@ export class Turn {
     this.part('.invite'), this.part('.another'), this.part('.dismiss'), this.part('[data-thumb="1"]'),
   );
   pair = /** @type {import('./pair.js').Pair | null} */ (null); // While it is to be chosen from two.
+  row = /** @type {import('./conversation.js').Row | null} */ (null); // As the server told of it, while that is all.
 
-  /** @param {string} prompt @param {Fork<Turn>} fork Its place. @param {Page} page */
+  /** @param {string} prompt @param {import('./rest.js').Place} fork Its place. @param {Page} page */
   constructor(prompt, fork, page) {
     this.prompt = prompt;
     this.fork = fork;
-    /** @type {Fork<Turn>} */
+    /** @type {import('./rest.js').Place} */
     this.next = new Fork(this);
     this.page = page;
     this.part('.regenerate').onclick = () => page.isBusy() || this.again('regenerated', () => page.ask(prompt, fork));
@@ -192,6 +193,7 @@ export class Turn {
 
   /** Becomes a turn of before, as the server tells it. @param {import('./conversation.js').Row} row */
   restore(row) {
+    this.row = row;
     [this.answer, this.episode] = [row.answer, row.id];
     this.shown.finish(row.answer);
     this.part('.release').textContent = `Answered by release ${row.release}`;

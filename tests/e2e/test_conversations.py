@@ -311,7 +311,9 @@ def test_earlier_turns_come_as_one_scrolls_up_without_a_jump(page, stack, keep):
     assert page.locator(".message.user").count() <= 60
     composer = page.locator("#composer").bounding_box()
     page.locator("#scroller").hover()
+    questions, seen = page.locator(".message.user .text"), set()
     for _ in range(200):
+        seen |= set(questions.all_text_contents())
         before = page.evaluate(FIRST_SEEN)
         page.mouse.wheel(0, -300)
         page.wait_for_timeout(60)
@@ -319,10 +321,51 @@ def test_earlier_turns_come_as_one_scrolls_up_without_a_jump(page, stack, keep):
         assert -20 <= after - before["top"] <= 700, (before, after)
         if page.evaluate("scroller.scrollTop") == 0:
             break
-    expect(page.locator(".message.user")).to_have_count(70)
     expect(page.locator("#older")).to_be_hidden()
-    assert page.locator(".message.user .text").all_text_contents() == [f"Question {n}" for n in range(70)]
+    shown = questions.all_text_contents()
+    assert shown == [f"Question {n}" for n in range(len(shown))], "they are not in order, or one is missing"
+    assert len(shown) < 45, "what is far from the screen is still on the page"
+    assert seen | set(shown) == {f"Question {n}" for n in range(70)}
     assert page.locator("#composer").bounding_box() == composer
+
+
+def test_turns_that_leave_the_page_come_back_as_they_were(page, stack, keep):
+    turns = [(f"Question {n}", f"Answer {n}. " + "More words. " * 80) for n in range(28)]
+    conversation, ids = keep(*turns)
+    body = {"episode_id": ids[20], "user": me(page), "kind": "thumb", "value": -1, "idempotency_key": "then"}
+    assert stack.http.post("/v1/feedback", json=body).status_code == 202
+    open_(page, stack, conversation)
+    answers = page.locator(".message.assistant")
+
+    def answer(number):
+        return answers.filter(has_text=re.compile(rf"Answer {number}\."))
+
+    def pressed(number, value):
+        return answer(number).locator(f'[data-thumb="{value}"][aria-pressed="true"]')
+
+    expect(answer(27)).to_be_in_viewport()
+    answer(27).locator('[data-thumb="1"]').click()
+    answer(26).locator(".correct").click()
+    answer(26).locator(".editor textarea").fill("Half a correction")
+    page.locator("#prompt").click()
+    page.evaluate("scroller.scrollTop = 0")
+    expect(answer(0)).to_be_in_viewport()
+    expect(answer(20)).to_have_count(0)
+    height = page.evaluate("scroller.scrollHeight")
+    page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+    expect(answer(27)).to_be_in_viewport()
+    assert abs(page.evaluate("scroller.scrollHeight") - height) < 2, "what was not on the page had another height"
+    expect(pressed(27, 1)).to_have_count(1)
+    expect(answer(26).locator(".editor textarea")).to_have_value("Half a correction")
+    answer(20).scroll_into_view_if_needed()
+    expect(pressed(20, -1)).to_have_count(1)
+    pressed(20, -1).click()
+    expect(answer(20).locator(".meta .state")).to_have_text("Withdrawn")
+    page.evaluate("scroller.scrollTop = 0")
+    expect(answer(0)).to_be_in_viewport()
+    page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+    expect(answer(20)).to_have_count(1)
+    expect(pressed(20, -1)).to_have_count(0)
 
 
 TOP_OF = """(text) => {
