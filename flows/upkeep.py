@@ -18,6 +18,7 @@ from flows.retries import step
 from infra.db import Sessions, connect
 from infra.errors import UnavailableError
 from infra.settings import Settings, load
+from infra.stack.renewal import renew_broker
 
 LATE_AFTER = timedelta(minutes=10)  # a room that has not reported by then did not get the event, or gave it up
 FINISH_TIMEOUT_S = 120.0
@@ -36,6 +37,8 @@ def retention() -> dict[str, Any] | None:
     artifacts.table("retention", rows, "What was deleted, and adapters that no row names (orphans)")
     artifacts.page(settings, "releases", "/releases", "Releases, and whose files are gone")
     print(found)
+    if held_mib := renew_broker(settings):
+        print(f"the broker held {held_mib:.0f} MiB and is started anew")
     return found
 
 

@@ -10,11 +10,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
+from infra.stack.renewal import MAX_BROKER_MIB
 from infra.stack.supervisor import Supervisor
 
 SAMPLE_EVERY_S = 2.0
@@ -26,8 +28,9 @@ TOLERATED_MIB = 8.0
 TOLERATED_FILES = 8  # pools of connections open more under load, up to their size
 # What a part takes little by little, up to a bound that it was given: the engine touches the blocks of its cache
 # when they are first used (VLLM_CPU_KVCACHE_SPACE); a server process of PostgreSQL keeps up to so many files of
-# tables open (max_files_per_process), and then closes the oldest. Beyond the bound it is a leak here, too.
-BOUND_MIB = {"engine": 1024.0}
+# tables open (max_files_per_process), and then closes the oldest; the embedded broker keeps its log in memory until
+# it is started anew (infra/stack/renewal.py). Beyond the bound it is a leak here, too.
+BOUND_MIB = {"engine": 1024.0, "broker": MAX_BROKER_MIB}
 BOUND_FILES = {"postgres": 1000}
 T_95 = {4: 2.78, 5: 2.57, 6: 2.45}  # Student's t, two-sided, by degrees of freedom
 MIB = 1024**2
@@ -35,7 +38,11 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A part at one moment; memory is its proportional share (PSS), so that what is shared counts once."""
+    """A part at one moment.
+
+    Memory is its proportional share (PSS), so that what is shared counts once, without shared segments such as the
+    buffers of PostgreSQL: their size is set, but a page of them is counted from its first use.
+    """
 
     at_s: float
     memory_mib: float
@@ -154,14 +161,20 @@ class Sampler:
         }
 
 
+def _own_bytes(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in rollup)}
+    return (kib["Pss"] - kib.get("Pss_Shmem", 0)) * 1024
+
+
 def _sample(pid: int, *, alone: bool) -> Sample:
     """Look at a process and its children; of the flows' worker the children are runs, which come and go."""
     process = psutil.Process(pid)
     tree = [process] if alone else [process, *process.children(recursive=True)]
     memory, files, connections = 0, 0, 0
     for each in tree:
-        with suppress(psutil.NoSuchProcess):
-            memory += each.memory_full_info().pss
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            memory += _own_bytes(each.pid)
             files += each.num_fds()
             connections += len(each.net_connections("inet"))
     return Sample(time.monotonic(), memory / MIB, files, connections)

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from infra import kafka
 from infra.events import SignalSetAside
 from infra.log import retention
+from infra.stack.renewal import renew_broker
 from tests.conftest import wait_until
 from tests.faults.harness import all_records, cli, cli_fails, process
 
@@ -86,6 +87,25 @@ def test_processes_of_one_consumer_share_the_partitions_and_hand_them_over(log):
     with process("tests.faults.tally", name, QUICK):
         wait_until(lambda: len(log.applied(name, "shared")) >= len(ids), what="not all applied")
     assert_each_once_in_order(log.applied(name, "shared"), ids)
+
+
+def test_a_broker_that_has_grown_large_is_started_anew_and_nothing_is_lost(log):
+    name = "tally-renewed"
+    assert renew_broker(log.settings) is None, "it is small"
+
+    def broker():
+        return next(part.pid for part in log.supervisor.status() if part.name == "broker")
+
+    before = broker()
+    with emitting(log, "renewed") as ids, process("tests.faults.tally", name, SLOW):
+        wait_until(lambda: len(log.applied(name, "renewed")) > 20)
+        assert renew_broker(log.settings, max_mib=1.0) > 1.0
+        wait_until(lambda: broker() not in (None, before), 10, "it did not come back")
+        at_renewal = len(ids)
+        wait_until(lambda: len(ids) > at_renewal + 60)
+    with process("tests.faults.tally", name, QUICK):
+        wait_until(lambda: len(log.applied(name, "renewed")) >= len(ids), 60, "not all applied")
+    assert_each_once_in_order(log.applied(name, "renewed"), ids)
 
 
 def test_sigterm_ends_between_two_transactions(log):

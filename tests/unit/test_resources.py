@@ -1,9 +1,12 @@
 """What a part holds: growth is told from noise, and what a process takes at first is no leak."""
 
+import mmap
+import os
 import random
 
 import pytest
 
+from flows.bench import resources
 from flows.bench.resources import Sample, judge, slope
 
 
@@ -45,3 +48,14 @@ def test_what_has_a_bound_may_come_near_it_and_not_go_beyond():
 def test_what_is_opened_and_never_closed_leaks(name):
     assert judge(part(noisy(1), **{name: lambda n: 40 + n // 3}))["leaks"] == [name]
     assert judge(part(noisy(1), **{name: lambda n: 40 + n % 7}))["leaks"] == []
+
+
+def test_shared_segments_are_not_counted_and_what_is_ones_own_is():
+    size = 64 * 1024**2
+    before = resources._own_bytes(os.getpid())
+    with mmap.mmap(-1, size) as shared:  # as PostgreSQL has its buffers
+        for page in range(0, size, mmap.PAGESIZE):
+            shared[page] = 1
+        assert resources._own_bytes(os.getpid()) - before < size / 2
+    own = bytearray(b"x") * size
+    assert resources._own_bytes(os.getpid()) - before > len(own) / 2
