@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,22 @@ from typing import Any
 import anyio
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.background import BackgroundTask
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import FileResponse, Response
 
-from agent.schema import ChatRequest, chunk, completion, usage
-from agent.turn import Turn
+from agent.answers import chunk, completion, last_chunk
+from agent.choices import Choices
+from agent.exchange import choices_for, sse, streamed, whole
+from agent.schema import ChatRequest
 from deploy.tables import Release
+from feedback.identity import UserHeader
 from infra.access.gate import SignedIn, needs
-from infra.access.roles import ANONYMOUS, Caller, Role
+from infra.access.roles import Role
 from infra.db import transaction
 from infra.engine import LATEST, RUN_PREFIX
-from infra.errors import EverloopError, ForbiddenError, UnavailableError
+from infra.errors import EverloopError
 from infra.settings import ASSISTANT_MODEL
 
 STATIC_DIR = Path(__file__).parent / "static"
-STOPPING_POLL_S = 0.25
-
-HUNG_UP = 499  # nobody is there to read it
 
 router = APIRouter(tags=["assistant"], dependencies=[needs(Role.USER)])
 public = APIRouter(dependencies=[needs(None)], include_in_schema=False)
@@ -88,132 +85,31 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat_completions(body: ChatRequest, caller: SignedIn, request: Request) -> Response:
-    """Answer. The response's ``id`` is the episode's id."""
-    state = request.app.state
-    body.user = caller.speaks_for(body.user) or ANONYMOUS
-    if body.model != ASSISTANT_MODEL and not caller.role.reaches(Role.RATER):
-        raise ForbiddenError(
-            f"Use the model {ASSISTANT_MODEL!r}; to ask for a release by its name needs the role rater.",
-            code="role_needed",
-            param="model",
-        )
-    state.gate.limits.check_tokens(caller)
-    turn = Turn(state.book, state.fleet, state.settings, body, state.must_end)
+async def chat_completions(
+    body: ChatRequest, caller: SignedIn, request: Request, x_everloop_user: UserHeader = None
+) -> Response:
+    """Answer. The response's ``id`` is the episode's id; with ``n`` above 1, that of the first choice's episode."""
+    choices = await choices_for(body, caller, request, x_everloop_user)
     if not body.stream:
-        return await _whole_answer(turn, caller, request)
-    if not await _while_there(request, turn.begin):
-        await turn.close()  # it may have begun in the same moment
-        return Response(status_code=HUNG_UP)
-    return TurnStream(turn, BackgroundTask(_afterwards, request, caller, turn))
+        return await whole(choices, caller, request, lambda: completion(choices.turns))
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    return await streamed(choices, caller, request, _server_sent_events(choices, with_usage))
 
 
-class TurnStream(StreamingResponse):
-    """A turn as server-sent events, closed with them: that the client hung up reaches the engine at once."""
-
-    def __init__(self, turn: Turn, background: BackgroundTask) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(
-            _server_sent_events(turn), media_type="text/event-stream", headers=headers, background=background
-        )
-        self.turn = turn
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.turn.close()  # of a client who hung up before the first event, nothing was iterated
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
-
-
-async def _server_sent_events(turn: Turn) -> AsyncIterator[str]:
-    recording = turn.recording
-    identity = (recording.episode_id, turn.created, recording.release)
-    role: dict[str, Any] = {"role": "assistant"}
+async def _server_sent_events(choices: Choices, with_usage: bool) -> AsyncIterator[str]:
+    seen: set[int] = set()
     try:
-        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
-            async for text in deltas:
-                yield _sse(chunk(*identity, {**role, "content": text}))
-                role = {}
+        async with aclosing(choices.deltas()) as deltas:  # type: ignore[type-var]
+            async for turn, text in deltas:
+                delta: dict[str, Any] = {} if turn.index in seen else {"role": "assistant"}
+                seen.add(turn.index)
+                if text is not None:
+                    delta["content"] = text
+                reason = turn.recording.finish_reason if text is None else None
+                yield sse(chunk(choices.first, turn, delta, reason))
     except EverloopError as error:
-        yield _sse(error.envelope())
+        yield sse(error.envelope())
         return
-    yield _sse(chunk(*identity, role, recording.finish_reason))
-    if turn.body.stream_options and turn.body.stream_options.include_usage:
-        used = usage(recording.num_prompt_tokens, len(recording.token_ids))
-        yield _sse({**chunk(*identity, {}), "choices": [], "usage": used})
+    if with_usage:
+        yield sse(last_chunk(choices.turns))
     yield "data: [DONE]\n\n"
-
-
-async def _while_there(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
-    """Do the work while the client waits for it, be it in the queue; return False where it hung up instead."""
-    is_gone = False
-    async with anyio.create_task_group() as tasks:
-
-        async def watch_client() -> None:
-            nonlocal is_gone
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            is_gone = True
-            tasks.cancel_scope.cancel()
-
-        error: EverloopError | None = None
-
-        async def watch_server() -> None:
-            nonlocal error
-            while not request.app.state.must_end():
-                await anyio.sleep(STOPPING_POLL_S)
-            error = UnavailableError("The server is being started anew; ask again.", code="server_stopping")
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch_client)
-        tasks.start_soon(watch_server)
-        try:
-            await work()
-        except EverloopError as caught:  # out of here it would be a group of one
-            error = caught
-        tasks.cancel_scope.cancel()
-    if error is not None:
-        raise error
-    return not is_gone
-
-
-async def _afterwards(request: Request, caller: Caller, turn: Turn) -> None:
-    """Do what the client need not wait for."""
-    if not turn.has_begun:
-        return
-    state, recording = request.app.state, turn.recording
-    state.gate.limits.count_tokens(caller, recording.num_prompt_tokens + len(recording.token_ids))
-    await state.self_evaluator.offer(recording)
-
-
-async def _whole_answer(turn: Turn, caller: Caller, request: Request) -> Response:
-    async def generate() -> None:
-        await turn.begin()
-        async with aclosing(turn.deltas()) as deltas:  # type: ignore[type-var]
-            async for _ in deltas:
-                pass
-
-    if not await _while_there(request, generate):
-        await turn.close()
-        return Response(status_code=HUNG_UP, background=BackgroundTask(_afterwards, request, caller, turn))
-    recording = turn.recording
-    used = usage(recording.num_prompt_tokens, len(recording.token_ids))
-    return JSONResponse(
-        completion(
-            recording.episode_id,
-            turn.created,
-            recording.release,
-            recording.answer,
-            recording.finish_reason,
-            used,
-        ),
-        background=BackgroundTask(_afterwards, request, caller, turn),
-    )
-
-
-def _sse(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 import agent.access_api
 import agent.api
+import agent.completions
 import agent.health
 import agent.oidc
 import deploy.api
@@ -33,6 +34,7 @@ import feedback.conversations_api
 import reward.api
 from agent.book import Book
 from agent.guard import Guard
+from agent.parameters import UNKNOWN, UNSUPPORTED
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
 from agent.serving import Server
@@ -67,7 +69,14 @@ HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 
 operations = APIRouter(dependencies=[needs(Role.OPERATOR)])
 ROUTERS = (
-    *(agent.api.router, agent.api.public, agent.access_api.public, agent.access_api.router, agent.access_api.admin),
+    *(
+        agent.api.router,
+        agent.completions.router,
+        agent.api.public,
+        agent.access_api.public,
+        agent.access_api.router,
+        agent.access_api.admin,
+    ),
     agent.oidc.router,
     *(feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
@@ -182,9 +191,13 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = _field_path(first["loc"])
-    code = "invalid_json" if first["type"] == "json_invalid" else "invalid_request"
+    code = {"json_invalid": "invalid_json", UNSUPPORTED: UNSUPPORTED, UNKNOWN: UNKNOWN}.get(
+        first["type"], "invalid_request"
+    )
     if first["type"] == "json_invalid":
         path = []
+    if "param" in (told := first.get("ctx") or {}):
+        path.append(told["param"])
     param = ".".join(path) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
     return _error_response(request, InvalidRequestError(message, code=code, param=param))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from agent.parameters import Only, OpenAIRequest, mistaken, unsupported
+from agent.structured import ChatFormat, for_engine
+from infra.access.roles import ANONYMOUS, Caller
 from infra.errors import InvalidRequestError
 from infra.settings import ASSISTANT_MODEL
 from infra.text import CleanText
 
 MAX_MESSAGES = 512
+MAX_CHOICES = 8
+MAX_STOPS = 4
+MAX_BIASES = 1024
 
 
 class ErrorBody(BaseModel):
@@ -28,22 +35,93 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
-class Message(BaseModel):
-    """One message of a conversation; text only."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: CleanText = Field(min_length=1)
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-class StreamOptions(BaseModel):
+def as_text(content: Any) -> Any:
+    """Return the text of a message's parts; what is no list is returned as it is.
+
+    Raises
+    ------
+    PydanticCustomError
+        Code ``unsupported_parameter`` for a part that is no text.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in TEXT_PARTS:
+            raise unsupported("type", f"Only parts of type text are read, not {str(kind)[:40]!r}: send text.")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("A part of type text has a `text`.")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Content = Annotated[CleanText, BeforeValidator(as_text), Field(min_length=1)]
+
+
+class Message(OpenAIRequest):
+    """One message of a conversation; text only, whole or in parts. ``developer`` is another word for ``system``."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "name": "Say in the message who speaks; the model is shown no names.",
+        "refusal": "Send what was said as `content`.",
+        "audio": "Only text is read; send `content`.",
+        "function_call": "Functions are not called yet; leave it out.",
+        "tool_calls": "Tools are not called yet; leave them out.",
+        "annotations": "Send what was said as `content`.",
+    }
+
+    role: Annotated[
+        Literal["system", "user", "assistant"],
+        BeforeValidator(lambda role: "system" if role == "developer" else role),
+    ]
+    content: Content
+
+
+class StreamOptions(OpenAIRequest):
     """Options of a stream."""
+
+    only: ClassVar[Mapping[str, Only]] = {
+        "include_obfuscation": Only((False,), "Streams are not padded; leave it out.")
+    }
 
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[CleanText, Field(min_length=1, max_length=256)]
+Metadata = dict[Annotated[CleanText, Field(max_length=64)], Annotated[CleanText, Field(max_length=512)]]
+User = Annotated[CleanText, Field(min_length=1, max_length=128)]
+
+
+class Sampled(OpenAIRequest):
+    """What every way to ask has in common."""
+
+    model: CleanText = Field(
+        min_length=1, max_length=128, description="`everloop`, a release, or a run in progress."
+    )
+    user: User = Field(ANONYMOUS, description="Whom the answer is for, where the key may act for others.")
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+    def for_whom(self, caller: Caller, header: str | None = None) -> str:
+        """Return whom the answer is for.
+
+        Raises
+        ------
+        ForbiddenError
+            Code ``not_you``.
+        """
+        other = getattr(self, "safety_identifier", None) if caller.acts_for_others else None
+        named = self.user if self.user != ANONYMOUS else other or header
+        return caller.speaks_for(named) or ANONYMOUS
+
+
+class ChatRequest(Sampled):
     """``POST /v1/chat/completions``.
 
     ``model`` is ``everloop`` (the deployed assistant), the name of a release, or a run in progress.
@@ -51,8 +129,6 @@ class ChatRequest(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid",
-        allow_inf_nan=False,
         json_schema_extra={
             "examples": [
                 {
@@ -64,14 +140,38 @@ class ChatRequest(BaseModel):
             ]
         },
     )
+    refused: ClassVar[Mapping[str, str]] = {
+        "audio": "Only text is answered; leave it out.",
+        "function_call": "It is deprecated, and no tools are called; leave it out.",
+        "functions": "They are deprecated, and no tools are called; leave them out.",
+        "moderation": "Nothing is moderated beside the answer; leave it out.",
+        "prediction": "Nothing is gained by a prediction here; leave it out.",
+        "prompt_cache_options": "Prompts are cached by what they begin with; leave it out.",
+        "tool_choice": "No tools are called yet; leave it out.",
+        "tools": "No tools are called yet; leave them out.",
+        "web_search_options": "Nothing is looked up on the web; leave it out.",
+    }
+    only: ClassVar[Mapping[str, Only]] = {
+        "modalities": Only((["text"],), 'Only text is answered: ["text"], or leave it out.'),
+        "parallel_tool_calls": Only((True, False), "true or false; it changes nothing while no tools are called."),
+        "prompt_cache_retention": Only(("in_memory",), "Prompts are cached in memory only; leave it out."),
+        "reasoning_effort": Only(("none",), "The model does not reason apart from its answer; leave it out."),
+        "service_tier": Only(("auto", "default"), 'There is one tier: "auto" or "default", or leave it out.'),
+        "verbosity": Only(("medium",), "Say in a system message how long answers are to be."),
+    }
+    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent"})
 
-    model: CleanText = Field(min_length=1, max_length=128)
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    user: CleanText = Field("anonymous", min_length=1, max_length=128)
+    safety_identifier: User | None = Field(
+        None, description="As `user`, where that is not given and the key may act for others; else it is not used."
+    )
+    prompt_cache_key: CleanText | None = Field(
+        None, min_length=1, max_length=128, description="Requests of the same key go to the same replica."
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: bool = Field(True, description="Whether this answer may be learned from.")
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = Field(None, max_length=16, description="Kept with the episode.")
     conversation: CleanText | None = Field(
         None, min_length=1, max_length=64, description="The conversation that this is kept in as a turn."
     )
@@ -80,24 +180,29 @@ class ChatRequest(BaseModel):
     )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.8, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: CleanText | list[CleanText] | None = Field(None)
-    n: Literal[1] = 1
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Choice i is sampled with this seed plus i.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(None)
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers; each is an episode of its own.")
+    logprobs: bool = Field(False, description="Whether to return the log-probability of each token.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="How many other tokens to name at each place.")
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=MAX_BIASES)
+    response_format: ChatFormat | None = None
+    _noted: dict[str, Any] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _someone_asks(self) -> ChatRequest:
         if self.messages[-1].role == "assistant":
             raise ValueError("The last message must be from the user (or the system), not the assistant.")
         if self.parent is not None and self.conversation is None:
-            raise ValueError("A `parent` is an episode of a conversation; name the `conversation`, too.")
+            raise mistaken("parent", "A `parent` is an episode of a conversation; name the `conversation`, too.")
+        if self.top_logprobs and not self.logprobs:
+            raise mistaken("top_logprobs", "`top_logprobs` needs `logprobs`: true.")
         return self
 
-    def sampling(self, default_max_tokens: int) -> dict[str, Any]:
-        """Return the sampling parameters that go to the engine and into the episode."""
+    def sampling(self, default_max_tokens: int, choice: int = 0) -> dict[str, Any]:
+        """Return the sampling parameters of a choice that go to the engine and into the episode."""
         values: dict[str, Any] = {
             "max_tokens": self.max_completion_tokens or self.max_tokens or default_max_tokens,
             "temperature": self.temperature,
@@ -106,10 +211,33 @@ class ChatRequest(BaseModel):
             "frequency_penalty": self.frequency_penalty,
         }
         if self.seed is not None:
-            values["seed"] = self.seed
+            values["seed"] = self.seed + choice if self.seed + choice < 2**63 else self.seed + choice - 2**64
         if self.stop:
             values["stop"] = self.stop
+        if self.logit_bias:
+            values["logit_bias"] = self.logit_bias
         return values
+
+    def shape(self) -> dict[str, Any]:
+        """Return what the engine is told of the form of the answer."""
+        form = for_engine(self.response_format)
+        return {"response_format": form} if form else {}
+
+    def note(self, noted: dict[str, Any], *, parent: str | None = None) -> Self:
+        """Keep something with the episode, and which one it follows outside any conversation."""
+        self._noted = noted
+        if parent is not None:
+            self.parent = parent
+        return self
+
+    @property
+    def noted(self) -> dict[str, Any] | None:
+        """What is kept with the episode of how it was asked for (:class:`feedback.tables.Episode`)."""
+        if self._noted is not None:
+            return self._noted
+        form = for_engine(self.response_format)
+        noted = {"metadata": self.metadata, "response_format": form}
+        return {name: value for name, value in noted.items() if value} or None
 
 
 def check_budget(max_tokens: int, max_model_tokens: int) -> None:
@@ -126,46 +254,3 @@ def check_budget(max_tokens: int, max_model_tokens: int) -> None:
             code="context_length_exceeded",
             param="max_tokens",
         )
-
-
-def chunk(
-    episode_id: str, created: int, model: str, delta: dict[str, Any], finish_reason: str | None = None
-) -> dict[str, Any]:
-    """Return one ``chat.completion.chunk``."""
-    return {
-        "id": episode_id,
-        "object": "chat.completion.chunk",
-        "created": created,
-        "model": model,
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
-    }
-
-
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
-    """Return OpenAI's usage object."""
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
-    }
-
-
-def completion(
-    episode_id: str, created: int, model: str, answer: str, finish_reason: str | None, used: dict[str, int]
-) -> dict[str, Any]:
-    """Return a whole ``chat.completion``."""
-    return {
-        "id": episode_id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer, "refusal": None},
-                "logprobs": None,
-                "finish_reason": finish_reason,
-            }
-        ],
-        "usage": used,
-    }

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 
 from agent import metrics
-from agent.book import Asked, Book, unknown_model
+from agent.book import Asked, Begun, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
 from feedback.conversations import Place
@@ -35,6 +35,9 @@ class Turn:
     must_end
         Whether it has to end now, as the process stops: the client gets a whole response, which says that it was
         cut (``length``), and the episode is interrupted.
+    index
+        Which of the answers to one request it is; all but the first take over what the first was assigned
+        (``begun``).
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class Turn:
         settings: Settings,
         body: ChatRequest,
         must_end: Callable[[], bool] = lambda: False,
+        index: int = 0,
     ) -> None:
+        self.index = index
+        self.begun: Begun | None = None
         self.book = book
         self.fleet = fleet
         self.settings = settings
@@ -56,9 +62,28 @@ class Turn:
         self._routes: dict[str, str] | None
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
+        self._told: list[dict[str, Any]] = []
         self.has_begun = False
         self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
+
+    async def assign(self) -> Begun:
+        """Choose the release that is to answer, and see that the request can be met; other choices take it over.
+
+        Raises
+        ------
+        EverloopError
+            As :meth:`begin`.
+        """
+        sampling = self.body.sampling(self.settings.max_answer_tokens)
+        check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
+        trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
+        place = Place(self.body.conversation, self.body.parent) if self.body.conversation else None
+        self.begun = begun = await self.book.begin(Asked(self.body.user, self.body.model, trial, place))
+        assignment = begun.assignment
+        if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
+            raise unknown_model(assignment.release)
+        return begun
 
     async def begin(self) -> None:
         """Choose the release and open the engine's stream; what is not streamed is generated in here.
@@ -69,14 +94,9 @@ class Turn:
             Where nothing was generated; then no episode is written, but of users in a canary. Of whoever hangs up
             meanwhile there is one, interrupted and empty.
         """
-        sampling = self.body.sampling(self.settings.max_answer_tokens)
-        check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
-        trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
-        place = Place(self.body.conversation, self.body.parent) if self.body.conversation else None
-        begun = await self.book.begin(Asked(self.body.user, self.body.model, trial, place))
+        begun = self.begun or await self.assign()
         assignment, self._key = begun.assignment, begun.key
-        if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
-            raise unknown_model(assignment.release)
+        is_trial = assignment.release.startswith(RUN_PREFIX)
         messages = await self._prompt()
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
@@ -87,10 +107,11 @@ class Turn:
             arm=assignment.arm,
             propensity=assignment.propensity,
             messages=messages,
-            sampling=sampling,
-            learn=self.body.store and begun.may_learn and trial is None,
+            sampling=self.body.sampling(self.settings.max_answer_tokens, self.index),
+            learn=self.body.store and begun.may_learn and not is_trial,
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
+            request=self.body.noted,
         )
         tracing.note(
             everloop__episode_id=self.recording.episode_id,
@@ -98,7 +119,7 @@ class Turn:
             everloop__release=assignment.release,
         )
         # A run serves its versions on the replica that it samples from.
-        self._routes = None if trial is None else {self.settings.need("engine_url"): trial}
+        self._routes = {self.settings.need("engine_url"): assignment.release} if is_trial else None
         try:
             await self._open(messages)
             self.has_begun, self._is_closed = True, False
@@ -116,18 +137,23 @@ class Turn:
         """Return what the model is to see."""
         return [message.model_dump() for message in self.body.messages]
 
+    def _given(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the engine is to go on from, and that it is to tell how probable each token was."""
+        told = {"top_logprobs": self.body.top_logprobs} if self.body.top_logprobs else {}
+        return {"messages": messages, "logprobs": True, **told}
+
     async def _open(self, messages: list[dict[str, Any]]) -> None:
         """Have the release go on from `messages`."""
         self._stream = self.fleet.stream_chat(
             self.recording.release,
             {
-                "messages": messages,
-                "logprobs": True,
+                **self._given(messages),
                 "return_token_ids": True,
                 **({"stream_options": {"include_usage": True}} if self.body.stream else {}),
                 **self.recording.sampling,
+                **self.body.shape(),
             },
-            affinity=self.body.user,
+            affinity=self.body.prompt_cache_key or self.body.user,
             routes=self._routes,
             at_once=not self.body.stream,
         )
@@ -195,18 +221,26 @@ class Turn:
             recording.num_prompt_tokens = event["usage"]["prompt_tokens"]
         if not event["choices"]:
             return ""
-        if event.get("prompt_token_ids"):
-            recording.num_prompt_tokens = len(event["prompt_token_ids"])
         choice = event["choices"][0]
+        if read := event.get("prompt_token_ids") or choice.get("prompt_token_ids"):
+            recording.num_prompt_tokens = len(read)
         text = choice["delta"].get("content") or ""
         if self.body.stream and recording.ttft_ms is None and text:
             recording.ttft_ms = self._elapsed_ms()
         # Half a surrogate pair or a NUL cannot be stored.
         recording.answer += text.replace("\x00", "").encode("utf-8", "replace").decode()
         recording.token_ids += choice.get("token_ids") or []
-        recording.logprobs += [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
+        told = (choice.get("logprobs") or {}).get("content") or []
+        recording.logprobs += [token["logprob"] for token in told]
+        if self.body.logprobs:
+            self._told += told
         recording.finish_reason = choice.get("finish_reason") or recording.finish_reason
         return str(text)
+
+    def take_logprobs(self) -> list[dict[str, Any]]:
+        """Return what is known of each token since this was last asked for; nothing where it is not wanted."""
+        told, self._told = self._told, []
+        return told
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_s) * 1000.0

@@ -56,6 +56,7 @@ class Recording:
     parent_id: str | None = None
     context: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
+    request: dict[str, Any] | None = None
     traceparent: str | None = field(default_factory=tracing.traceparent)
 
 
@@ -149,7 +150,7 @@ def _in_conversations(
 
 def _without_words(recording: Recording) -> Recording:
     blank: dict[str, Any] = {"messages": [], "answer": "", "token_ids": [], "logprobs": [], "learn": False}
-    return replace(recording, **blank, context=None, steps=[], conversation_id=None, parent_id=None)
+    return replace(recording, **blank, context=None, steps=[], request=None, conversation_id=None, parent_id=None)
 
 
 def blanked() -> dict[str, Any]:
@@ -161,6 +162,7 @@ def blanked() -> dict[str, Any]:
         "logprobs": [],
         "context": None,
         "steps": sa.literal([], JSONB),
+        "request": None,
         "conversation_id": None,
         "parent_id": None,
     }

@@ -37,7 +37,7 @@ def current_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
     InvalidRequestError
         Code ``invalid_user`` for a name that no user can have, ``user_reserved`` for that of a tombstone.
     """
-    return caller.speaks_for(_named(x_everloop_user)) or ANONYMOUS
+    return caller.speaks_for(named(x_everloop_user)) or ANONYMOUS
 
 
 def named_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
@@ -50,7 +50,7 @@ def named_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
     InvalidRequestError
         Code ``user_required`` where a caller who acts for others gives no name: ``anonymous`` is many people.
     """
-    name = caller.speaks_for(_named(x_everloop_user))
+    name = caller.speaks_for(named(x_everloop_user))
     if name is None:
         raise InvalidRequestError(
             "Say who you are in the header X-Everloop-User; what everybody said without a name belongs to nobody.",
@@ -60,7 +60,14 @@ def named_user(caller: SignedIn, x_everloop_user: UserHeader = None) -> str:
     return name
 
 
-def _named(x_everloop_user: str | None) -> str | None:
+def named(x_everloop_user: str | None) -> str | None:
+    """Return the user whom the header names; None where it names none.
+
+    Raises
+    ------
+    InvalidRequestError
+        Codes ``invalid_user`` and ``user_reserved``.
+    """
     if x_everloop_user is None:
         return None
     try:

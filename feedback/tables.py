@@ -33,10 +33,28 @@ class Conversation(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.user_id"))
     title: Mapped[str | None]
+    labels: Mapped[dict[str, str]] = mapped_column("metadata", JSONB, default=dict, server_default="{}")
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
     updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
 
     __table_args__ = (sa.Index("ix_conversations_user_id_updated_at_id", "user_id", "updated_at", "id"),)
+
+
+class ConversationItem(Base):
+    """A message that somebody put into a conversation without asking for an answer; goes with the conversation."""
+
+    __tablename__ = "conversation_items"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    conversation_id: Mapped[str] = mapped_column(sa.ForeignKey("conversations.id", ondelete="CASCADE"))
+    role: Mapped[str]
+    content: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+
+    __table_args__ = (
+        sa.CheckConstraint("role IN ('system', 'user', 'assistant')", name="role"),
+        sa.Index("ix_conversation_items_conversation_id_id", "conversation_id", "id"),
+    )
 
 
 # What was asked is the last message of a prompt; the others were said before.
@@ -81,6 +99,8 @@ class Episode(Base):
     context: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     # What happened between the question and the answer: calls of tools with their results.
     steps: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, default=list, server_default="[]")
+    # How it was asked for, beside messages and sampling: metadata, form of the answer, which API; null for none.
+    request: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
 
     __table_args__ = (
         sa.CheckConstraint("status IN ('complete', 'interrupted', 'failed')", name="status"),

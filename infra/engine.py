@@ -79,6 +79,8 @@ class EngineClient:
     async def stream_chat(self, payload: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """Open a chat completion stream; leaving the block early makes the engine stop generating.
 
+        A payload with a `prompt` instead of `messages` is continued as it stands, and told in the same way.
+
         Yields
         ------
         AsyncIterator[dict]
@@ -110,7 +112,7 @@ class EngineClient:
             request = self._chat_request(payload, self._timeout_s * WHOLE_ANSWER_SILENCE)
             body = wire.chunk((await self._send(request)).content)
             yield wire.at_once(
-                {**body, "choices": [{**choice, "delta": choice["message"]} for choice in body["choices"]]}
+                {**body, "choices": [{"delta": choice.get("message"), **choice} for choice in body["choices"]]}
             )
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
@@ -125,7 +127,7 @@ class EngineClient:
     def _chat_request(self, payload: dict[str, Any], silence_s: float) -> httpx.Request:
         return self._http.build_request(
             "POST",
-            "/v1/chat/completions",
+            "/v1/completions" if "prompt" in payload else "/v1/chat/completions",
             content=orjson.dumps(payload),
             headers={"Content-Type": "application/json"},
             timeout=httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),

@@ -44,7 +44,24 @@ def chunk(data: bytes) -> dict[str, Any]:
         raise EngineError("The engine sent what is no JSON.", code="engine_failed") from error
     if "error" in chunk or "choices" not in chunk:
         raise EngineError("The engine broke off the answer.", code="engine_failed")
+    if any("text" in choice for choice in chunk["choices"]):
+        chunk["choices"] = [_as_in_chat(choice) for choice in chunk["choices"]]
     return chunk
+
+
+def _as_in_chat(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice of a plain completion in the form of a chat's."""
+    told = choice.get("logprobs") or {}
+    tops = told.get("top_logprobs") or [None] * len(told.get("tokens", ()))
+    content = [
+        {
+            "token": token,
+            "logprob": logprob,
+            "top_logprobs": [{"token": t, "logprob": p} for t, p in (top or {}).items()],
+        }
+        for token, logprob, top in zip(told.get("tokens", ()), told.get("token_logprobs", ()), tops, strict=True)
+    ]
+    return {**choice, "delta": {"content": choice["text"]}, "logprobs": {"content": content} if told else None}
 
 
 async def at_once(chunk: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

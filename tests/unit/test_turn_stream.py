@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.background import BackgroundTask
 
-from agent.api import TurnStream
+from agent.exchange import TurnStream
 
 
 class Turn:
@@ -12,15 +12,15 @@ class Turn:
 
     is_closed = False
 
-    async def deltas(self):
-        yield "Well"
-
     async def close(self):
         self.is_closed = True
 
 
 def test_who_leaves_between_the_first_token_and_the_first_event_leaves_a_closed_turn():
     turn = Turn()
+
+    async def words():
+        yield "data: Well\n\n"
 
     async def gone():
         return {"type": "http.disconnect"}
@@ -31,6 +31,6 @@ def test_who_leaves_between_the_first_token_and_the_first_event_leaves_a_closed_
     async def nothing():
         pass
 
-    stream = TurnStream(turn, BackgroundTask(nothing))
+    stream = TurnStream(turn, words(), BackgroundTask(nothing))
     asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, nobody_there))
     assert turn.is_closed
