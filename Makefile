@@ -41,6 +41,7 @@ docs: setup ## Write what is made from the code: settings, events and their sche
 	@.venv/bin/python -m infra.settings_docs
 	@.venv/bin/python -m infra.asyncapi
 	@.venv/bin/python -m agent.api_document
+	@.venv/bin/python -m agent.compatibility
 
 bench: setup ## Measure (ARGS="serving --help" tells how; alone, lists the benches).
 	@.venv/bin/everloop bench $(or $(ARGS),--help)

@@ -24,6 +24,7 @@ import agent.api
 import agent.completions
 import agent.health
 import agent.oidc
+import agent.responses.api
 import deploy.api
 import deploy.decisions_api
 import deploy.pages
@@ -34,7 +35,7 @@ import feedback.conversations_api
 import reward.api
 from agent.book import Book
 from agent.guard import Guard
-from agent.parameters import UNKNOWN, UNSUPPORTED
+from agent.request_headers import RequestHeaders
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
 from agent.serving import Server
@@ -57,6 +58,7 @@ from infra.errors import (
 from infra.fleet import Fleet
 from infra.fleet_metrics import FleetCollector
 from infra.log.metrics import LogCollector
+from infra.parameters import UNKNOWN, UNSUPPORTED
 from infra.process import tell_of_itself
 from infra.settings import Settings, load
 from infra.stack import door
@@ -72,6 +74,7 @@ ROUTERS = (
     *(
         agent.api.router,
         agent.completions.router,
+        agent.responses.api.router,
         agent.api.public,
         agent.access_api.public,
         agent.access_api.router,
@@ -139,6 +142,7 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestHeaders)
     app.add_middleware(Observed)
     for router in ROUTERS:
         app.include_router(router)

@@ -85,7 +85,7 @@ class Choices:
             return
         pieces: asyncio.Queue[Delta | BaseException] = asyncio.Queue(maxsize=len(self.turns))
 
-        # Tasks and no task group: a generator may be closed from elsewhere than it was begun. Each has its own scope,
+        # Tasks and no task group: a generator may be closed from elsewhere than it was begun. Each has its scope,
         # since a task that is cancelled as such would not end what is shielded, as is the writing of an episode.
         scopes = [anyio.CancelScope() for _ in self.turns]
 

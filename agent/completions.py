@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field
 from agent.answers import usage
 from agent.choices import Choices
 from agent.exchange import choices_for, sse, streamed, whole
-from agent.parameters import unsupported
 from agent.schema import (
     MAX_BIASES,
     MAX_CHOICES,
@@ -31,6 +30,7 @@ from feedback.identity import UserHeader
 from infra.access.gate import SignedIn, needs
 from infra.access.roles import Role
 from infra.errors import EverloopError
+from infra.parameters import unsupported
 from infra.text import CleanText
 
 router = APIRouter(tags=["assistant"], dependencies=[needs(Role.USER)])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from agent.parameters import Only, OpenAIRequest, mistaken, unsupported
 from agent.structured import ChatFormat, for_engine
 from infra.access.roles import ANONYMOUS, Caller
 from infra.errors import InvalidRequestError
+from infra.parameters import Content, Metadata, Only, OpenAIRequest, Speaker, mistaken
 from infra.settings import ASSISTANT_MODEL
 from infra.text import CleanText
 
@@ -35,33 +35,6 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
-TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-def as_text(content: Any) -> Any:
-    """Return the text of a message's parts; what is no list is returned as it is.
-
-    Raises
-    ------
-    PydanticCustomError
-        Code ``unsupported_parameter`` for a part that is no text.
-    """
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in TEXT_PARTS:
-            raise unsupported("type", f"Only parts of type text are read, not {str(kind)[:40]!r}: send text.")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("A part of type text has a `text`.")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-Content = Annotated[CleanText, BeforeValidator(as_text), Field(min_length=1)]
-
-
 class Message(OpenAIRequest):
     """One message of a conversation; text only, whole or in parts. ``developer`` is another word for ``system``."""
 
@@ -74,10 +47,7 @@ class Message(OpenAIRequest):
         "annotations": "Send what was said as `content`.",
     }
 
-    role: Annotated[
-        Literal["system", "user", "assistant"],
-        BeforeValidator(lambda role: "system" if role == "developer" else role),
-    ]
+    role: Speaker
     content: Content
 
 
@@ -94,7 +64,6 @@ class StreamOptions(OpenAIRequest):
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[CleanText, Field(min_length=1, max_length=256)]
-Metadata = dict[Annotated[CleanText, Field(max_length=64)], Annotated[CleanText, Field(max_length=512)]]
 User = Annotated[CleanText, Field(min_length=1, max_length=128)]
 
 
@@ -171,7 +140,7 @@ class ChatRequest(Sampled):
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: bool = Field(True, description="Whether this answer may be learned from.")
-    metadata: Metadata | None = Field(None, max_length=16, description="Kept with the episode.")
+    metadata: Metadata | None = Field(None, description="Kept with the episode.")
     conversation: CleanText | None = Field(
         None, min_length=1, max_length=64, description="The conversation that this is kept in as a turn."
     )

@@ -10,7 +10,7 @@ import jsonschema
 import orjson
 from pydantic import AfterValidator, Field
 
-from agent.parameters import OpenAIRequest
+from infra.parameters import OpenAIRequest
 from infra.text import CleanText
 
 MAX_SCHEMA_BYTES = 32_768

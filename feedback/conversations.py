@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -48,6 +48,7 @@ class Listed:
     title: str | None
     created_at: datetime
     updated_at: datetime
+    metadata: dict[str, str]
 
     @property
     def cursor(self) -> str:
@@ -90,10 +91,10 @@ def not_found(conversation_id: str, param: str = "conversation_id") -> NotFoundE
     )
 
 
-def create(session: Session, user_id: str, title: str | None) -> Listed:
+def create(session: Session, user_id: str, title: str | None, metadata: Mapping[str, str] | None = None) -> Listed:
     """Begin a conversation within the caller's transaction."""
     users.meet(session, user_id)
-    conversation = Conversation(id=new_id("cv"), user_id=user_id, title=title)
+    conversation = Conversation(id=new_id("cv"), user_id=user_id, title=title, labels=dict(metadata or {}))
     session.add(conversation)
     session.flush()
     session.refresh(conversation)
@@ -108,12 +109,32 @@ def rename(session: Session, conversation_id: str, user_id: str, title: str | No
     NotFoundError
         Code ``conversation_not_found``.
     """
-    _own(session, conversation_id, user_id).title = title
+    own(session, conversation_id, user_id).title = title
     session.flush()
     return get(session, conversation_id, user_id)
 
 
-def _own(session: Session, conversation_id: str, user_id: str, *, lock: bool = False) -> Conversation:
+def describe(session: Session, conversation_id: str, user_id: str, metadata: Mapping[str, str]) -> Listed:
+    """Give a conversation other metadata.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``conversation_not_found``.
+    """
+    own(session, conversation_id, user_id).labels = dict(metadata)
+    session.flush()
+    return get(session, conversation_id, user_id)
+
+
+def own(session: Session, conversation_id: str, user_id: str, *, lock: bool = False) -> Conversation:
+    """Return a conversation's row.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``conversation_not_found``, for somebody else's, too.
+    """
     conversation = session.get(Conversation, conversation_id, with_for_update=lock)
     if conversation is None or conversation.user_id != user_id:
         raise not_found(conversation_id)
@@ -131,12 +152,17 @@ def _listed() -> sa.Select[Any]:
         .label("question")
     )
     return sa.select(
-        Conversation.id, Conversation.title, Conversation.created_at, Conversation.updated_at, first_question
+        Conversation.id,
+        Conversation.title,
+        Conversation.created_at,
+        Conversation.updated_at,
+        Conversation.labels,
+        first_question,
     )
 
 
 def _view(row: sa.Row[Any]) -> Listed:
-    return Listed(row.id, row.title or title_of(row.question or ""), row.created_at, row.updated_at)
+    return Listed(row.id, row.title or title_of(row.question or ""), row.created_at, row.updated_at, row.labels)
 
 
 def title_of(question: str) -> str | None:
@@ -220,7 +246,7 @@ def turns(
     NotFoundError
         Code ``conversation_not_found``.
     """
-    _own(session, conversation_id, user_id)
+    own(session, conversation_id, user_id)
     query = sa.select(
         Episode.id,
         Episode.parent_id,
@@ -308,19 +334,41 @@ def delete(session: Session, conversation_id: str, user_id: str) -> Deletion:
     # In the order in which turns are written: first the user, then the conversation. Whoever says something about
     # one of the answers holds a weaker lock on the user: they end first, or find an answer without words.
     session.get(User, user_id, with_for_update=True)
-    conversation = _own(session, conversation_id, user_id, lock=True)
-    own = session.scalars(sa.select(Episode.id).where(Episode.conversation_id == conversation_id)).all()
+    conversation = own(session, conversation_id, user_id, lock=True)
+    turn_ids = session.scalars(sa.select(Episode.id).where(Episode.conversation_id == conversation_id)).all()
+    num_signals = _delete_turns(session, user_id, turn_ids)
+    session.delete(conversation)
+    session.flush()
+    return Deletion(len(turn_ids), num_signals)
+
+
+def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
+    """Delete one answer with its question, as :func:`delete` does a conversation; return the signals withdrawn.
+
+    What later turns were shown of it stays in them, until they or their conversation are deleted.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``episode_not_found``.
+    """
+    session.get(User, user_id, with_for_update=True)
+    episode = episodes.get(session, episode_id, user_id)
+    if not episode.messages:
+        raise episodes.not_found(episode_id)
+    return _delete_turns(session, user_id, [episode_id])
+
+
+def _delete_turns(session: Session, user_id: str, own: Sequence[str]) -> int:
     num_signals = _withdraw(session, user_id, own)
     words = sa.update(Feedback).where(among(Feedback.episode_id, own))
     nothing = {"text": None, "body_digest": "", "address_block": None}
     session.execute(words.values(**nothing).execution_options(synchronize_session=False))
-    blank = sa.update(Episode).where(Episode.conversation_id == conversation_id)
+    blank = sa.update(Episode).where(among(Episode.id, own))
     session.execute(blank.values(learn=False, **episodes.blanked()).execution_options(synchronize_session=False))
     gone = [Entry(AnswerExcluded(episode_id=episode_id, by="owner"), episode_id) for episode_id in own]
     outbox.append_many(session, gone)  # after the withdrawals: what is left then are operators' judgements
-    session.delete(conversation)
-    session.flush()
-    return Deletion(len(own), num_signals)
+    return num_signals
 
 
 def _withdraw(session: Session, user_id: str, episode_ids: Sequence[str]) -> int:

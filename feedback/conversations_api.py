@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from feedback import conversations
+from feedback import conversations, items
 from feedback.api import Before, Limit
 from feedback.identity import NamedUser
+from feedback.items_view import AfterItem, ItemId, ItemPage, ItemView, Order
 from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.db import transaction
+from infra.parameters import Content, Metadata, Only, OpenAIRequest, Speaker
 from infra.text import CleanText
+
+MAX_NEW_ITEMS = 20  # as OpenAI's
 
 router = APIRouter(prefix="/v1/conversations", tags=["conversations"], dependencies=[needs(Role.USER)])
 
@@ -26,20 +31,53 @@ Cursor = Annotated[
 Words = Annotated[CleanText, Query(max_length=200, description="Words of the title, of a question or an answer.")]
 
 
-class NewConversation(BaseModel):
+class NewItem(OpenAIRequest):
+    """A message that is put into a conversation; nobody answers it."""
+
+    only: ClassVar[Mapping[str, Only]] = {
+        "type": Only(("message",), "Only messages are kept; leave it out."),
+        "status": Only(("completed", "incomplete"), "completed or incomplete; it is not kept."),
+    }
+
+    role: Speaker
+    content: Content
+    id: str | None = Field(None, description="Not kept: the item gets an id of its own.")
+    phase: Literal["commentary", "final_answer"] | None = Field(None, description="Not kept.")
+
+
+Items = Annotated[list[NewItem], Field(min_length=1, max_length=MAX_NEW_ITEMS)]
+
+
+class NewConversation(OpenAIRequest):
     """A conversation to be kept."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"title": "Rome in May"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"title": "Rome in May"}]})
+    own: ClassVar[frozenset[str]] = frozenset({"title"})
 
     title: Title | None = Field(None, description="Without one it is called by its first question.")
+    metadata: Metadata | None = None
+    items: Annotated[list[NewItem], Field(max_length=MAX_NEW_ITEMS)] | None = Field(
+        None, description="What was said before."
+    )
 
 
-class NewTitle(BaseModel):
-    """What a conversation is to be called."""
+class Change(BaseModel):
+    """What a conversation is to be called, or its metadata; what is not named stays."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"title": "Rome in May"}]})
 
-    title: Title | None = Field(description="null has it called by its first question again.")
+    title: Title | None = Field(None, description="null has it called by its first question again.")
+    metadata: Metadata | None = Field(None, description="null takes it away.")
+
+    @model_validator(mode="after")
+    def _something_changes(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("Name a `title` or `metadata`.")
+        return self
+
+
+def _unix_s(at: datetime) -> int:
+    return int(at.timestamp())
 
 
 class ConversationView(BaseModel):
@@ -49,8 +87,10 @@ class ConversationView(BaseModel):
 
     id: str
     title: str | None = Field(description="As it was named, or the beginning of its first question; else null.")
-    created_at: datetime
+    object: Literal["conversation"] = "conversation"
+    created_at: Annotated[int, BeforeValidator(_unix_s)] = Field(description="Seconds since 1970.")
     updated_at: datetime = Field(description="When its last turn ended.")
+    metadata: dict[str, str]
 
 
 class ConversationPage(BaseModel):
@@ -90,16 +130,26 @@ class Deleted(BaseModel):
     """What went with a conversation."""
 
     id: str
+    object: Literal["conversation.deleted"] = "conversation.deleted"
     deleted: Literal[True] = True
     num_turns: int
     num_signals_withdrawn: int = Field(description="Signals that stood, and teach no more.")
+
+
+class NewItems(OpenAIRequest):
+    """Messages to be put into a conversation."""
+
+    items: Items
 
 
 @router.post("", status_code=201)
 def create(body: NewConversation, user: NamedUser, request: Request) -> ConversationView:
     """Begin a conversation; name it in chat completions, and their turns are kept in it."""
     with transaction(request.app.state.sessions) as session:
-        return ConversationView.model_validate(conversations.create(session, user, body.title))
+        begun = conversations.create(session, user, body.title, body.metadata)
+        if body.items:
+            items.add(session, begun.id, user, [(item.role, item.content) for item in body.items])
+        return ConversationView.model_validate(begun)
 
 
 @router.get("")
@@ -121,10 +171,15 @@ def get(conversation_id: CleanText, user: NamedUser, request: Request) -> Conver
 
 
 @router.post("/{conversation_id}")
-def rename(conversation_id: CleanText, body: NewTitle, user: NamedUser, request: Request) -> ConversationView:
-    """Rename a conversation of yours."""
+def change(conversation_id: CleanText, body: Change, user: NamedUser, request: Request) -> ConversationView:
+    """Rename a conversation of yours, or change its metadata."""
     with transaction(request.app.state.sessions) as session:
-        return ConversationView.model_validate(conversations.rename(session, conversation_id, user, body.title))
+        changed = conversations.get(session, conversation_id, user)
+        if "title" in body.model_fields_set:
+            changed = conversations.rename(session, conversation_id, user, body.title)
+        if "metadata" in body.model_fields_set:
+            changed = conversations.describe(session, conversation_id, user, body.metadata or {})
+        return ConversationView.model_validate(changed)
 
 
 @router.delete("/{conversation_id}")
@@ -147,3 +202,41 @@ def list_turns(
         found = conversations.turns(session, conversation_id, user, before, limit)
     views = [TurnView.model_validate(each) for each in found]
     return TurnPage(data=views, next_before=found[-1].id if len(found) == limit else None)
+
+
+@router.get("/{conversation_id}/items")
+def list_items(
+    conversation_id: CleanText,
+    user: NamedUser,
+    request: Request,
+    after: AfterItem = None,
+    limit: Limit = 20,
+    order: Order = "desc",
+) -> ItemPage:
+    """List the messages of a conversation of yours, those of its turns and those that were put in."""
+    with transaction(request.app.state.sessions) as session:
+        found, has_more = items.page(session, conversation_id, user, after, limit, order)
+    return ItemPage.of(found, has_more)
+
+
+@router.post("/{conversation_id}/items")
+def add_items(conversation_id: CleanText, body: NewItems, user: NamedUser, request: Request) -> ItemPage:
+    """Put messages into a conversation of yours; the next response in it is shown them."""
+    with transaction(request.app.state.sessions) as session:
+        put = items.add(session, conversation_id, user, [(item.role, item.content) for item in body.items])
+    return ItemPage.of(put, False)
+
+
+@router.get("/{conversation_id}/items/{item_id}")
+def get_item(conversation_id: CleanText, item_id: ItemId, user: NamedUser, request: Request) -> ItemView:
+    """Return a message of a conversation of yours."""
+    with transaction(request.app.state.sessions) as session:
+        return ItemView.of(items.get(session, conversation_id, user, item_id))
+
+
+@router.delete("/{conversation_id}/items/{item_id}")
+def delete_item(conversation_id: CleanText, item_id: ItemId, user: NamedUser, request: Request) -> ConversationView:
+    """Take a message out that was put in; a question and its answer go together, with `DELETE /v1/responses/…`."""
+    with transaction(request.app.state.sessions) as session:
+        items.remove(session, conversation_id, user, item_id)
+        return ConversationView.model_validate(conversations.get(session, conversation_id, user))

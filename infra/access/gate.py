@@ -167,7 +167,9 @@ class Needs:
             raise ForbiddenError(f"This needs the role {self.role}; yours is {caller.role}.", code="role_needed")
         if request.method not in SAFE_METHODS and not hasattr(request.state, "is_counted"):
             request.state.is_counted = True  # a router and its route may both ask for a role
-            request.app.state.gate.limits.count_request(caller)
+            limits = request.app.state.gate.limits
+            limits.count_request(caller)
+            request.state.rate_limits = limits.standing(caller)
 
 
 def needs(role: Role | None) -> Any:

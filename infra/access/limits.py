@@ -60,6 +60,24 @@ class Limits:
                     "too_many_tokens",
                 )
 
+    def standing(self, caller: Caller) -> dict[str, str]:
+        """Return what a caller may still ask for, as headers of OpenAI's API; empty where nothing is limited."""
+        counted: dict[str, tuple[RateLimitItem, tuple[str, ...]]] = {}
+        if caller.account_id and not caller.acts_for_others:
+            if self._requests:
+                counted["requests"] = self._requests, ("requests", caller.account_id)
+            if self._tokens:
+                counted["tokens"] = self._tokens, ("tokens", caller.account_id)
+        if (of_key := _per_minute(caller.requests_per_minute)) and caller.key_id:
+            counted["requests"] = of_key, ("requests", caller.key_id)
+        headers = {}
+        for what, (limit, names) in counted.items():
+            stats = self._counter.get_window_stats(limit, *names)
+            headers[f"x-ratelimit-limit-{what}"] = str(limit.amount)
+            headers[f"x-ratelimit-remaining-{what}"] = str(max(stats.remaining, 0))
+            headers[f"x-ratelimit-reset-{what}"] = f"{max(0, math.ceil(stats.reset_time - time.time()))}s"
+        return headers
+
     def count_tokens(self, caller: Caller, num_tokens: int) -> None:
         """Note what an answer took, its question included."""
         if self._tokens and caller.account_id and not caller.acts_for_others:

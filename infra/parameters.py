@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from infra.text import CleanText
 
 UNSUPPORTED = "unsupported_parameter"
 UNKNOWN = "unknown_parameter"
@@ -72,3 +74,38 @@ def mistaken(param: str, why: str) -> PydanticCustomError:
 def unsupported(param: str, instead: str) -> PydanticCustomError:
     """Return the error of a parameter that OpenAI has and Everloop has not."""
     return PydanticCustomError(UNSUPPORTED, "{instead}", {"param": param, "instead": instead})
+
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def as_text(content: Any) -> Any:
+    """Return the text of a message's parts; what is no list is returned as it is.
+
+    Raises
+    ------
+    PydanticCustomError
+        Code ``unsupported_parameter`` for a part that is no text.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in TEXT_PARTS:
+            raise unsupported("type", f"Only parts of type text are read, not {str(kind)[:40]!r}: send text.")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("A part of type text has a `text`.")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Content = Annotated[CleanText, BeforeValidator(as_text), Field(min_length=1)]
+Speaker = Annotated[
+    Literal["system", "user", "assistant"],
+    BeforeValidator(lambda role: "system" if role == "developer" else role),
+]
+Metadata = Annotated[
+    dict[Annotated[CleanText, Field(max_length=64)], Annotated[CleanText, Field(max_length=512)]],
+    Field(max_length=16),
+]

@@ -1,0 +1,127 @@
+"""``/v1/responses``: create, retrieve, delete; what is stored are episodes, those of chats, too."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from agent.exchange import choices_for, streamed, whole
+from agent.responses import place, view
+from agent.responses.events import events
+from agent.responses.schema import ResponseRequest
+from agent.turn import Turn
+from feedback import conversations, items
+from feedback.api import Limit
+from feedback.identity import CurrentUser, UserHeader, named
+from feedback.items_view import AfterItem, ItemPage, Order
+from infra.access.gate import SignedIn, needs
+from infra.access.roles import Role
+from infra.db import transaction
+from infra.errors import InvalidRequestError
+from infra.parameters import UNSUPPORTED
+from infra.text import CleanText
+
+router = APIRouter(prefix="/v1/responses", tags=["responses"], dependencies=[needs(Role.USER)])
+
+
+class DeletedResponse(BaseModel):
+    """What went with a response."""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+    num_signals_withdrawn: int
+
+
+@router.post("", response_model=None)
+async def create(
+    body: ResponseRequest, caller: SignedIn, request: Request, x_everloop_user: UserHeader = None
+) -> Response:
+    """Answer. The response's ``id`` is the episode's, which feedback names; stored, it can be gone on from."""
+    user = body.for_whom(caller, named(x_everloop_user))
+
+    def look() -> tuple[place.Place, list[dict[str, Any]]]:
+        named_conversation = body.conversation.id if body.conversation else None
+        with transaction(request.app.state.sessions) as session:
+            return place.find(session, user, named_conversation, body.previous_response_id)
+
+    where, before = await anyio.to_thread.run_sync(look)
+    choices = await choices_for(body.as_chat(user, before, where), caller, request, x_everloop_user)
+    if body.stream:
+        return await streamed(choices, caller, request, events(choices.first))
+    return await whole(choices, caller, request, lambda: _answer(choices.first))
+
+
+def _answer(turn: Turn) -> dict[str, Any]:
+    recording = turn.recording
+    answer = view.response(recording.episode_id, turn.created, recording)
+    if turn.body.logprobs:
+        status = answer["status"]
+        said = view.message(recording.episode_id, recording.answer, status, turn.take_logprobs())
+        answer["output"] = [said] if recording.answer else []
+    return answer
+
+
+@router.get("/{response_id}")
+def retrieve(
+    response_id: CleanText,
+    user: CurrentUser,
+    request: Request,
+    stream: Annotated[bool, Query(description="Only false: an answer is streamed once.")] = False,
+) -> dict[str, Any]:
+    """Return a response of yours that is stored; every answer of yours is one, those of chats, too."""
+    if stream:
+        raise InvalidRequestError(
+            "An answer is streamed once, while it is made; leave it out.", code=UNSUPPORTED, param="stream"
+        )
+    with transaction(request.app.state.sessions) as session:
+        row = place.readable(session, response_id, user)
+        return view.response(row.id, int(row.created_at.timestamp()), row)
+
+
+@router.delete("/{response_id}")
+def delete(response_id: CleanText, user: CurrentUser, request: Request) -> DeletedResponse:
+    """Delete a response of yours with what it answered, withdraw what was said of it, and have it taught no more.
+
+    What later answers were shown of it stays in them; deleting the conversation takes all.
+    """
+    with transaction(request.app.state.sessions) as session:
+        place.readable(session, response_id, user)
+        num_signals = conversations.delete_turn(session, response_id, user)
+    return DeletedResponse(id=response_id, num_signals_withdrawn=num_signals)
+
+
+@router.post("/{response_id}/cancel")
+def cancel(response_id: CleanText, user: CurrentUser, request: Request) -> None:
+    """Refuse: only what runs in the background is cancelled, and nothing does. Hanging up ends an answer."""
+    with transaction(request.app.state.sessions) as session:
+        place.readable(session, response_id, user)
+    raise InvalidRequestError(
+        "Only responses in the background are cancelled, and none are; to end an answer, close its stream.",
+        code="not_in_background",
+        param="response_id",
+    )
+
+
+@router.get("/{response_id}/input_items")
+def list_input_items(
+    response_id: CleanText,
+    user: CurrentUser,
+    request: Request,
+    after: AfterItem = None,
+    limit: Limit = 20,
+    order: Order = "desc",
+) -> ItemPage:
+    """List the messages that a response of yours answered, without what came before them."""
+    with transaction(request.app.state.sessions) as session:
+        row = place.readable(session, response_id, user)
+        found = items.of_turn(row.id, row.messages, "", row.status, items.num_input(row, whole=True))
+    if order == "desc":
+        found.reverse()
+    if after is not None:
+        found = [item for item in found if (item.id < after if order == "desc" else item.id > after)]
+    return ItemPage.of(found[:limit], len(found) > limit)

@@ -1,0 +1,214 @@
+"""What was said, message by message: the items of conversations, and what led to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from feedback import conversations
+from feedback.tables import Conversation, ConversationItem, Episode
+from infra.errors import ConflictError, NotFoundError
+from infra.ids import new_id
+
+MAX_THREAD_TURNS = 512
+ANSWER = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A message with an id that sorts by time: of a turn (its number in the turn, or ``out``), or one put in."""
+
+    id: str
+    role: str
+    content: str
+    is_complete: bool = True
+
+    @property
+    def message(self) -> dict[str, str]:
+        """The message as a model is shown it."""
+        return {"role": self.role, "content": self.content}
+
+
+def of_turn(
+    episode_id: str, messages: Sequence[dict[str, Any]], answer: str, status: str, num_input: int
+) -> list[Item]:
+    """Return the items of a turn: what was asked in it (the last `num_input` messages), and the answer."""
+    own = list(messages[-num_input:]) if num_input else []
+    items = [
+        Item(item_id(episode_id, f"{number:03}"), message["role"], str(message.get("content") or ""))
+        for number, message in enumerate(own)
+    ]
+    if answer:
+        items.append(Item(item_id(episode_id, ANSWER), "assistant", answer, status == "complete"))
+    return items
+
+
+def item_id(episode_id: str, part: str) -> str:
+    """Return the id of an item of a turn."""
+    return f"msg_{episode_id.partition('_')[2]}_{part}"
+
+
+def num_input(row: Episode, *, whole: bool = False) -> int:
+    """Return how many of the messages that a model was shown were new in this turn.
+
+    Who asks by chat completions sends all of them each time: the last is the question. `whole` has them all be new
+    in a turn that follows none.
+    """
+    said = (row.request or {}).get("num_input")
+    if said is not None:
+        return int(said)
+    return len(row.messages) if whole and row.parent_id is None else 1
+
+
+def thread(session: Session, user_id: str, episode_id: str) -> list[Item]:
+    """Return what was said up to and with an answer of a user's, each turn as it was logged, the oldest first.
+
+    At most 512 turns are gone back, and none beyond one that was deleted.
+    """
+    start = (
+        sa.select(Episode.id, Episode.parent_id, sa.literal(1).label("depth"))
+        .where(Episode.id == episode_id, Episode.user_id == user_id)
+        .cte("thread", recursive=True)
+    )
+    before = sa.select(Episode.id, Episode.parent_id, start.c.depth + 1).where(
+        Episode.id == start.c.parent_id, Episode.user_id == user_id, start.c.depth < MAX_THREAD_TURNS
+    )
+    ids = session.scalars(sa.select(start.union_all(before).c.id)).all()
+    rows = session.scalars(sa.select(Episode).where(Episode.id.in_(ids)).order_by(Episode.id))
+    return [item for row in rows for item in _items(row, whole=True)]
+
+
+def _items(row: Episode, *, whole: bool = False) -> list[Item]:
+    return (
+        of_turn(row.id, row.messages, row.answer, row.status, num_input(row, whole=whole)) if row.messages else []
+    )
+
+
+def latest_turn(session: Session, conversation_id: str) -> str | None:
+    """Return the id of the newest turn of a conversation; None where it has none."""
+    return session.scalar(
+        sa.select(Episode.id).where(Episode.conversation_id == conversation_id).order_by(Episode.id.desc()).limit(1)
+    )
+
+
+def in_order(*several: Iterable[Item]) -> list[Item]:
+    """Return items, the oldest first."""
+    return sorted((item for items in several for item in items), key=lambda item: item.id)
+
+
+def put_in(session: Session, conversation_id: str, after: str | None = None) -> list[Item]:
+    """Return the messages that somebody put into a conversation."""
+    query = sa.select(ConversationItem).where(ConversationItem.conversation_id == conversation_id)
+    if after is not None:
+        query = query.where(ConversationItem.id > after)
+    return [Item(row.id, row.role, row.content) for row in session.scalars(query.order_by(ConversationItem.id))]
+
+
+def add(session: Session, conversation_id: str, user_id: str, messages: Sequence[tuple[str, str]]) -> list[Item]:
+    """Put messages into a conversation, each a role and a text.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``conversation_not_found``.
+    """
+    conversations.own(session, conversation_id, user_id)
+    items = [Item(new_id("msg"), role, content) for role, content in messages]
+    # Ids of one millisecond are in no order: these must be.
+    ids = sorted(item.id for item in items)
+    items = [Item(each, item.role, item.content) for each, item in zip(ids, items, strict=True)]
+    for item in items:
+        session.add(
+            ConversationItem(id=item.id, conversation_id=conversation_id, role=item.role, content=item.content)
+        )
+    session.execute(
+        sa.update(Conversation).where(Conversation.id == conversation_id).values(updated_at=sa.func.now())
+    )
+    session.flush()
+    return items
+
+
+def page(
+    session: Session,
+    conversation_id: str,
+    user_id: str,
+    after: str | None,
+    limit: int,
+    order: Literal["asc", "desc"],
+) -> tuple[list[Item], bool]:
+    """Return items of a conversation, and whether there are more.
+
+    Parameters
+    ----------
+    after
+        The id of the last item of the page before.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``conversation_not_found``.
+    """
+    conversations.own(session, conversation_id, user_id)
+    descending = order == "desc"
+    # Each turn has an item at least, so that many turns are enough: the one that `after` is of, and so many more.
+    turns = sa.select(Episode).where(Episode.conversation_id == conversation_id)
+    own = sa.select(ConversationItem).where(ConversationItem.conversation_id == conversation_id)
+    if after is not None:
+        turn_id = f"ep_{after.split('_')[1]}"
+        turns = turns.where(Episode.id <= turn_id if descending else Episode.id >= turn_id)
+        own = own.where(ConversationItem.id < after if descending else ConversationItem.id > after)
+    turns = turns.order_by(Episode.id.desc() if descending else Episode.id).limit(limit + 2)
+    own = own.order_by(ConversationItem.id.desc() if descending else ConversationItem.id).limit(limit + 1)
+    put = [Item(row.id, row.role, row.content) for row in session.scalars(own)]
+    found = in_order((item for row in session.scalars(turns) for item in _items(row)), put)
+    if descending:
+        found.reverse()
+    if after is not None:
+        found = [item for item in found if (item.id < after if descending else item.id > after)]
+    return found[:limit], len(found) > limit
+
+
+def get(session: Session, conversation_id: str, user_id: str, wanted: str) -> Item:
+    """Return an item of a conversation.
+
+    Raises
+    ------
+    NotFoundError
+        Codes ``conversation_not_found`` and ``item_not_found``.
+    """
+    conversations.own(session, conversation_id, user_id)
+    row = session.get(ConversationItem, wanted)
+    if row is not None and row.conversation_id == conversation_id:
+        return Item(row.id, row.role, row.content)
+    turn = session.get(Episode, f"ep_{wanted.split('_')[1]}" if wanted.count("_") == 2 else "")
+    if turn is not None and turn.conversation_id == conversation_id:
+        for item in _items(turn):
+            if item.id == wanted:
+                return item
+    raise NotFoundError(f"There is no item {wanted!r} here.", code="item_not_found", param="item_id")
+
+
+def remove(session: Session, conversation_id: str, user_id: str, wanted: str) -> None:
+    """Take out a message that was put in.
+
+    Raises
+    ------
+    NotFoundError
+        As :func:`get`.
+    ConflictError
+        Code ``item_of_a_turn`` for a question or an answer: they go together.
+    """
+    get(session, conversation_id, user_id, wanted)
+    row = session.get(ConversationItem, wanted)
+    if row is None:
+        turn_id = f"ep_{wanted.split('_')[1]}"
+        raise ConflictError(
+            f"A question and its answer go together: DELETE /v1/responses/{turn_id} takes both.",
+            code="item_of_a_turn",
+            param="item_id",
+        )
+    session.delete(row)
