@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from agent.best_of import step_of
 from agent.turn import Turn
 
 Logprobs = list[dict[str, Any]]
@@ -46,11 +47,18 @@ def usage(turns: Sequence[Turn]) -> dict[str, Any]:
     """Return OpenAI's usage object; the prompt, which all choices share, counts once."""
     num_prompt = turns[0].recording.num_prompt_tokens
     num_answer = sum(len(turn.recording.token_ids) for turn in turns)
+    chosen = step_of(turns[0].recording.steps)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_answer,
         "total_tokens": num_prompt + num_answer,
+        **({"best_of": shown(chosen)} if chosen else {}),
     }
+
+
+def shown(step: dict[str, Any]) -> dict[str, Any]:
+    """Return what choosing among several answers took, as usage tells it."""
+    return {name: step[name] for name in ("n", "num_candidates", "chosen", "extra_tokens", "ms", "outcome")}
 
 
 def _identity(first: Turn, kind: str) -> dict[str, Any]:

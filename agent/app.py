@@ -33,6 +33,7 @@ import deploy.runs_api
 import feedback.api
 import feedback.conversations_api
 import reward.api
+from agent.best_of import BestOf
 from agent.book import Book
 from agent.guard import Guard
 from agent.request_headers import RequestHeaders
@@ -124,6 +125,7 @@ def build_app(settings: Settings) -> FastAPI:
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):
+                app.state.best_of = BestOf(app.state.reward, fleet, settings)
                 with exposition.telling(LogCollector(app.state.sessions), FleetCollector(fleet)):
                     yield
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
+from agent.best_of import step_of
 from agent.choices import Choices
 from agent.schema import ChatRequest
 from agent.turn import Turn
@@ -50,7 +51,9 @@ async def choices_for(
         )
     state.gate.limits.check_tokens(caller)
     given = (state.book, state.fleet, state.settings, body, state.must_end)
-    return Choices([turn_type(*given, index) for index in range(body.n)])
+    # Of what is streamed the first word cannot wait for the choice; whoever asks for several chooses themselves.
+    best = state.best_of if turn_type is Turn and body.n == 1 and not body.stream else None
+    return Choices([turn_type(*given, index, best) for index in range(body.n)])
 
 
 async def whole(
@@ -132,7 +135,8 @@ async def _afterwards(request: Request, caller: Caller, choices: Choices) -> Non
             recording = turn.recording
             # The prompt, which all choices share, counts once.
             num_read = recording.num_prompt_tokens if turn is choices.first else 0
-            state.gate.limits.count_tokens(caller, num_read + len(recording.token_ids))
+            num_extra = (step_of(recording.steps) or {}).get("extra_tokens", 0)
+            state.gate.limits.count_tokens(caller, num_read + len(recording.token_ids) + num_extra)
             await state.self_evaluator.offer(recording)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import Counter, Histogram
 
 from feedback.episodes import Recording
@@ -21,6 +23,18 @@ ANSWER = Histogram(
     buckets=(0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128),
 )
 
+BEST_OF = Counter(
+    "everloop_best_of",
+    "Answers looked at before they were given, by what came of it.",
+    ["outcome"],
+)
+BEST_OF_TOKENS = Counter("everloop_best_of_extra_tokens", "Tokens of answers made to choose among.")
+BEST_OF_SECONDS = Histogram(
+    "everloop_best_of_seconds",
+    "What looking, and making others, added to an answer.",
+    buckets=(0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16),
+)
+
 
 def note(recording: Recording) -> None:
     """Count an answer that has ended."""
@@ -31,3 +45,10 @@ def note(recording: Recording) -> None:
     ANSWER.labels(arm, outcome).observe(recording.latency_ms / 1000.0)
     if recording.ttft_ms is not None:
         FIRST_TOKEN.labels(arm).observe(recording.ttft_ms / 1000.0)
+
+
+def note_best_of(step: dict[str, Any]) -> None:
+    """Count an answer that was looked at before it was given (:mod:`agent.best_of`)."""
+    BEST_OF.labels(step["outcome"]).inc()
+    BEST_OF_TOKENS.inc(step["extra_tokens"])
+    BEST_OF_SECONDS.observe(step["ms"] / 1000.0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import anyio
 
 from agent import metrics
+from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
@@ -38,6 +39,8 @@ class Turn:
     index
         Which of the answers to one request it is; all but the first take over what the first was assigned
         (``begun``).
+    best
+        Chooses among several answers, where that is on; not for what is streamed.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class Turn:
         body: ChatRequest,
         must_end: Callable[[], bool] = lambda: False,
         index: int = 0,
+        best: BestOf | None = None,
     ) -> None:
         self.index = index
+        self.best = best
         self.begun: Begun | None = None
         self.book = book
         self.fleet = fleet
@@ -142,17 +147,22 @@ class Turn:
         told = {"top_logprobs": self.body.top_logprobs} if self.body.top_logprobs else {}
         return {"messages": messages, "logprobs": True, **told}
 
+    def _payload(self, messages: list[dict[str, Any]], *, stream: bool, seed_after: int = 0) -> dict[str, Any]:
+        sampling = self.recording.sampling
+        return {
+            **self._given(messages),
+            "return_token_ids": True,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+            **sampling,
+            **({"seed": sampling["seed"] + seed_after} if seed_after and "seed" in sampling else {}),
+            **self.body.shape(),
+        }
+
     async def _open(self, messages: list[dict[str, Any]]) -> None:
         """Have the release go on from `messages`."""
         self._stream = self.fleet.stream_chat(
             self.recording.release,
-            {
-                **self._given(messages),
-                "return_token_ids": True,
-                **({"stream_options": {"include_usage": True}} if self.body.stream else {}),
-                **self.recording.sampling,
-                **self.body.shape(),
-            },
+            self._payload(messages, stream=self.body.stream),
             affinity=self.body.prompt_cache_key or self.body.user,
             routes=self._routes,
             at_once=not self.body.stream,
@@ -196,6 +206,7 @@ class Turn:
                     if self.must_end() and not self.recording.finish_reason:
                         self.recording.finish_reason = "length"
                         return
+            await self._improve()
             self.recording.status = "complete" if self.recording.finish_reason else "failed"
         except EverloopError:
             self.recording.status = "failed"
@@ -241,6 +252,31 @@ class Turn:
         """Return what is known of each token since this was last asked for; nothing where it is not wanted."""
         told, self._told = self._told, []
         return told
+
+    async def _improve(self) -> None:
+        """Give the best of several answers instead, where the release or the settings say so."""
+        assert self.begun is not None
+        best_of = self.begun.assignment.best_of or self.settings.best_of
+        if self.best is not None and best_of > 1 and self.recording.answer and self.recording.finish_reason:
+            await self.best.improve(self, best_of)
+
+    def open_again(self, num: int) -> AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]:
+        """Have the release that answers answer `num` times more, each in one piece."""
+        return self.fleet.stream_chat(
+            self.recording.release,
+            {**self._payload(self.recording.messages, stream=False, seed_after=1), "n": num},
+            affinity=self.body.prompt_cache_key or self.body.user,
+            routes=self._routes,
+            at_once=True,
+        )
+
+    def take_over(self, other: Candidate) -> None:
+        """Give another answer instead."""
+        recording = self.recording
+        recording.answer = other.answer.encode("utf-8", "replace").decode()
+        recording.token_ids, recording.finish_reason = list(other.token_ids), other.finish_reason
+        recording.logprobs = [token["logprob"] for token in other.told]
+        self._told = list(other.told) if self.body.logprobs else []
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._started_s) * 1000.0

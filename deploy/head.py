@@ -30,13 +30,17 @@ CANARY_ACTIONS = {"promote": "promoted", "rollback": "canary_rolled_back", "quar
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The release that a user gets, and how it came to that."""
+    """The release that a user gets, and how it came to that.
+
+    ``best_of`` is how many answers it chooses from, where the release says so (its decoding).
+    """
 
     release: str
     adapter_digest: str | None
     arm: str
     propensity: float
     canary_id: int | None
+    best_of: int | None = None
 
 
 def read(session: Session) -> Head:
@@ -71,8 +75,11 @@ def pinned(session: Session, name: str) -> Assignment:
 
 
 def _assignment(session: Session, release: str, arm: str, propensity: float, canary_id: int | None) -> Assignment:
-    digest = session.scalar(sa.select(Release.adapter_digest).where(Release.name == release))
-    return Assignment(release, digest, arm, propensity, canary_id)
+    row = session.execute(
+        sa.select(Release.adapter_digest, Release.decoding).where(Release.name == release)
+    ).first()
+    digest, decoding = row if row is not None else (None, None)
+    return Assignment(release, digest, arm, propensity, canary_id, (decoding or {}).get("best_of"))
 
 
 def open_canary(

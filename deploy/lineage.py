@@ -28,6 +28,8 @@ class ReleaseView(BaseModel):
     run: str | None = Field(description="The run that trained it; null where it was imported.")
     dataset_digest: str | None
     reward_snapshot: int | None
+    variant_of: str | None = Field(description="The release whose weights it has, where it only answers otherwise.")
+    decoding: dict[str, int] | None = Field(description="How it answers, where that is part of what it is.")
     started_from: str | None = Field(description="The release that it goes on from.")
     was_champion: bool = Field(description="Whether it has been champion before, so that one can go back to it.")
     mark: str | None = Field(description="retrain-required or quarantined: it learned from somebody forgotten.")
@@ -144,6 +146,8 @@ def _fields(release: Release, adapter: Adapter | None, now: _Now) -> dict[str, A
         "digest": release.adapter_digest,
         "base_digest": adapter.base_digest if adapter else None,
         "run": adapter.run_id if adapter else None,
+        "variant_of": release.variant_of,
+        "decoding": release.decoding,
         "dataset_digest": manifest.get("dataset_digest"),
         "reward_snapshot": manifest.get("reward_snapshot_id"),
         "started_from": manifest.get("started_from", BASE_MODEL_NAME) if adapter else None,

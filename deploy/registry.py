@@ -64,7 +64,8 @@ def register(
         files = file_digests(staged)
         digest = adapter_digest(files)
         manifest = {**manifest, "base_digest": base_digest, "files": files, "digest": digest}
-        known = session.scalars(sa.select(Release).where(Release.adapter_digest == digest)).one_or_none()
+        own_name = Release.variant_of.is_(None)
+        known = session.scalars(sa.select(Release).where(Release.adapter_digest == digest, own_name)).one_or_none()
         if known is None:
             if name is not None and session.scalar(sa.select(sa.exists().where(Release.name == name))):
                 raise ConflictError(f"There is a release {name!r} already.", code="name_taken", param="name")

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deploy import audit, registry, retention
+from deploy import audit, registry, retention, variants
 from deploy.cli import Reason
 from deploy.lineage import LineageView, lineage, releases
+from deploy.names import CHAMPION
 from infra import report
 from infra.db import connect, transaction
 from infra.errors import SetupError
@@ -87,6 +88,22 @@ def import_adapter(
         ) from error
     report.write_json(json_path, {"release": release.name, "digest": release.adapter_digest})
     report.say(f"registered {release.name}; `everloop promote {release.name} --reason …` has it served")
+
+
+@app.command()
+def propose(
+    best_of: Annotated[int, typer.Option("--best-of", help="Answers to choose from where the first is weak.")],
+    reason: Reason,
+    of: Annotated[str, typer.Option("--of", help="The release whose weights it has.")] = CHAMPION,
+    name: Annotated[str | None, typer.Option("--name", help="What to call it; chosen, if unset.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Make a release that answers otherwise than another of the same weights, and propose a canary of it."""
+    with transaction(connect(load().need("database_url"), pool_size=1)) as session:
+        release = variants.propose(session, of, best_of, name=name, actor=getpass.getuser(), reason=reason)
+    told = {"release": release.name, "variant_of": release.variant_of, "decoding": release.decoding}
+    report.write_json(json_path, told)
+    report.say(f"made {release.name}; `everloop canary open {release.name} --reason …` has it meet users")
 
 
 @app.command()

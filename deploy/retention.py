@@ -7,7 +7,7 @@ then deleted: a crash in between leaves files that the next round removes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,7 @@ from deploy.registry import lock_head, lock_out_erasures
 from deploy.runs import TrainingRun
 from deploy.store import open_store
 from deploy.tables import Adapter, AuditEntry, Canary, Head, Release
+from deploy.variants import all_variants
 from infra.db import Sessions
 from infra.errors import ConflictError
 from infra.settings import BASE_MODEL_NAME, Settings
@@ -144,12 +145,13 @@ def prune(sessions: Sessions, settings: Settings, *, dry_run: bool = False, acto
 
 def _deletable_now(session: Session, settings: Settings) -> list[StoredAdapter]:
     named = sa.select(Adapter, Release.name).join(Release, Release.adapter_digest == Adapter.digest)
-    rows = session.execute(named.order_by(Release.id))
+    rows = session.execute(named.where(Release.variant_of.is_(None)).order_by(Release.id))
+    of = all_variants(session)  # what a variant needs are the files of the release whose weights it has
     adapters = [
         StoredAdapter(
             adapter.digest,
             name,
-            str(adapter.manifest.get("started_from", BASE_MODEL_NAME)),
+            _held_for(of, str(adapter.manifest.get("started_from", BASE_MODEL_NAME))),
             adapter.stored_at,
             adapter.files_deleted_at is None,
         )
@@ -157,11 +159,15 @@ def _deletable_now(session: Session, settings: Settings) -> list[StoredAdapter]:
     ]
     return deletable(
         adapters,
-        _in_use(session),
-        _moves(session),
+        {_held_for(of, name) for name in _in_use(session)},
+        [(_held_for(of, before), _held_for(of, after)) for before, after in _moves(session)],
         num_moves_kept=settings.releases_kept,
         young_since=datetime.now(UTC) - timedelta(days=settings.adapters_kept_days),
     )
+
+
+def _held_for(variants: Mapping[str, str], release: str) -> str:
+    return variants.get(release, release)
 
 
 def _in_use(session: Session) -> set[str]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from deploy import head, registry
+from deploy import head, registry, variants
 from deploy.runs import TrainingRun
 from deploy.tables import Attestation, Replica, WantedRelease
 from infra.db import Sessions, transaction
@@ -45,7 +45,9 @@ def wanted(session: Session) -> list[str]:
     names += session.scalars(sa.select(WantedRelease.release).where(WantedRelease.until > sa.func.now()))
     names += session.scalars(sa.select(TrainingRun.release).where(TrainingRun.status == "running"))
     names.append(BASE_MODEL_NAME)
-    return [name for name in dict.fromkeys(names) if name and not registry.is_quarantined(session, name)]
+    of = variants.all_variants(session)
+    held = dict.fromkeys(of.get(name, name) for name in names if name)
+    return [name for name in held if not registry.is_quarantined(session, name)]
 
 
 def routes(session: Session) -> dict[str, dict[str, str]]:
@@ -58,7 +60,7 @@ def routes(session: Session) -> dict[str, dict[str, str]]:
     )
     for release, replica, served_as in rows:
         proved.setdefault(release, {})[replica] = served_as
-    return proved
+    return proved | {name: proved.get(of, {}) for name, of in variants.all_variants(session).items()}
 
 
 def missing(session: Session, release: str, seen_after: datetime | None = None) -> dict[str, str]:
@@ -74,6 +76,7 @@ def missing(session: Session, release: str, seen_after: datetime | None = None) 
     UnavailableError
         Code ``engine_unavailable`` where none is up.
     """
+    release = variants.weights_of(session, release)
     rows = session.execute(
         sa.select(Replica.url, Replica.seen_at, Attestation.release, Attestation.problem)
         .outerjoin(Attestation, sa.and_(Attestation.replica == Replica.url, Attestation.release == release))
@@ -100,6 +103,7 @@ def is_ready(session: Session, release: str) -> bool:
 
 def served_as(session: Session, release: str, replica: str) -> str:
     """Return what a replica calls a release that it has proved; the release's own name where it has not."""
+    release = variants.weights_of(session, release)
     return (
         session.scalar(
             sa.select(Attestation.served_as).where(
@@ -112,7 +116,7 @@ def served_as(session: Session, release: str, replica: str) -> str:
 
 def verdicts(session: Session, release: str) -> list[Attestation] | None:
     """Return what each replica that is up has shown of a release; None while one, or all, have shown nothing."""
-    urls = _up(session)
+    urls, release = _up(session), variants.weights_of(session, release)
     found = session.scalars(
         sa.select(Attestation).where(Attestation.release == release, Attestation.replica.in_(urls))
     ).all()
@@ -147,7 +151,7 @@ def shown(session: Session, release: str) -> list[Shown]:
     NotFoundError
         Code ``release_not_found``.
     """
-    name = registry.get_release(session, release).name
+    name = variants.weights_of(session, registry.get_release(session, release).name)
     rows = session.execute(
         sa.select(Replica, _is_up().label("is_up"), Attestation)
         .outerjoin(Attestation, sa.and_(Attestation.replica == Replica.url, Attestation.release == name))

@@ -52,6 +52,9 @@ class Release(Base):
     adapter_digest: Mapped[str | None] = mapped_column(sa.ForeignKey("adapters.digest"))
     probe: Mapped[list[float] | None] = mapped_column(JSONB(none_as_null=True))
     probe_base: Mapped[str | None]
+    # How it answers, where that is part of what it is: {"best_of": 4}; and the release whose weights it has then.
+    decoding: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    variant_of: Mapped[str | None] = mapped_column(sa.ForeignKey("releases.name"))
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
 
 

@@ -131,6 +131,21 @@ class Settings(BaseSettings):
     engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
 
     self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")
+    best_of: int = Field(
+        1, ge=1, le=8, description="Answers to choose from where the first is weak; 1 is off. Not for streams."
+    )
+    best_of_below: float = Field(
+        0.5, ge=0, le=1, description="The first answer is weak where its probability of being good is below this."
+    )
+    best_of_max_sd: float = Field(
+        1.0, gt=0, description="The reward model is sure of an answer with at most this standard deviation (logit)."
+    )
+    best_of_max_ms: float = Field(
+        4000.0, gt=0, description="Longest time that choosing may add to an answer; then the first is given."
+    )
+    best_of_max_tokens: int = Field(
+        1024, ge=1, description="Most tokens that are made beside the first answer to choose from."
+    )
     learn_by_default: bool = Field(True, description="Whether users are learned from who said nothing about it.")
     erasure_policy: Literal["retrain-required", "quarantine"] = Field(
         "retrain-required", description="What becomes of adapters that learned from a user who is forgotten."

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-import httpx
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
 from feedback import episodes
@@ -20,12 +19,10 @@ from feedback.tables import Episode, Feedback, SelfEvaluation
 from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.db import transaction
-from infra.errors import EverloopError, UnavailableError
 from infra.text import CleanText
+from reward import client
+from reward.scored import ScoreBatch, ScoreRequest
 from reward.tables import RewardScore, Solicitation
-
-MAX_SCORED = 64
-MAX_SCORED_MESSAGES = 200
 
 router = APIRouter(prefix="/v1", tags=["episodes"], dependencies=[needs(Role.USER)])
 Row = TypeVar("Row", RewardScore, SelfEvaluation, Solicitation)
@@ -83,57 +80,6 @@ class EpisodeView(BaseModel):
     solicited: SolicitationView | None = Field(description="Whether a rating is asked for; null if not.")
 
 
-class ScoredMessage(BaseModel):
-    """A message of the conversation before the answer."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: CleanText
-
-
-class ScoreItem(BaseModel):
-    """An answer to be scored; with a reference, against that answer to the same messages."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    messages: list[ScoredMessage] = Field(min_length=1, max_length=MAX_SCORED_MESSAGES)
-    answer: CleanText = Field(description="What the assistant said.")
-    reference: CleanText | None = Field(None, description="What it is compared with.")
-
-
-class ScoreRequest(BaseModel):
-    """A batch of answers."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    items: list[ScoreItem] = Field(min_length=1, max_length=MAX_SCORED)
-    snapshot_id: int | None = Field(
-        None, ge=1, lt=2**31, description="A pinned snapshot; the newest state if unset."
-    )
-
-
-class ScoredItem(BaseModel):
-    """The belief about one answer (or, with a reference, about the difference)."""
-
-    mean: float = Field(description="Mean of the logit.")
-    sd: float = Field(description="Its standard deviation.")
-    p_good: float = Field(description="Calibrated probability that it is good (or better).")
-    abstain: bool = Field(description="Whether too little is known of such answers to say anything.")
-    reward: float = Field(description="Mean minus kappa standard deviations, clipped: what training sees.")
-    contributions: dict[str, float] = Field(description="What content, prompt, style and constant add to the mean.")
-
-
-class ScoreBatch(BaseModel):
-    """Scores in the order of the items, and the version that gave them."""
-
-    encoder: str
-    update_seq: int
-    snapshot_id: int | None
-    kappa: float
-    data: list[ScoredItem]
-
-
 class EpisodePage(BaseModel):
     """Episodes, the newest first; ``next_before`` is null on the last page."""
 
@@ -159,23 +105,7 @@ def list_episodes(user: CurrentUser, request: Request, before: Before = None, li
 @router.post("/rewards/score", tags=["rewards"], dependencies=[needs(Role.RATER)])
 async def score(body: ScoreRequest, request: Request) -> ScoreBatch:
     """Score answers that need not be recorded: the belief, the pessimistic reward, and what contributed to it."""
-    client: httpx.AsyncClient = request.app.state.reward
-    try:
-        response = await client.post("/v1/rewards/score", json=body.model_dump())
-    except httpx.TransportError as error:
-        raise UnavailableError(
-            "The reward worker does not answer; try again in a few seconds.", code="reward_unavailable"
-        ) from error
-    if response.status_code != 200:
-        raise _passed_on(response)
-    return ScoreBatch.model_validate(response.json())
-
-
-def _passed_on(response: httpx.Response) -> EverloopError:
-    error = response.json()["error"] if response.headers.get("content-type") == "application/json" else {}
-    found = EverloopError(error.get("message", "The reward worker failed."), code=error.get("code"))
-    found.status, found.type = response.status_code, error.get("type", found.type)
-    return found
+    return await client.score(request.app.state.reward, body)
 
 
 def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:

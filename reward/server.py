@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from infra.errors import EverloopError
-from reward.api import ScoreRequest
+from reward.scored import ScoreRequest
 from reward.scoring import Scorer
 
 

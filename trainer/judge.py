@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
 
-from deploy import behaviour, gates, registry, serving
+from deploy import behaviour, gates, registry, serving, variants
 from deploy.gates import GateResult
 from deploy.gating import Arms, Evidence
 from deploy.tables import Attestation, Release
@@ -175,7 +175,7 @@ def _attested(sessions: Sessions, release: str, champion: str) -> tuple[list[Att
         with sessions() as session:
             shown = serving.verdicts(session, release)
             if shown is not None:
-                other = registry.get_release(session, champion)
+                other = registry.get_release(session, variants.weights_of(session, champion))
                 return shown, other.probe if other.adapter_digest else None
         if time.monotonic() > deadline_s:
             raise UnavailableError(

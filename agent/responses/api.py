@@ -9,6 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from agent.answers import shown
+from agent.best_of import step_of
 from agent.exchange import choices_for, streamed, whole
 from agent.responses import place, view
 from agent.responses.events import events
@@ -59,6 +61,8 @@ async def create(
 def _answer(turn: Turn) -> dict[str, Any]:
     recording = turn.recording
     answer = view.response(recording.episode_id, turn.created, recording)
+    if chosen := step_of(recording.steps):
+        answer["usage"]["best_of"] = shown(chosen)
     if turn.body.logprobs:
         status = answer["status"]
         said = view.message(recording.episode_id, recording.answer, status, turn.take_logprobs())

@@ -1,4 +1,4 @@
-"""How an answer was asked for; metadata and messages that people put into their conversations.
+"""How an answer was asked for; metadata and messages of conversations; releases that differ in how they answer.
 
 Revision ID: 0020
 Revises: 0017
@@ -14,7 +14,27 @@ branch_labels = None
 depends_on = None
 
 
+# What a release is does not change: who was served by it has met just this.
+FIXED = """
+CREATE FUNCTION release_is_fixed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'what a release is does not change; make another';
+END $$;
+CREATE TRIGGER release_is_fixed BEFORE UPDATE OF name, adapter_digest, decoding, variant_of ON releases
+FOR EACH ROW WHEN (
+    (OLD.name, OLD.adapter_digest, OLD.decoding, OLD.variant_of)
+    IS DISTINCT FROM (NEW.name, NEW.adapter_digest, NEW.decoding, NEW.variant_of)
+) EXECUTE FUNCTION release_is_fixed();
+"""
+
+
 def upgrade() -> None:
+    op.add_column("releases", sa.Column("decoding", postgresql.JSONB(none_as_null=True)))
+    op.add_column("releases", sa.Column("variant_of", sa.String()))
+    op.create_foreign_key(
+        op.f("fk_releases_variant_of_releases"), "releases", "releases", ["variant_of"], ["name"]
+    )
+    op.execute(FIXED)
     op.add_column("episodes", sa.Column("request", postgresql.JSONB(none_as_null=True)))
     op.add_column("conversations", sa.Column("metadata", postgresql.JSONB(), server_default="{}", nullable=False))
     op.create_table(
@@ -32,6 +52,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("DROP TRIGGER release_is_fixed ON releases")
+    op.execute("DROP FUNCTION release_is_fixed")
+    op.drop_column("releases", "variant_of")
+    op.drop_column("releases", "decoding")
     op.drop_table("conversation_items")
     op.drop_column("conversations", "metadata")
     op.drop_column("episodes", "request")

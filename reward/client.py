@@ -1,0 +1,43 @@
+"""Asking the reward worker for scores; whoever asks runs no model."""
+
+from __future__ import annotations
+
+import httpx
+
+from infra.errors import EverloopError, UnavailableError
+from reward.scored import ScoreBatch, ScoreRequest
+
+
+async def score(client: httpx.AsyncClient, body: ScoreRequest, timeout_s: float | None = None) -> ScoreBatch:
+    """Return the scores of answers.
+
+    Parameters
+    ----------
+    timeout_s
+        How long to wait; the client's own time, if unset.
+
+    Raises
+    ------
+    EverloopError
+        Code ``reward_unavailable`` where it does not answer in time, or what it refused with.
+    """
+    try:
+        response = await client.post(
+            "/v1/rewards/score",
+            json=body.model_dump(),
+            timeout=httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s,
+        )
+    except httpx.TransportError as error:
+        raise UnavailableError(
+            "The reward worker does not answer; try again in a few seconds.", code="reward_unavailable"
+        ) from error
+    if response.status_code != 200:
+        raise _passed_on(response)
+    return ScoreBatch.model_validate(response.json())
+
+
+def _passed_on(response: httpx.Response) -> EverloopError:
+    error = response.json()["error"] if response.headers.get("content-type") == "application/json" else {}
+    found = EverloopError(error.get("message", "The reward worker failed."), code=error.get("code"))
+    found.status, found.type = response.status_code, error.get("type", found.type)
+    return found
