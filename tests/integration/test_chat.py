@@ -119,8 +119,8 @@ def running_requests(stack):
         ({"max_tokens": 0}, 400, "invalid_request", "max_tokens"),
         ({"temperature": float("nan")}, 400, "invalid_request", "temperature"),
         ({"temperature": 9}, 400, "invalid_request", "temperature"),
-        ({"n": 2}, 400, "invalid_request", "n"),
-        ({"tools": []}, 400, "invalid_request", "tools"),
+        ({"n": 99}, 400, "invalid_request", "n"),
+        ({"tools": []}, 400, "unsupported_parameter", "tools"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

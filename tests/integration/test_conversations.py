@@ -269,7 +269,13 @@ def test_deleting_withdraws_every_kind_blanks_the_words_and_keeps_the_rest(ann, 
     ann.says(again, kind="thumb", value=0)
     stays = {ann.says(apart, kind="thumb", value=1), ann.says(unkept, kind="thumb", value=-1)}
     gone = ann("DELETE", f"/{own}")
-    assert gone == {"id": own, "deleted": True, "num_turns": 2, "num_signals_withdrawn": 10}
+    assert gone == {
+        "id": own,
+        "object": "conversation.deleted",
+        "deleted": True,
+        "num_turns": 2,
+        "num_signals_withdrawn": 10,
+    }
     with database() as session:
         assert set(session.scalars(standing_ids())) == stays
         for episode in session.scalars(sa.select(Episode).where(Episode.id.in_([first, again]))):
