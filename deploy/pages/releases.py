@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
-from deploy import canary, explanation, head, serving
+from deploy import canary, choosing, explanation, head, serving
 from deploy.lineage import LineageView, lineage, releases
 from deploy.pages.rendering import Page
 from deploy.runs import TrainingRun
@@ -59,6 +59,7 @@ def release_page(name: CleanText, request: Request) -> Response:
             "release": release,
             "gates": canary.gates_before(session, release.name),
             "replicas": serving.shown(session, release.name),
+            "choosing": choosing.lately(session, release.name),
             "head": head.read(session),
         }
         return Page("release.html", context).respond(request)

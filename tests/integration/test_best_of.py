@@ -6,6 +6,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
 
+from deploy import choosing
 from deploy.tables import Release
 from feedback.tables import Episode
 from tests.scripted_engine import ScriptedEngine, api_on, served
@@ -119,6 +120,21 @@ def test_a_slow_reward_model_keeps_nobody_waiting(ask, reward):
     _, row = ask(best_of=4, best_of_max_ms=300)
     assert (row.answer, row.status) == (WEAK, "complete")
     assert row.steps[0]["outcome"] in ("out_of_time", "reward_unavailable") and row.latency_ms < 2000
+
+
+def test_an_operator_sees_what_it_took(engine, reward, database, tmp_path):
+    with (
+        served(reward.app) as url,
+        api_on(engine, database, tmp_path, reward_url=url, best_of=4) as http,
+    ):
+        assert "Choosing among answers" not in http.get("/operate/releases/base").text
+        for _ in range(3):
+            http.post("/v1/chat/completions", json=ASK)
+        page = http.get("/operate/releases/base")
+    assert page.status_code == 200 and "Choosing among answers" in page.text
+    with database() as session:
+        (told,) = choosing.lately(session, "base")
+    assert (told.outcome, told.num_answers, told.extra_tokens) == ("better", 3, 27) and told.p50_ms > 0
 
 
 def test_without_a_reward_model_the_first_answer_is_given(engine, database, tmp_path):
