@@ -10,7 +10,11 @@ from hypothesis import HealthCheck
 from schemathesis.generation import GenerationMode
 
 EXAMPLES = 20
-SHORT = 4
+SHORTENED = {
+    "/v1/chat/completions": {"max_tokens": 4, "max_completion_tokens": None, "n": 1},
+    "/v1/completions": {"max_tokens": 4, "n": 1},
+    "/v1/responses": {"max_output_tokens": 4},
+}
 SETTINGS = hypothesis.settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -33,8 +37,8 @@ def send_many(stack, operation, mode):
     @SETTINGS
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def send(case):
-        if operation.path == "/v1/chat/completions" and mode is GenerationMode.POSITIVE:
-            case.body |= {"max_tokens": SHORT, "max_completion_tokens": None}  # what is tested is not the engine
+        if operation.path in SHORTENED and mode is GenerationMode.POSITIVE:
+            case.body |= SHORTENED[operation.path]  # what is tested is not the engine
         response = case.call(base_url=stack.settings.public_url, timeout=120, headers=stack.settings.credentials)
         seen.add(response.status_code)
         assert response.status_code < 500, (case.as_curl_command(), response.text[:500])
