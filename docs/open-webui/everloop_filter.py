@@ -25,9 +25,9 @@ class Filter:
         """Keep the id of the first piece of an answer: it is the episode's."""
         message_id = (__metadata__ or {}).get("message_id")
         episode_id = str(event.get("id", ""))
-        if message_id and episode_id.startswith("ep_") and event.get("choices"):
-            if "role" in (event["choices"][0].get("delta") or {}):
-                self._keep(message_id, episode_id)
+        delta = (event.get("choices") or [{}])[0].get("delta") or {}
+        if message_id and episode_id.startswith("ep_") and "role" in delta:
+            self._keep(message_id, episode_id)
         return event
 
     @staticmethod

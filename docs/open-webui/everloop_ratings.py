@@ -43,7 +43,8 @@ class Event:
             about = _remember(feedback_id, message_id, f"open-webui {feedback.user_id}")
             await self._send(about, signals, feedback_id, feedback.updated_at)
         elif event["event"] == "feedback.deleted":
-            await self._send(_rated(feedback_id), [{"kind": "thumb", "value": 0}], feedback_id, "deleted")
+            withdrawals = [{"kind": kind, "value": 0} for kind in ("thumb", "comment")]
+            await self._send(_rated(feedback_id), withdrawals, feedback_id, "deleted")
 
     async def _send(self, about, signals, *when):
         if about is None:  # an answer of another model, or from before this was installed
@@ -61,9 +62,7 @@ def _remember(feedback_id, message_id, user):
     """Return the episode that a message is, and whose rating it is; keep both, for when the rating is deleted."""
     with closing(sqlite3.connect(DATABASE, timeout=5)) as database, database:
         database.execute("CREATE TABLE IF NOT EXISTS episodes (message_id TEXT PRIMARY KEY, episode_id TEXT)")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS rated (feedback_id TEXT PRIMARY KEY, episode_id TEXT, user TEXT)"
-        )
+        database.execute("CREATE TABLE IF NOT EXISTS rated (id TEXT PRIMARY KEY, episode_id TEXT, user TEXT)")
         row = database.execute("SELECT episode_id FROM episodes WHERE message_id = ?", (message_id,)).fetchone()
         if row is None:
             return None
@@ -73,9 +72,7 @@ def _remember(feedback_id, message_id, user):
 
 def _rated(feedback_id):
     with closing(sqlite3.connect(DATABASE, timeout=5)) as database:
-        return database.execute(
-            "SELECT episode_id, user FROM rated WHERE feedback_id = ?", (feedback_id,)
-        ).fetchone()
+        return database.execute("SELECT episode_id, user FROM rated WHERE id = ?", (feedback_id,)).fetchone()
 
 
 def _key(*parts):
