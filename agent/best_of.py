@@ -60,9 +60,9 @@ class BestOf:
         with anyio.move_on_after(self.settings.best_of_max_ms / 1000.0):
             try:
                 step["outcome"] = await self._improve(turn, best_of, step)
-            except EverloopError as error:
+            except (EverloopError, ValueError) as error:  # also what was said is not what it should be
                 step["outcome"] = "reward_unavailable" if step["num_candidates"] == 1 else "failed"
-                step["code"] = error.code
+                step["code"] = getattr(error, "code", type(error).__name__)
         step["ms"] = round((time.perf_counter() - started_s) * 1000.0, 1)
         turn.recording.steps.append(step)
         metrics.note_best_of(step)
@@ -97,7 +97,9 @@ class BestOf:
         found = []
         for choice in choices:
             told = (choice.get("logprobs") or {}).get("content") or []
+            # Half a surrogate pair or a NUL can be neither stored nor scored.
             text = str(choice["delta"].get("content") or "").replace("\x00", "")
+            text = text.encode("utf-8", "replace").decode()
             found.append(Candidate(text, choice.get("token_ids") or [], told, choice.get("finish_reason")))
         return [candidate for candidate in found if candidate.answer.strip()]
 

@@ -254,10 +254,15 @@ class Turn:
         return told
 
     async def _improve(self) -> None:
-        """Give the best of several answers instead, where the release or the settings say so."""
+        """Give the best of several answers instead, where the release or the settings say so.
+
+        Not where tools were called: another answer would go on from other calls.
+        """
         assert self.begun is not None
         best_of = self.begun.assignment.best_of or self.settings.best_of
-        if self.best is not None and best_of > 1 and self.recording.answer and self.recording.finish_reason:
+        recording = self.recording
+        is_whole = bool(recording.answer and recording.finish_reason and not recording.steps)
+        if self.best is not None and best_of > 1 and is_whole:
             await self.best.improve(self, best_of)
 
     def open_again(self, num: int) -> AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]:
@@ -273,8 +278,8 @@ class Turn:
     def take_over(self, other: Candidate) -> None:
         """Give another answer instead."""
         recording = self.recording
-        recording.answer = other.answer.encode("utf-8", "replace").decode()
-        recording.token_ids, recording.finish_reason = list(other.token_ids), other.finish_reason
+        recording.answer, recording.finish_reason = other.answer, other.finish_reason
+        recording.token_ids = list(other.token_ids)
         recording.logprobs = [token["logprob"] for token in other.told]
         self._told = list(other.told) if self.body.logprobs else []
 

@@ -37,7 +37,8 @@ async def score(client: httpx.AsyncClient, body: ScoreRequest, timeout_s: float 
 
 
 def _passed_on(response: httpx.Response) -> EverloopError:
-    error = response.json()["error"] if response.headers.get("content-type") == "application/json" else {}
+    is_json = response.headers.get("content-type") == "application/json"
+    error = response.json().get("error", {}) if is_json else {}
     found = EverloopError(error.get("message", "The reward worker failed."), code=error.get("code"))
     found.status, found.type = response.status_code, error.get("type", found.type)
     return found

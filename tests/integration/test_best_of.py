@@ -30,6 +30,8 @@ class ScriptedReward:
         await asyncio.sleep(self.pause_s)
 
         def one(item):
+            if self.means.get(item["answer"]) == "very":
+                return {"mean": "very"}
             mean = self.means.get(item["answer"], 0.0)
             told = {"mean": mean, "sd": self.sd, "p_good": 1 / (1 + 2.718**-mean), "abstain": False}
             return {**told, "reward": mean - 0.5 * self.sd, "contributions": {}}
@@ -120,6 +122,19 @@ def test_a_slow_reward_model_keeps_nobody_waiting(ask, reward):
     _, row = ask(best_of=4, best_of_max_ms=300)
     assert (row.answer, row.status) == (WEAK, "complete")
     assert row.steps[0]["outcome"] in ("out_of_time", "reward_unavailable") and row.latency_ms < 2000
+
+
+def test_what_is_no_score_changes_nothing(ask, reward):
+    reward.means[WEAK] = "very"
+    _, row = ask(best_of=4)
+    assert (row.answer, row.status, row.steps[0]["outcome"]) == (WEAK, "complete", "reward_unavailable")
+
+
+def test_an_answer_that_cannot_be_stored_is_mended_before_it_is_scored(ask, engine, reward):
+    engine.script = lambda payload, choice: "Half\x00 of it." if "n" in payload else WEAK
+    reward.means["Half of it."] = 3.0
+    _, row = ask(best_of=2)
+    assert (row.answer, row.steps[0]["outcome"]) == ("Half of it.", "better")
 
 
 def test_an_operator_sees_what_it_took(engine, reward, database, tmp_path):

@@ -128,6 +128,14 @@ def test_when_one_of_several_fails_the_client_is_told_and_all_are_episodes(clien
     assert "failed" in {row.status for row in rows}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_of_several_is_told_once_and_is_no_episode(client, engine, database, stream):
+    engine.refuse = (400, "no")
+    with pytest.raises(openai.BadRequestError):
+        ask(client, n=3, stream=stream)
+    assert episodes(database) == []
+
+
 def test_hanging_up_on_several_choices_leaves_them_interrupted(client, engine, database):
     engine.script, engine.pause_s = lambda *_: "word " * 200, 0.02
     stream = ask(client, n=2, stream=True)

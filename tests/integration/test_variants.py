@@ -7,6 +7,7 @@ from deploy import canary, head, promotion, registry, retention, serving, varian
 from deploy.tables import Adapter, Attestation, Proposal, Release, Replica
 from infra.errors import ConflictError, InvalidRequestError
 from infra.settings import Settings
+from tests.scripted_engine import ScriptedEngine, api_on
 
 URL = "http://engine"
 
@@ -82,3 +83,12 @@ def test_the_files_of_whose_weights_a_champion_has_stay(database, registered, se
     assert registered(seed=1) == name
     with database() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(Release)) == 3
+
+
+def test_the_pages_say_what_it_is(database, proved, tmp_path):
+    propose(database)
+    with api_on(ScriptedEngine(), database, tmp_path) as http:
+        assert "the best of 4 of" in http.get("/operate/releases").text
+        assert "with the best of 4 of" in http.get("/operate/releases/base-best4").text
+        (view,) = [each for each in http.get("/v1/releases").json() if each["name"] == "base-best4"]
+    assert view["variant_of"] == "base" and view["decoding"] == {"best_of": 4}
