@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 
 from agent.answers import chunk, completion, last_chunk
+from agent.book import unknown_model
 from agent.choices import Choices
 from agent.exchange import choices_for, sse, streamed, whole
 from agent.schema import ChatRequest
@@ -24,6 +25,7 @@ from infra.db import transaction
 from infra.engine import LATEST, RUN_PREFIX
 from infra.errors import EverloopError
 from infra.settings import ASSISTANT_MODEL
+from infra.text import CleanText
 
 STATIC_DIR = Path(__file__).parent / "static"
 
@@ -82,6 +84,16 @@ async def list_models(request: Request) -> dict[str, Any]:
     runs = sorted({name.partition("@")[0] for name in held if name.startswith(RUN_PREFIX)})
     models += [{"id": f"{run}@{LATEST}", "object": "model", "created": 0, "owned_by": "everloop"} for run in runs]
     return {"object": "list", "data": models}
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: CleanText, request: Request) -> dict[str, Any]:
+    """Return one of the models that are listed."""
+    for listed in (await list_models(request))["data"]:
+        if listed["id"] == model:
+            found: dict[str, Any] = listed
+            return found
+    raise unknown_model(model)
 
 
 @router.post("/v1/chat/completions", response_model=None)

@@ -25,6 +25,7 @@ import agent.completions
 import agent.health
 import agent.oidc
 import agent.responses.api
+import agent.stored
 import deploy.api
 import deploy.decisions_api
 import deploy.pages
@@ -76,6 +77,7 @@ ROUTERS = (
         agent.api.router,
         agent.completions.router,
         agent.responses.api.router,
+        agent.stored.router,
         agent.api.public,
         agent.access_api.public,
         agent.access_api.router,

@@ -139,7 +139,7 @@ class ChatRequest(Sampled):
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
-    store: bool = Field(True, description="Whether this answer may be learned from.")
+    store: bool = Field(True, description="Whether it may be learned from, and be asked for again.")
     metadata: Metadata | None = Field(None, description="Kept with the episode.")
     conversation: CleanText | None = Field(
         None, min_length=1, max_length=64, description="The conversation that this is kept in as a turn."
@@ -205,7 +205,7 @@ class ChatRequest(Sampled):
         if self._noted is not None:
             return self._noted
         form = for_engine(self.response_format)
-        noted = {"metadata": self.metadata, "response_format": form}
+        noted = {"metadata": self.metadata, "response_format": form, "unstored": not self.store}
         return {name: value for name, value in noted.items() if value} or None
 
 

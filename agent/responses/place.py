@@ -64,7 +64,7 @@ def readable(
     NotFoundError
     """
     missing = NotFoundError(
-        f"There is no response {response_id!r}: use the `id` of one that was stored.", code=code, param=param
+        f"There is no answer {response_id!r} of yours: use the `id` of one that was stored.", code=code, param=param
     )
     try:
         row = episodes.get(session, response_id, user_id)
