@@ -48,7 +48,10 @@ class Choices:
         await self._each(drain)
 
     async def _each(self, work: Callable[[Turn], Awaitable[None]]) -> None:
-        """Do the work for all turns together; the first error ends the others' and is raised."""
+        """Do the work for all turns together; then the first error is raised, if there was one.
+
+        One is not ended by another's error: mostly all have the same, and then nothing is written.
+        """
         if len(self.turns) == 1:
             await work(self.first)
             return
@@ -61,7 +64,6 @@ class Choices:
                     await work(turn)
                 except EverloopError as error:  # out of here it would be a group of one
                     problem = problem or error
-                    tasks.cancel_scope.cancel()
 
             for turn in self.turns:
                 tasks.start_soon(one, turn)

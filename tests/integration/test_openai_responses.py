@@ -143,7 +143,7 @@ def test_json_of_a_schema_and_log_probabilities(client, engine):
 
 
 def test_a_response_is_deleted_with_what_was_said_of_it(client, http, database):
-    first = client.responses.create(model="everloop", input="My number is 77.")
+    first = client.responses.create(model="everloop", input="My name is Zebedee.")
     vote = {"episode_id": first.id, "kind": "comment", "text": "thanks", "idempotency_key": "k", "user": "ada"}
     assert http.post("/v1/feedback", json=vote).status_code == 202
     client.responses.delete(first.id)
@@ -228,15 +228,17 @@ def test_two_who_write_in_one_conversation_at_once_are_both_kept(client, databas
 
 def test_who_is_forgotten_leaves_no_words(client, database):
     made = client.conversations.create(
-        items=[{"role": "user", "content": "My number is 77."}], metadata={"n": "77"}
+        items=[{"role": "user", "content": "My name is Zebedee."}], metadata={"n": "Zebedee"}
     )
-    client.responses.create(model="everloop", conversation=made.id, input="77 again.", metadata={"n": "77"})
+    client.responses.create(
+        model="everloop", conversation=made.id, input="Zebedee again.", metadata={"n": "Zebedee"}
+    )
     with database.begin() as session:
         erasure.forget(session, "ada", "retrain-required")
     with database() as session:
         assert not session.scalars(sa.select(ConversationItem)).all()
         row = session.scalars(sa.select(Episode)).one()
-    assert "77" not in str([row.messages, row.answer, row.request, row.sampling, row.user_id])
+    assert "Zebedee" not in str([row.messages, row.answer, row.request, row.sampling, row.user_id])
 
 
 def test_the_asynchronous_client_sees_the_same(http):
