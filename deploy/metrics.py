@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import sqlalchemy as sa
+from prometheus_client import Counter
 from sqlalchemy.orm import Session
 
 from deploy import autonomy, head, runs, serving
@@ -15,6 +16,25 @@ from infra.telemetry.exposition import DatabaseCollector, Sample
 
 OUTCOMES = ("canary", "held", "skipped", "failed", "cancelled")
 ARMS = ("champion", "challenger")
+UNPROVED, NOT_LOADED = "unproved", "not_loaded"
+
+# The rows tell what fails now. One that was mended within a second by loading it again is seen here alone.
+ATTESTATION_FAILURES = Counter(
+    "everloop_attestation_failures",
+    "Releases that did not prove to be served (unproved), or that could not be loaded or asked (not_loaded).",
+    ["replica", "reason"],
+)
+
+
+def begin_failures(replica: str) -> None:
+    """Have a replica's counts begin at nought: of a series that begins at one, Prometheus sees no increase."""
+    for reason in (UNPROVED, NOT_LOADED):
+        ATTESTATION_FAILURES.labels(replica, reason)
+
+
+def drop_failures(replica: str) -> None:
+    """Tell no more of a replica that is gone."""
+    ATTESTATION_FAILURES.remove_by_labels({"replica": replica})
 
 
 class CanaryCollector(DatabaseCollector):

@@ -13,7 +13,7 @@ import threading
 import sqlalchemy as sa
 
 from deploy import serving
-from deploy.metrics import ReplicaCollector
+from deploy.metrics import ReplicaCollector, drop_failures
 from deploy.replica import ReplicaKeeper
 from deploy.tables import Attestation, Replica
 from infra.db import DATABASE_AWAY, Sessions, connect
@@ -45,6 +45,7 @@ class Reconciler:
             urls = await addresses(self.settings)
             for url in self._tasks.keys() - set(urls):
                 self._tasks.pop(url).cancel()
+                drop_failures(url)
             try:
                 await asyncio.to_thread(self._forget_others, urls)
             except DATABASE_AWAY as error:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from deploy import attest, audit, registry
 from deploy.attest import Proof
+from deploy.metrics import ATTESTATION_FAILURES, NOT_LOADED, UNPROVED, begin_failures
 from deploy.runs import TrainingRun
 from deploy.tables import Attestation, Release, Replica
 from infra.db import Sessions
@@ -59,6 +60,7 @@ class ReplicaKeeper:
 
     async def keep(self, wanted: Sequence[str]) -> list[str]:
         """Make one round; return the releases that were proved in it."""
+        begin_failures(self.url)
         async with EngineClient(self.url, self.settings.engine_key, timeout_s=LOAD_TIMEOUT_S) as engine:
             try:
                 started_at_s, held = await engine.started_at_s(), await engine.models()
@@ -144,6 +146,7 @@ class ReplicaKeeper:
             self._failures.pop(name, None)
             return [name]
         log.error("%s: %s is not proved: %s", self.url, name, proof.problem)
+        ATTESTATION_FAILURES.labels(self.url, UNPROVED).inc()
         self._wait_before(name)
         if name != BASE_MODEL_NAME:
             await self._in_thread(self._spoil, name, proof.problem)
@@ -236,6 +239,7 @@ class ReplicaKeeper:
 
     def _failed(self, name: str, served_as: str, problem: str) -> None:
         self._wait_before(name)
+        ATTESTATION_FAILURES.labels(self.url, NOT_LOADED).inc()
         self._note(name, served_as, Proof([], None, None, None, problem))
 
     def _wait_before(self, name: str) -> None:

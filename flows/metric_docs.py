@@ -26,7 +26,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "relay": ("infra.log.relay",),
     "ledger, reward": ("infra.log.effects",),
     "ledger": ("deploy.metrics:CanaryCollector", "infra.telemetry.disk"),
-    "reconciler": ("deploy.metrics:ReplicaCollector",),
+    "reconciler": ("deploy.metrics:ReplicaCollector", "deploy.metrics:ATTESTATION_FAILURES"),
     "reward": ("reward.metrics",),
     "flows": ("deploy.metrics:RunCollector",),
 }

@@ -5,6 +5,7 @@ Nothing is read at import: :func:`load` reads everything, once, where a process 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,10 +24,12 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+ALL_SETTINGS = "docs/settings.md has all of them."
 DEFAULT_HOME = "~/.local/share/everloop"
 SECRETS_DIR = "EVERLOOP_SECRETS_DIR"  # files named as the variables, as containers are given secrets
 BASE_MODEL_NAME = "base"
 ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
+CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))  # what each field of a schedule may hold
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -285,6 +288,28 @@ class Settings(BaseSettings):
             raise ValueError("Quiet hours leave no time of day in which a night may start.")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _a_port(cls, value: Any, info: ValidationInfo) -> Any:
+        if str(info.field_name).endswith("_port") and value is not None and not 1 <= value <= 65535:
+            raise ValueError("A port is a number from 1 to 65535.")
+        return value
+
+    @field_validator("night_cron", "backbone_cron", "retention_cron", "erasure_cron", "attest_cron")
+    @classmethod
+    def _five_fields(cls, value: str) -> str:
+        fields = value.split()
+        numbers = [[int(n) for n in re.findall(r"(?<!/)\b\d+", field)] for field in fields]
+        if len(fields) != len(CRON) or not all(
+            re.fullmatch(r"[\w*/,#-]+", field) and all(low <= number <= high for number in found)
+            for field, found, (low, high) in zip(fields, numbers, CRON, strict=True)
+        ):
+            raise ValueError(
+                f"{value!r} is no schedule; write minute, hour, day, month and day of the week, such as "
+                "0 3 * * * for three o'clock each night."
+            )
+        return value
+
     @field_validator("canary_steps")
     @classmethod
     def _rising(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
@@ -401,12 +426,21 @@ def _read() -> Settings:
         return Settings(home=home_dir())
     except ValidationError as error:
         # Without the values: some are secrets.
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
-        raise SetupError(f"The settings are not valid. {wrong}", code="settings_invalid") from None
+        wrong = "; ".join(map(_what_is_wrong, error.errors(include_input=False)))
+        raise SetupError(f"The settings are not valid. {wrong} {ALL_SETTINGS}", code="settings_invalid") from None
     except SettingsError as error:
-        raise SetupError(f"The settings are not valid. {error}", code="settings_invalid") from None
+        told = f"{error}: lists and objects are JSON in the environment."
+        raise SetupError(f"The settings are not valid. {told} {ALL_SETTINGS}", code="settings_invalid") from None
     except tomllib.TOMLDecodeError as error:
         raise SetupError(f"{home_dir() / 'everloop.toml'} is not TOML: {error}", code="settings_invalid") from None
+
+
+def _what_is_wrong(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name}: {error['msg'].removeprefix('Value error, ').removesuffix('.')}."
+    near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    return f"{name}: There is no such setting{f'; did you mean {near[0]}?' if near else '.'}"
 
 
 def load(*, recorded_addresses: bool = True) -> Settings:

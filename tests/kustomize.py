@@ -34,7 +34,10 @@ def build(directory: Path) -> list[Manifest]:
         named = {"name": generated["name"], "namespace": generated["namespace"]}
         manifests.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": named, "data": data})
     for patch in made.get("patches", ()):
-        for change in read(directory / patch["path"]):
+        changes = read(directory / patch["path"]) if "path" in patch else [yaml.safe_load(patch["patch"])]
+        deletions = [change for change in changes if change.get("$patch") == "delete"]
+        assert len(deletions) < 2, "kustomize 5 crashes where one patch deletes twice (kustomize#5471)"
+        for change in changes:
             apply(change, manifests)
     for manifest in manifests:
         if "namespace" in made and manifest["kind"] != "Namespace":

@@ -26,7 +26,7 @@ from flows.backup import manifest as manifests
 from flows.backup.manifest import ADAPTERS, BACKBONES, DATABASE, DATASETS, RUNS, SETTINGS, Manifest
 from flows.backup.taking import counts, run_tool
 from infra.db import connect
-from infra.errors import ConflictError, IntegrityError, InvalidRequestError
+from infra.errors import ConflictError, IntegrityError, InvalidRequestError, SetupError
 from infra.settings import Settings, load
 from infra.stack.database import database_alone
 from infra.stack.embedded import alembic_config, migrate
@@ -35,6 +35,7 @@ from reward import verification
 from reward.tables import RewardEncoder
 
 STAGING = "restoring"
+OLDEST_SERVER = 17_00_00
 ALLOWED = {"everloop.toml", "training.toml", "models", STAGING}
 LAST = ("postgres.password", "postgres")
 PG_RESTORE = ("pg_restore", "--no-owner", "--no-privileges", "--single-transaction", "--exit-on-error")
@@ -60,6 +61,8 @@ def restore(source: Path, say: Say, *, expected: str | None = None, erasures: Pa
     ------
     ConflictError
         Codes ``home_not_empty`` and ``database_not_empty``.
+    SetupError
+        Code ``database_too_old``.
     IntegrityError
         Codes ``backup_changed``, ``backup_truncated``, ``backup_differs``, ``audit_changed`` and others of the
         checks; then nothing was restored.
@@ -96,6 +99,7 @@ def _build(
         _check_revision(settings, found.revision)
         sessions = connect(settings.need("database_url"), pool_size=2)
         with sessions() as session:
+            _check_server(session)
             _check_no_tables(session)
         say("database: restoring")
         database = sa.make_url(settings.need("database_url")).database
@@ -135,6 +139,16 @@ def _check_revision(settings: Settings, revision: str) -> None:
         ScriptDirectory.from_config(alembic_config(settings)).get_revision(revision)
     except CommandError as error:
         raise manifests.newer(f"its schema is {revision}, which this version does not know") from error
+
+
+def _check_server(session: Session) -> None:
+    version = int(session.scalar(sa.text("SHOW server_version_num")) or 0)
+    if version < OLDEST_SERVER:  # it does not know all that our pg_restore says first
+        raise SetupError(
+            f"The database that database_url names is of PostgreSQL {version // 10000}; a backup is restored into "
+            f"{OLDEST_SERVER // 10000} or newer. Name another server.",
+            code="database_too_old",
+        )
 
 
 def _check_no_tables(session: Session) -> None:

@@ -113,8 +113,9 @@ def _has_engine(installed: Mapping[str, str]) -> bool:
 def check_home(settings: Settings) -> Iterator[Finding]:
     """Find whether the home can be written, and how much is free."""
     existing = next(p for p in (settings.home, *settings.home.parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        yield Finding("home", "fail", f"{existing} cannot be written", "Set EVERLOOP_HOME elsewhere.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "cannot be written" if existing.is_dir() else "is no directory"
+        yield Finding("home", "fail", f"{existing} {why}", "Set EVERLOOP_HOME elsewhere.")
         return
     free = shutil.disk_usage(existing).free
     told = f"{free / GIB:.1f} GiB free at {settings.home}"

@@ -175,7 +175,28 @@ def check_http(settings: Settings) -> Iterator[Finding]:
         )
     if settings.prefect_url is not None:
         # Serving and feedback do without it; nights do not.
-        yield _answers("prefect", f"{settings.prefect_url}/health", "EVERLOOP_PREFECT_URL", "warn", {})
+        found = _answers("prefect", f"{settings.prefect_url}/health", "EVERLOOP_PREFECT_URL", "warn", {})
+        yield found
+        if found.verdict == "ok":
+            yield _schedules(settings.prefect_url)
+
+
+def _schedules(prefect_url: str) -> Finding:
+    """Find whether any run is to start by schedule: a Prefect that answers may schedule nothing."""
+    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    try:
+        asked = httpx.post(f"{prefect_url}/flow_runs/count", json=waiting, timeout=TIMEOUT_S, trust_env=False)
+        number = int(asked.raise_for_status().json())
+    except (httpx.HTTPError, ValueError) as error:
+        return Finding("schedules", "warn", f"Prefect does not tell them ({type(error).__name__})", "See its log.")
+    if number:
+        return Finding("schedules", "ok", f"{number} runs are to start by schedule")
+    return Finding(
+        "schedules",
+        "warn",
+        "nothing is to start by schedule, no night either",
+        "A minute after a start that is not so: see Prefect's log. `everloop train` starts a night by hand.",
+    )
 
 
 def _answers(name: str, url: str, setting: str, otherwise: Verdict, headers: dict[str, str]) -> Finding:

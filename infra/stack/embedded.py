@@ -355,6 +355,8 @@ def _starting(settings: Settings) -> Iterator[None]:
 
 def _check_disk(settings: Settings) -> None:
     existing = next(p for p in (settings.home, *settings.home.parents) if p.exists())
+    if not existing.is_dir():
+        raise SetupError(f"{existing} is no directory; set EVERLOOP_HOME elsewhere.", code="home_not_writable")
     if not os.access(existing, os.W_OK):
         raise SetupError(f"{existing} cannot be written; set EVERLOOP_HOME elsewhere.", code="home_not_writable")
     free = shutil.disk_usage(existing).free

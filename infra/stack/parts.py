@@ -221,7 +221,7 @@ def _engine(settings: Settings) -> Part:
 
 def _prefect(settings: Settings) -> Part:
     command = [
-        sys.executable, "-m", "prefect", "server", "start",
+        sys.executable, "-m", "flows.prefect_server",
         "--host", LOOPBACK,
         "--port", str(settings.prefect_port),
     ]  # fmt: skip

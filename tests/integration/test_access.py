@@ -192,6 +192,14 @@ def test_passwords_cannot_be_tried_for_long(house):
     )
 
 
+def test_nobody_keeps_others_out_by_trying(house):
+    house.account("ada", password=PASSWORD)
+    stranger, ada = (TestClient(house.app, client=(address, 50000)) for address in ("198.51.100.7", "203.0.113.9"))
+    tried = [stranger.post("/v1/session", json={"name": "ada", "password": f"no {n}"}) for n in range(12)]
+    assert tried[-1].status_code == 429
+    assert ada.post("/v1/session", json={"name": "ada", "password": PASSWORD}).is_success
+
+
 @pytest.mark.parametrize("password", ["short", " ADA of the Harbour", "abcd" * 10, "ab cd ef gh " * 100])
 def test_a_weak_password_is_refused(house, password):
     client = house.browser(house.account("Ada of the harbour"))

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from deploy import audit, registry
 from deploy.store import open_store
 from feedback.tables import Episode, User
+from flows.backup import restoring
 from flows.backup.manifest import MANIFEST, sha256
 from flows.bench.adapters import linear_shapes, write_adapter
 from flows.bench.faults import _until_drained
@@ -22,6 +23,7 @@ from flows.bench.raters import Raters, write_pairs
 from flows.bench.stack import ADDRESSES, own_stack
 from infra import settings as settings_module
 from infra.db import connect
+from infra.errors import SetupError
 from infra.settings import Settings
 from infra.stack.database import database_alone
 from reward import verification
@@ -123,6 +125,41 @@ def test_a_backup_under_load_is_whole_and_restored_is_what_it_was(running, taken
         assert SECRET not in path.read_text()
     assert "[home_not_empty]" in everloop("restore", target, home=home, fails=True)[0]
     assert "[backup_exists]" in everloop("backup", target, fails=True)[0]
+
+
+@pytest.fixture
+def elsewhere(database_url):
+    """The address of an empty database on a server of no stack."""
+    url, name = sa.make_url(database_url), f"restored_{os.getpid()}"
+    server = sa.create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield url.set(database=name).render_as_string(hide_password=False)
+    with server.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+def test_a_backup_is_restored_into_a_database_elsewhere(taken, elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERLOOP_DATABASE_URL", elsewhere)
+    said = json.loads((taken[0] / MANIFEST).read_text())
+    home = tmp_path / "restored"
+    _, report = everloop("restore", taken[0], home=home)
+    assert report["counts"] == said["counts"] and not (home / "postgres").exists()
+    sessions = connect(elsewhere, pool_size=1)
+    with sessions() as session:
+        assert verification.posteriors(session) == said["reward"]
+    sessions.kw["bind"].dispose()
+    assert "[database_not_empty]" in everloop("restore", taken[0], home=tmp_path / "again", fails=True)[0]
+
+
+def test_a_server_that_is_too_old_is_told_of_before_anything_is_written(database, monkeypatch):
+    with database() as session:
+        restoring._check_server(session)
+        monkeypatch.setattr(restoring, "OLDEST_SERVER", 99_00_00)
+        with pytest.raises(SetupError, match="99 or newer") as refused:
+            restoring._check_server(session)
+    assert refused.value.code == "database_too_old"
 
 
 def damaged(taken, tmp_path, act):

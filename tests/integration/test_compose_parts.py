@@ -20,7 +20,7 @@ from tests.integration.test_health import port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PARTS = ("relay", "reconciler", "ledger", "reward", "api")  # Prefect's server is another's image
+PARTS = ("relay", "reconciler", "ledger", "reward", "api")  # flows and Prefect: test_flows.py
 
 
 @pytest.fixture(scope="module")

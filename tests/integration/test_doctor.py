@@ -54,6 +54,19 @@ def deaf():
         yield sock.getsockname()[1]
 
 
+def test_a_home_that_is_a_file_is_told_of_before_anything_is_started(tmp_path):
+    (tmp_path / "home").touch()
+    status, found, _ = doctor(tmp_path / "home")
+    assert status == 1 and failed(found) == {"home"} and "no directory" in found["home"][0]["told"]
+    up = subprocess.run(
+        [*EVERLOOP, "up"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EVERLOOP_HOME": str(tmp_path / "home")},
+    )
+    assert up.returncode == 1 and "[home_not_writable]" in up.stderr and "Traceback" not in up.stderr
+
+
 def test_before_anything_was_started_nothing_fails(tmp_path):
     status, found, seconds = doctor(tmp_path / "home")
     assert status == 0 and failed(found) == set() and seconds < LIMIT_S

@@ -11,7 +11,8 @@ from kafka.admin import NewTopic
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import worker
+from flows import prefect_view, worker
+from infra.doctor import services
 from infra.events import TOPICS
 from infra.settings import Settings
 from infra.stack import embedded
@@ -123,6 +124,22 @@ def test_a_cluster_that_serves_an_everloop_is_refused(cluster):
     finally:
         admin.delete_topics([TOPICS[0]])
         admin.close()
+
+
+def test_what_has_a_schedule_is_scheduled_and_doctor_says_where_nothing_is(prefect_url, tmp_path):
+    settings = Settings(home=tmp_path, prefect_url=prefect_url)
+
+    def schedules():
+        [found] = [finding for finding in services.check_http(settings) if finding.name == "schedules"]
+        return found
+
+    assert schedules().verdict == "warn"
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True):
+        worker.register(settings)
+        wait_until(
+            lambda: all(row["next"] for row in prefect_view.overview(settings)), 90, "something is not scheduled"
+        )
+    assert schedules().verdict == "ok"
 
 
 @pytest.mark.slow

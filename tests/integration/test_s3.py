@@ -1,16 +1,20 @@
 """Adapters in S3, on a server of its own: moto's, which keeps what it was given while it is away."""
 
+import json
 import shutil
 
 import fsspec
 import pytest
 
+from deploy import registry
 from deploy.adapter_files import ADAPTER_FILES, adapter_digest, file_digests
 from deploy.bucket import BucketStore
 from deploy.store import MANIFEST, open_store
+from flows.backup.restoring import restore
+from flows.backup.taking import take
 from infra.errors import IntegrityError, UnavailableError
 from infra.settings import Settings
-from tests.adapters import make_adapter
+from tests.adapters import make_adapter, make_base
 
 MISSING = "S3 is tested after .venv/bin/pip install --no-deps -r infra/requirements/s3.txt"
 SECRET = "a-secret-that-nobody-sees"
@@ -122,3 +126,27 @@ def test_a_server_that_goes_away_in_mid_upload_leaves_no_adapter(settings, sourc
     assert store.sweep(86_400.0) == 0 and store.sweep(-60.0) == 1 and store.digests() == set()
     assert keep(store, source) == digest
     store.fetch(digest)
+
+
+def test_a_backup_of_what_is_in_a_bucket_is_restored_into_another_place(
+    settings, database, source, tmp_path, monkeypatch
+):
+    url = database.kw["bind"].url.render_as_string(hide_password=False)
+    settings = settings.model_copy(
+        update={"base_model": str(make_base(tmp_path / "base")), "database_url": url, "public_url": "http://unused"}
+    )
+    with database.begin() as session:
+        registry.register(session, settings, source, run_id=None, manifest={}, name="mine")
+    take(settings, tmp_path / "monday", print)
+    elsewhere = {
+        "EVERLOOP_HOME": str(tmp_path / "new"),
+        "EVERLOOP_ADAPTERS_URL": "s3://everloop/elsewhere",
+        "EVERLOOP_ADAPTERS_OPTIONS": json.dumps(settings.adapters_options),
+    }
+    for name, value in elsewhere.items():
+        monkeypatch.setenv(name, value)
+    report = restore(tmp_path / "monday", print)
+    assert (report["adapters"], report["missing_adapters"]) == (1, [])
+    there = open_store(settings.model_copy(update={"adapters_url": "s3://everloop/elsewhere"}))
+    assert list(there.digests()) == list(open_store(settings).digests()) != []
+    assert SECRET not in "".join(path.read_text(errors="replace") for path in (tmp_path / "monday").rglob("*.*"))

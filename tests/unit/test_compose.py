@@ -14,7 +14,7 @@ from infra.stack import parts
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "infra" / "compose"
 FILES = ("compose.yaml", "compose.gpu.yaml")
-ONCE = {"migrate", "model", "prefect-volume"}
+ONCE = {"migrate", "model"}
 # Read beside the settings; the last one comes with the log formats.
 OF_ONE_MACHINE = {"door"}  # which keeps the port while its one API starts anew
 NOT_SETTINGS = {"EVERLOOP_SECRETS_DIR"}
@@ -102,8 +102,6 @@ def test_whatever_stays_up_is_bounded_watched_and_no_root(services):
         assert re.search(r":.*\d+\.\d+", service["image"]) and "latest" not in service["image"], (
             f"{name}: {service['image']}"
         )
-        if name == "prefect-volume":
-            continue
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
         assert service["read_only"] or name == "kafka", name
         limits = service["deploy"]["resources"]["limits"]

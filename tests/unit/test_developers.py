@@ -8,11 +8,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
+
+from infra import cli
+from infra.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += [*ROOT.glob("docs/**/*.md"), ROOT / "infra/compose/README.md", ROOT / "infra/k8s/README.md"]
+OF_NOW = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")]  # what those say was so once
 VERBS = {"setup", "up", "demo", "test", "test-all", "lint", "type", "docs", "bench", "shots", "clean"}
 
 
@@ -31,6 +37,32 @@ def test_every_link_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
     dead = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert dead == []
+
+
+@pytest.mark.parametrize("page", OF_NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tests_that_a_page_names_are_there(page):
+    code = "\n".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    files = {path.name for path in ROOT.glob("tests/**/test_*.py")}
+    text = page.read_text()
+    named = [re.escape(name).replace("…", r"\w+") for name in re.findall(r"`(test_[\w…]+)`", text)]
+    assert [name for name in named if not re.search(rf"def {name}\(", code)] == []
+    assert set(re.findall(r"\b(test_\w+\.py)\b", text)) <= files
+
+
+@pytest.mark.parametrize("page", OF_NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_that_a_page_names_are_there(page):
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"\beverloop ([a-z][^`|;\n]*)", text):
+        first, *words = line.split()
+        if first not in COMMANDS:  # "Everloop is": a sentence
+            continue
+        command = typer.main.get_command(cli.app).get_command(None, first)
+        while isinstance(command, TyperGroup) and words and re.fullmatch(r"[a-z-]+", words[0]):
+            name = words.pop(0)
+            command = command.commands.get(name)
+            assert command is not None, f"everloop {line}: {name} is no command"
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", " ".join(words))) <= options, f"everloop {line}"
 
 
 def test_the_index_names_every_page_and_room():

@@ -3,10 +3,13 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from infra.settings import Settings
 from infra.stack import parts
@@ -70,6 +73,30 @@ def test_they_fit_the_published_schemas(manifests, version):
     slip["spec"]["template"]["spec"]["containers"][0]["livenessprobe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(slip, version, strict=True)
+
+
+def in_one_order(value, name=""):
+    """Return it with lists that are merged by a key in the order of that: a merge may put new items anywhere."""
+    if isinstance(value, dict):
+        return {key: in_one_order(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        found = [in_one_order(inner) for inner in value]
+        return sorted(found, key=lambda item: item[kustomize.KEYS[name]]) if name in kustomize.KEYS else found
+    return value
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_itself_makes_the_same_of_them(overlay):
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not here: what is merged is told by tests/kustomize.py alone")
+    directory = K8S / "overlays" / overlay
+    done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    real, ours = (
+        {kustomize.identity(m): in_one_order(m) for m in made}
+        for made in (yaml.safe_load_all(done.stdout), kustomize.build(directory))
+    )
+    assert real == ours
 
 
 def test_nothing_is_named_twice_and_all_is_in_one_namespace(manifests):
