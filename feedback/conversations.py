@@ -16,7 +16,7 @@ from feedback import episodes, users
 from feedback.acceptance import accept_many
 from feedback.fold import Standing, fold, histories
 from feedback.signals import Withdrawal
-from feedback.tables import QUESTION, WORDS, Conversation, Episode, Feedback, User
+from feedback.tables import QUESTION, WORDS, Conversation, Episode, Feedback, ToolCall, User
 from infra.db import among
 from infra.errors import EverloopError, InvalidRequestError, NotFoundError
 from infra.events import AnswerExcluded
@@ -72,6 +72,7 @@ class TurnRow:
     reasons: tuple[str, ...] = ()
     comment: str | None = None
     correction: str | None = None
+    steps: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,17 +212,38 @@ def page(session: Session, user_id: str, before: str | None, limit: int, query: 
     return [_view(row) for row in session.execute(ordered.limit(limit))]
 
 
-def _about(user_id: str, query: str) -> sa.ColumnElement[bool]:
-    owner = f"by{hashlib.md5(user_id.encode(), usedforsecurity=False).hexdigest()}"
+def find_turns(session: Session, user_id: str, query: str, limit: int) -> list[TurnRow]:
+    """Return turns of a user's conversations that hold all words of `query`, the newest first."""
+    columns = (Episode.id, Episode.parent_id, sa.func.coalesce(_question, ""), Episode.answer, Episode.status)
+    rest = (Episode.finish_reason, Episode.release, Episode.created_at)
+    words = _sought(user_id, query)
+    found = sa.select(*columns, *rest).where(sa.func.numnode(words) > 0, _holds(user_id, words))
+    return [TurnRow(*row) for row in session.execute(found.order_by(Episode.id.desc()).limit(limit))]
+
+
+def _owner(user_id: str) -> str:
+    return f"by{hashlib.md5(user_id.encode(), usedforsecurity=False).hexdigest()}"
+
+
+def _sought(user_id: str, query: str) -> sa.ColumnElement[Any]:
+    """Return the words of a query; the last may still be being typed."""
     words: sa.ColumnElement[Any] = sa.func.plainto_tsquery("simple", query)
-    # The last word may still be being typed; but what begins like the owner's mark would find all that is theirs.
+    # But what begins like the owner's mark would find all that is theirs.
     last = _WORD.findall(query.lower())[-1:]
-    if last and not owner.startswith(last[0]):
+    if last and not _owner(user_id).startswith(last[0]):
         words = _tsquery(sa.func.nullif(sa.cast(words, sa.Text), "").op("||")(":*"))
-    theirs = _tsquery(sa.literal(owner))
-    turns = sa.select(Episode.conversation_id).where(
-        Episode.conversation_id.is_not(None), _words.op("@@")(theirs.op("&&")(words))
-    )
+    return words
+
+
+def _holds(user_id: str, words: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Return the condition that a turn of somebody's conversations holds words."""
+    theirs = _tsquery(sa.literal(_owner(user_id)))
+    return sa.and_(Episode.conversation_id.is_not(None), _words.op("@@")(theirs.op("&&")(words)))
+
+
+def _about(user_id: str, query: str) -> sa.ColumnElement[bool]:
+    words = _sought(user_id, query)
+    turns = sa.select(Episode.conversation_id).where(_holds(user_id, words))
     title = sa.func.to_tsvector("simple", sa.func.coalesce(Conversation.title, ""))
     # Of a query without any word nothing is said: it finds nothing.
     return sa.and_(sa.func.numnode(words) > 0, sa.or_(title.op("@@")(words), Conversation.id.in_(turns)))
@@ -256,16 +278,17 @@ def turns(
         Episode.finish_reason,
         Episode.release,
         Episode.created_at,
+        Episode.steps,
     ).where(Episode.conversation_id == conversation_id)
     if before is not None:
         query = query.where(Episode.id < before)
     rows = session.execute(query.order_by(Episode.id.desc()).limit(limit)).all()
-    said: dict[str, dict[str, Any]] = {row.id: {} for row in rows}
+    said: dict[str, dict[str, Any]] = {row.id: {"steps": row.steps} for row in rows}
     # Of these kinds, the slot is the episode.
     for signal in fold(signal for history in histories(session, said).values() for signal in history):
         if signal.user_id == user_id:
             said[signal.slot] |= _said(signal)
-    return [TurnRow(*row, **said[row.id]) for row in rows]
+    return [TurnRow(*row[:-1], **said[row.id]) for row in rows]
 
 
 def _said(signal: Standing) -> dict[str, Any]:
@@ -366,6 +389,7 @@ def _delete_turns(session: Session, user_id: str, own: Sequence[str]) -> int:
     session.execute(words.values(**nothing).execution_options(synchronize_session=False))
     blank = sa.update(Episode).where(among(Episode.id, own))
     session.execute(blank.values(learn=False, **episodes.blanked()).execution_options(synchronize_session=False))
+    session.execute(sa.delete(ToolCall).where(among(ToolCall.episode_id, own)))
     gone = [Entry(AnswerExcluded(episode_id=episode_id, by="owner"), episode_id) for episode_id in own]
     outbox.append_many(session, gone)  # after the withdrawals: what is left then are operators' judgements
     return num_signals

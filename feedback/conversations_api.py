@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Query, Request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -117,6 +117,7 @@ class TurnView(BaseModel):
     reasons: list[str]
     comment: str | None
     correction: str | None
+    steps: list[dict[str, Any]] = Field(description="Calls of tools before the answer, with what came of them.")
 
 
 class TurnPage(BaseModel):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
-from feedback import users
+from feedback import tool_calls, users
 from feedback.tables import Conversation, Episode, SelfEvaluation
 from infra.db import among
 from infra.errors import NotFoundError
@@ -100,8 +100,9 @@ def record_many(
     keys
         The key of each user, from :func:`feedback.users.keys_of` within the same transaction.
     """
-    rows, entries = [], []
+    rows, entries, written = [], [], []
     for recording, created_at in _in_conversations(session, list(recordings)):
+        written.append(recording)
         row = {name: getattr(recording, name) for name in COLUMNS}
         row["id"] = recording.episode_id
         if created_at is not None:
@@ -119,10 +120,12 @@ def record_many(
             answer=recording.answer,
             conversation_id=recording.conversation_id,
             parent_id=recording.parent_id,
+            steps=recording.steps,
         ).happened_in(recording.traceparent)
         entries.append(Entry(event, recording.episode_id, recording.episode_id, keys[recording.user_id]))
     if rows:
         session.execute(sa.insert(Episode), rows)
+        tool_calls.keep(session, written)
         outbox.append_many(session, entries)
 
 

@@ -62,10 +62,12 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     said |= {"reasons": pa.list_(text), "over": text, "text": text, "given_at": moment}
     message = pa.struct({"role": text, "content": text})
     columns = {"id": text, "created_at": moment, "user": text, "release": text, "messages": pa.list_(message)}
+    columns |= {"steps": text}  # JSON: each tool returns what it likes
     schema = pa.schema({**columns, "answer": text, "signals": pa.list_(pa.struct(said))})
     num_rows, rows = 0, iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while page := list(itertools.islice(rows, PAGE_ROWS)):
+            page = [{**row, "steps": json.dumps(row.get("steps", []), ensure_ascii=False)} for row in page]
             writer.write_table(pa.Table.from_pylist(page, schema))
             num_rows += len(page)
     return num_rows

@@ -22,6 +22,7 @@ from feedback.export_files import appearing, write_lines, write_parquet
 from feedback.fold import standing_ids
 from feedback.interchange import MAX_SIGNALS
 from feedback.signals import MACHINE_KINDS
+from feedback.steps import plain, seen
 from feedback.tables import Episode, Feedback
 from feedback.users import TOMBSTONE
 from infra.db import Sessions, transaction
@@ -65,6 +66,7 @@ class Selection:
         wanted = [
             episode.learn,
             episode.status == "complete",
+            episode.finish_reason.is_distinct_from("tool_calls"),  # it waits for a tool; it is no answer yet
             sa.func.btrim(episode.answer, " \t\r\n") != "",
             ~episode.user_id.startswith(TOMBSTONE, autoescape=True),
         ]
@@ -219,7 +221,10 @@ def _answer(episode: Episode) -> dict[str, Any]:
         "created_at": episode.created_at.astimezone(UTC).isoformat(),
         "user": episode.user_id,
         "release": episode.release,
-        "messages": [{"role": message["role"], "content": message["content"]} for message in episode.messages],
+        "messages": [
+            {"role": message["role"], "content": message["content"]} for message in plain(episode.messages)
+        ],
+        **({"steps": episode.steps} if episode.steps else {}),
         "answer": episode.answer,
     }
 
@@ -239,20 +244,22 @@ def _pairs(selection: Selection) -> sa.Select[Any]:
     worse = sa.case((Feedback.kind == "correction", Episode.answer), else_=Other.answer)
     return (
         selection.signals()
-        .with_only_columns(Feedback.seq, Episode.messages, better.label("better"), worse.label("worse"))
+        .with_only_columns(
+            Feedback.seq, Episode.messages, Episode.steps, better.label("better"), worse.label("worse")
+        )
         .where(Feedback.kind.in_(("correction", "preference")), sa.func.btrim(better) != sa.func.btrim(worse))
     )
 
 
 def _preferences(session: Session, _: Selection, query: sa.Select[Any], phase: Phase) -> Iterator[dict[str, Any]]:
-    for _seq, messages, better, worse in _stream(session, query.order_by(Feedback.seq), phase):
-        yield {"prompt": messages, "chosen": _turn(better), "rejected": _turn(worse)}
+    for _seq, messages, steps, better, worse in _stream(session, query.order_by(Feedback.seq), phase):
+        yield {"prompt": seen(messages, steps), "chosen": _turn(better), "rejected": _turn(worse)}
 
 
 def _votes(session: Session, _: Selection, query: sa.Select[Any], phase: Phase) -> Iterator[dict[str, Any]]:
-    columns = query.with_only_columns(Episode.messages, Episode.answer, Feedback.value)
-    for messages, answer, value in _stream(session, columns.order_by(Feedback.seq), phase):
-        yield {"prompt": messages, "completion": _turn(answer), "label": value > 0}
+    columns = query.with_only_columns(Episode.messages, Episode.steps, Episode.answer, Feedback.value)
+    for messages, steps, answer, value in _stream(session, columns.order_by(Feedback.seq), phase):
+        yield {"prompt": seen(messages, steps), "completion": _turn(answer), "label": value > 0}
 
 
 def _turn(answer: str) -> list[dict[str, str]]:

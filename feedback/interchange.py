@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from feedback.signals import CLOCK_SKEW, MACHINE_KINDS, BaseSignal, Name, read_signal
+from feedback.steps import seen
 from feedback.users import TOMBSTONE
 from infra.access.roles import ANONYMOUS
 from infra.errors import InvalidRequestError, TooLargeError
@@ -26,6 +27,7 @@ from infra.text import CleanText
 
 MAX_MESSAGES = 512
 MAX_SIGNALS = 1000
+MAX_STEPS = 64
 RELEASE = "imported"
 FIRST_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 # Between a live answer's id (its beginning) and its row (its end) lie seconds; more is a mistake.
@@ -57,6 +59,9 @@ class OutsideEpisode(BaseModel):
     learn: bool = Field(True, description="Whether it may be learned from; a user's own no goes first.")
     release: Name = Field(RELEASE, description="What answered.")
     id: Name | None = Field(None, description="Its id elsewhere; by it signals of later lines name the answer.")
+    steps: list[dict[str, Any]] = Field(
+        default_factory=list, max_length=MAX_STEPS, description="Calls of tools before the answer, as exported."
+    )
     signals: list[dict[str, Any]] = Field(
         default_factory=list, max_length=MAX_SIGNALS, description="As for /v1/feedback, without what is filled in."
     )
@@ -67,6 +72,13 @@ class OutsideEpisode(BaseModel):
             raise ValueError("The last message must be from the user (or the system); the answer is in `answer`.")
         if not self.answer.strip():
             raise ValueError("The answer is blank.")
+        try:
+            seen([], self.steps)
+            waits = any(call["status"] == "pending" for step in self.steps for call in step.get("calls", ()))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("`steps` are not as `feedback export` writes them.") from None
+        if waits:
+            raise ValueError("A call in `steps` waits; nobody here can allow it.")
         return self
 
 

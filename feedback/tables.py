@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
+from feedback.steps import seen
 from infra.db import Base
 from infra.tables import Timestamp
 
@@ -110,6 +111,39 @@ class Episode(Base):
         sa.Index("ix_episodes_words", sa.text(WORDS), postgresql_using="gin", postgresql_where=IN_CONVERSATION),
         {"postgresql_partition_by": "RANGE (id)"},
     )
+
+    @property
+    def seen(self) -> list[dict[str, Any]]:
+        """What the model had before it when it wrote the answer: the prompt, and what tools had returned."""
+        return seen(self.messages, self.steps)
+
+
+class ToolChoice(Base):
+    """How far somebody lets a tool go; whoever said nothing has no row. Goes with its person."""
+
+    __tablename__ = "tool_choices"
+
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.user_id", ondelete="CASCADE"), primary_key=True)
+    tool: Mapped[str] = mapped_column(primary_key=True)
+    level: Mapped[str]
+
+    __table_args__ = (sa.CheckConstraint("level IN ('off', 'ask', 'auto')", name="level"),)
+
+
+class ToolCall(Base):
+    """A call that waits, or waited, for somebody's yes. What is asked for stands in the episode's steps alone."""
+
+    __tablename__ = "tool_calls"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    episode_id: Mapped[str] = mapped_column(index=True)
+    user_id: Mapped[str] = mapped_column(sa.ForeignKey("users.user_id", ondelete="CASCADE"), index=True)
+    status: Mapped[str] = mapped_column(default="pending", server_default="pending")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())
+    expires_at: Mapped[datetime] = mapped_column(Timestamp)
+    continued_by: Mapped[str | None]
+
+    __table_args__ = (sa.CheckConstraint("status IN ('pending', 'approved', 'denied')", name="status"),)
 
 
 class SelfEvaluation(Base):

@@ -151,7 +151,7 @@ class EpisodeRecorded(Event):
 
     topic = "everloop.episodes"
     type = "episode.recorded"
-    personal = frozenset({"user_id", "messages", "answer"})
+    personal = frozenset({"user_id", "messages", "answer", "steps"})
 
     episode_id: str = Field(description="Also the `id` of the API's response.")
     user_id: str = Field(description="Who asked.")
@@ -164,6 +164,10 @@ class EpisodeRecorded(Event):
     answer: str = Field(description="What it answered.")
     conversation_id: str | None = Field(None, description="The conversation that it is a turn of, if it is kept.")
     parent_id: str | None = Field(None, description="The episode that it follows there; null for a first turn.")
+    steps: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Calls of tools before the answer, with what came of them, and why they ended.",
+    )
 
 
 class SelfEvaluated(Event):

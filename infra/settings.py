@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -31,6 +39,26 @@ BASE_MODEL_NAME = "base"
 ASSISTANT_MODEL = "everloop"  # what the deployed assistant is called as a model
 CRON = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))  # what each field of a schedule may hold
 Share = Annotated[float, Field(gt=0, lt=1)]
+ServerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,24}$")]  # stands before the names of its tools
+ToolLevel = Literal["off", "ask", "auto"]  # what a tool may do, rising
+
+
+class McpServer(BaseModel):
+    """An MCP server whose tools the assistant may call: a program that the API starts, or an address."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    command: str | None = Field(None, min_length=1)
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    url: str | None = Field(None, pattern=r"^https?://")
+    headers: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_way_to_it(self) -> McpServer:
+        if (self.command is None) == (self.url is None):
+            raise ValueError("An MCP server has either a `command` or a `url`.")
+        return self
 
 
 class Settings(BaseSettings):
@@ -148,6 +176,34 @@ class Settings(BaseSettings):
     )
     best_of_max_tokens: int = Field(
         1024, ge=1, description="Most tokens that are made beside the first answer to choose from."
+    )
+    offer_tools: bool = Field(
+        False, description="Whether answers may call tools of people who have chosen no level and name no tool."
+    )
+    tool_levels: dict[str, ToolLevel] = Field(
+        default_factory=dict,
+        description="The most that a tool may do (off, ask, auto), by its name, or `server__*` for all of an MCP "
+        "server. Unset: auto for what is built in, ask for all else. People may lower it for themselves.",
+    )
+    mcp_servers: dict[ServerName, McpServer] = Field(
+        default_factory=dict,
+        repr=False,
+        description="MCP servers by name: command, args and env, or url and headers; shown nowhere.",
+    )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's parser of this model's calls, such as hermes; unset, tools are told of in the prompt.",
+    )
+    tool_max_steps: int = Field(6, ge=1, description="Steps with calls within one answer.")
+    tool_max_s: float = Field(90.0, gt=0, description="Longest time of an answer that calls tools.")
+    tool_max_tokens: int = Field(4096, ge=1, description="Tokens that all steps of an answer may generate.")
+    tool_timeout_s: float = Field(20.0, gt=0, description="Longest time of one call.")
+    tool_result_max_bytes: int = Field(
+        16_384, ge=64, description="Of a longer result the model sees the beginning."
+    )
+    tool_result_max_tokens: int = Field(512, ge=16, description="The same limit in tokens.")
+    approval_minutes: float = Field(
+        60.0, gt=0, description="A call that waits for approval is given up after this."
     )
     learn_by_default: bool = Field(True, description="Whether users are learned from who said nothing about it.")
     erasure_policy: Literal["retrain-required", "quarantine"] = Field(

@@ -173,6 +173,8 @@ def engine_arguments(settings: Settings, *, gpu: bool) -> list[str]:
         "--disable-uvicorn-access-log",
         "--middleware", "everloop_vllm.door.Door",
     ]  # fmt: skip
+    if settings.tool_parser is not None:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", settings.tool_parser]
     if gpu:  # as many sequences as fit, and CUDA graphs
         return [*arguments, "--gpu-memory-utilization", str(settings.engine_gpu_share)]
     return [*arguments, "--max-num-seqs", str(MAX_SEQUENCES), "--enforce-eager"]
