@@ -70,6 +70,7 @@ class EpisodeView(BaseModel):
     status: str
     messages: list[dict[str, Any]]
     answer: str
+    steps: list[dict[str, Any]] = Field(description="Calls of tools before the answer, with what came of them.")
     latency_ms: float
     num_completion_tokens: int
     feedback: list[SignalView]
@@ -127,6 +128,7 @@ def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:
             status=episode.status,
             messages=episode.messages,
             answer=episode.answer,
+            steps=episode.steps,
             latency_ms=episode.latency_ms,
             num_completion_tokens=len(episode.token_ids),
             feedback=signals[episode.id],

@@ -61,9 +61,9 @@ def _present(session: Session, episode_ids: Collection[str]) -> set[str]:
 def answers_concerned(session: Session) -> list[Answer]:
     """Return the answers and corrections that standing signals say something about."""
     signals, episodes = standing_signals(session)
-    answers = [Answer(episode.messages, episode.answer, episode.id) for episode in episodes.values()]
+    answers = [Answer(episode.seen, episode.answer, episode.id) for episode in episodes.values()]
     return answers + [
-        Answer(episodes[s.episode_id].messages, s.text, s.episode_id)
+        Answer(episodes[s.episode_id].seen, s.text, s.episode_id)
         for s in signals
         if s.kind == "correction" and s.text and s.episode_id in episodes
     ]

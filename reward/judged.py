@@ -107,7 +107,7 @@ def _contrasts(votes: Mapping[str, Sequence[Standing]], episodes: Mapping[str, E
         balance = sum(_sign(signal) for signal in said)
         if balance:
             side = liked if balance > 0 else disliked
-            side[prompt_digest(episodes[episode_id].messages)].append(episodes[episode_id])
+            side[prompt_digest(episodes[episode_id].seen)].append(episodes[episode_id])
     return [
         _pair("contrast", (good, good.answer), (bad, bad.answer), [*votes[good.id], *votes[bad.id]])
         for prompt, found in liked.items()
@@ -126,7 +126,7 @@ def _pair(
     kind: str, chosen: tuple[Episode, str], rejected: tuple[Episode, str], said: Sequence[Standing]
 ) -> Judged:
     return Judged(
-        messages=chosen[0].messages,
+        messages=chosen[0].seen,
         chosen=chosen[1],
         rejected=rejected[1],
         kind=kind,

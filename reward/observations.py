@@ -26,6 +26,8 @@ def reason_against(episode: Episode | None) -> str | None:
         return "answer_excluded"
     if not episode.learn:
         return "no_consent"
+    if episode.finish_reason == "tool_calls":
+        return "answer_waits"  # for a tool: what was said beside the call is no answer
     return None if episode.answer.strip() else "answer_empty"
 
 

@@ -129,7 +129,7 @@ def answer_digest(messages: Sequence[Mapping[str, Any]], answer: str) -> str:
 
 def digest_of(episode: Episode, answer: str) -> str:
     """Return the cache key of an answer to what an episode was asked."""
-    return answer_digest(episode.messages, answer)
+    return answer_digest(episode.seen, answer)
 
 
 def cached_features(session: Session, encoder: str, digests: Iterable[str]) -> dict[str, NDArray[np.float64]]:

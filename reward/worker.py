@@ -271,7 +271,7 @@ class RewardWorker:
             if self.is_stopping():
                 raise StoppingError("told to stop; nothing of this batch is kept")
             step = missing[start : start + STEP_ANSWERS]
-            fresh = self.encoder.encode([(wanted[d][0].messages, wanted[d][1]) for d in step])
+            fresh = self.encoder.encode([(wanted[d][0].seen, wanted[d][1]) for d in step])
             rows = {d: (phi, wanted[d][0].id) for d, phi in zip(step, fresh, strict=True)}
             store.cache_features(session, self.encoder.name, rows)
             cached |= {digest: phi.astype(np.float64) for digest, (phi, _) in rows.items()}

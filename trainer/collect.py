@@ -210,7 +210,7 @@ def _example(one: _Said, others: Mapping[str, str], redactor: Redactor) -> Examp
     return Example(
         episode_id=one.episode.id,
         conversation=one.conversation,
-        messages=redactor.messages(one.episode.messages),
+        messages=redactor.messages(one.episode.seen),
         answer=redactor.text(one.episode.answer),
         verdicts=[verdict for signal in signals if (verdict := _verdict(signal)) is not None],
         corrections=[redactor.text(s.text) for s in signals if s.kind == "correction" and s.text],

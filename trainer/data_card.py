@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # What each reason means, for the page; kinds of personal data are named redacted_KIND.
 REASONS = {
     "answer_empty": "signals on answers without a word",
+    "answer_waits": "signals on answers that stopped for a tool",
     "answer_failed": "signals on answers that failed",
     "answer_interrupted": "signals on answers that were broken off",
     "conversation_held_out": "signals in conversations kept for gates (one in five)",
