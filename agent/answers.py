@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +34,11 @@ def completion(turns: Sequence[Turn]) -> dict[str, Any]:
     choices = [
         {
             "index": turn.index,
-            "message": {"role": "assistant", "content": turn.recording.answer, "refusal": None},
+            "message": _message(turn),
             "logprobs": {"content": turn.take_logprobs(), "refusal": None} if turn.body.logprobs else None,
             "finish_reason": turn.recording.finish_reason,
             "episode_id": turn.recording.episode_id,
+            **({"steps": turn.recording.steps} if turn.tools.last_step else {}),
         }
         for turn in turns
     ]
@@ -45,8 +47,9 @@ def completion(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def usage(turns: Sequence[Turn]) -> dict[str, Any]:
     """Return OpenAI's usage object; the prompt, which all choices share, counts once."""
-    num_prompt = turns[0].recording.num_prompt_tokens
-    num_answer = sum(len(turn.recording.token_ids) for turn in turns)
+    num_prompt = sum(turn.num_tokens[0] for turn in turns)
+    num_prompt -= sum(turn.recording.num_prompt_tokens for turn in turns[1:])
+    num_answer = sum(turn.num_tokens[1] for turn in turns)
     chosen = step_of(turns[0].recording.steps)
     return {
         "prompt_tokens": num_prompt,
@@ -59,6 +62,31 @@ def usage(turns: Sequence[Turn]) -> dict[str, Any]:
 def shown(step: dict[str, Any]) -> dict[str, Any]:
     """Return what choosing among several answers took, as usage tells it."""
     return {name: step[name] for name in ("n", "num_candidates", "chosen", "extra_tokens", "ms", "outcome")}
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    said = {"role": "assistant", "content": turn.recording.answer, "refusal": None}
+    calls = handed_over(turn)
+    return {**said, "content": turn.recording.answer or None, "tool_calls": calls} if calls else said
+
+
+def handed_over(turn: Turn) -> list[dict[str, Any]]:
+    """Return the calls that the client is to make or to have allowed, as OpenAI's; ``everloop`` says which."""
+    return [
+        {
+            "index": index,
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": call["tool"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+            "everloop": {"source": call["source"], "status": call["status"]},
+        }
+        for index, call in enumerate(turn.tools.handed_over)
+    ]
+
+
+def step_chunk(first: Turn, turn: Turn, step: dict[str, Any]) -> dict[str, Any]:
+    """Return a chunk of ours: what has become of a step's calls so far."""
+    return {**_identity(first, "chat.completion.chunk"), "choices": [], "step": step, **_episode(first, turn)}
 
 
 def _identity(first: Turn, kind: str) -> dict[str, Any]:

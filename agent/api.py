@@ -12,11 +12,11 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 
-from agent.answers import chunk, completion, last_chunk
+from agent.answers import chunk, completion, handed_over, last_chunk, step_chunk
 from agent.book import unknown_model
 from agent.choices import Choices
 from agent.exchange import choices_for, sse, streamed, whole
-from agent.schema import ChatRequest
+from agent.schema import ChatRequest, StreamOptions
 from deploy.tables import Release
 from feedback.identity import UserHeader
 from infra.access.gate import SignedIn, needs
@@ -104,24 +104,31 @@ async def chat_completions(
     choices = await choices_for(body, caller, request, x_everloop_user)
     if not body.stream:
         return await whole(choices, caller, request, lambda: completion(choices.turns))
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return await streamed(choices, caller, request, _server_sent_events(choices, with_usage))
+    return await streamed(choices, caller, request, chat_events(choices, body.stream_options or StreamOptions()))
 
 
-async def _server_sent_events(choices: Choices, with_usage: bool) -> AsyncIterator[str]:
+async def chat_events(choices: Choices, options: StreamOptions) -> AsyncIterator[str]:
+    """Yield chat completion chunks."""
     seen: set[int] = set()
     try:
         async with aclosing(choices.deltas()) as deltas:  # type: ignore[type-var]
             async for turn, text in deltas:
+                for step in turn.take_news() if options.include_steps else ():
+                    yield sse(step_chunk(choices.first, turn, step))
+                if text == "":
+                    continue
                 delta: dict[str, Any] = {} if turn.index in seen else {"role": "assistant"}
                 seen.add(turn.index)
                 if text is not None:
                     delta["content"] = text
+                if text is None and (calls := handed_over(turn)):
+                    yield sse(chunk(choices.first, turn, {**delta, "tool_calls": calls}))
+                    delta = {}
                 reason = turn.recording.finish_reason if text is None else None
                 yield sse(chunk(choices.first, turn, delta, reason))
     except EverloopError as error:
         yield sse(error.envelope())
         return
-    if with_usage:
+    if options.include_usage:
         yield sse(last_chunk(choices.turns))
     yield "data: [DONE]\n\n"

@@ -26,6 +26,7 @@ import agent.health
 import agent.oidc
 import agent.responses.api
 import agent.stored
+import agent.tools.api
 import deploy.api
 import deploy.decisions_api
 import deploy.pages
@@ -41,6 +42,7 @@ from agent.request_headers import RequestHeaders
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
 from agent.serving import Server
+from agent.tools.toolbox import Toolbox
 from deploy.followers import Followers
 from deploy.pages.live import Pulse
 from deploy.serving import RouteTable
@@ -83,7 +85,7 @@ ROUTERS = (
         agent.access_api.router,
         agent.access_api.admin,
     ),
-    agent.oidc.router,
+    *(agent.oidc.router, agent.tools.api.router),
     *(feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
     *deploy.pages.ROUTERS,
@@ -124,6 +126,7 @@ def build_app(settings: Settings) -> FastAPI:
             async with (
                 Intake(app.state.sessions).running() as app.state.intake,
                 Book(app.state.sessions, settings.learn_by_default).running() as app.state.book,
+                Toolbox(settings, app.state.sessions).running() as app.state.toolbox,
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):

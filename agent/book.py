@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import anyio.to_thread
@@ -12,13 +12,13 @@ from sqlalchemy.orm import Session
 
 from deploy import head
 from deploy.head import Assignment
-from feedback import conversations, episodes, users
+from feedback import conversations, episodes, tool_calls, users
 from feedback.conversations import Place
 from feedback.episodes import Recording
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError, NotFoundError, UnavailableError
 from infra.sealing import SubjectKey
-from infra.settings import ASSISTANT_MODEL
+from infra.settings import ASSISTANT_MODEL, ToolLevel
 from infra.together import Together
 
 
@@ -34,11 +34,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What a user gets, the key that seals their words, and whether the turn may be learned from."""
+    """What a user gets, the key that seals their words, whether the turn may be learned from, and how far they let
+    tools go, where they said.
+    """
 
     assignment: Assignment
     key: SubjectKey
     may_learn: bool
+    tool_levels: Mapping[str, ToolLevel] = field(default_factory=dict)
 
 
 class Book:
@@ -98,6 +101,7 @@ class Book:
     ) -> list[Begun | EverloopError]:
         met = users.meet_many(session, [asked.user for asked in requests], wait=wait)
         assigned = head.assignments(session, {asked.user for asked in requests})
+        levels = tool_calls.choices(session, {asked.user for asked in requests})
         refused = conversations.refusals(session, {(asked.user, asked.place) for asked in requests if asked.place})
 
         def one(asked: Asked) -> Begun | EverloopError:
@@ -110,7 +114,8 @@ class Book:
                 assignment = _assignment(session, asked, assigned[asked.user])
             except NotFoundError:
                 return unknown_model(asked.model)
-            return Begun(assignment, user.key, self.learn_by_default if user.learn is None else user.learn)
+            may_learn = self.learn_by_default if user.learn is None else user.learn
+            return Begun(assignment, user.key, may_learn, levels.get(asked.user, {}))
 
         return [one(asked) for asked in requests]
 

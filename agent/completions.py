@@ -83,6 +83,7 @@ class CompletionRequest(Sampled):
             top_logprobs=self.logprobs or 0,
             stream_options=self.stream_options,
             store=False,
+            tool_choice="none",
         )
         return chat.note({"api": "completions"})
 

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from agent.best_of import step_of
 from agent.choices import Choices
 from agent.schema import ChatRequest
-from agent.turn import Turn
+from agent.turn import Turn, Waited
 from feedback.identity import named
 from infra.access.roles import Caller, Role
 from infra.errors import EverloopError, ForbiddenError, UnavailableError
@@ -32,6 +32,7 @@ async def choices_for(
     request: Request,
     user_header: str | None,
     turn_type: type[Turn] = Turn,
+    waited: Waited | None = None,
 ) -> Choices:
     """Return the turns that are to answer a request; none has begun.
 
@@ -53,7 +54,8 @@ async def choices_for(
     given = (state.book, state.fleet, state.settings, body, state.must_end)
     # Of what is streamed the first word cannot wait for the choice; whoever asks for several chooses themselves.
     best = state.best_of if turn_type is Turn and body.n == 1 and not body.stream else None
-    return Choices([turn_type(*given, index, best) for index in range(body.n)])
+    toolbox = state.toolbox if turn_type is Turn else None
+    return Choices([turn_type(*given, index, best, toolbox=toolbox, waited=waited) for index in range(body.n)])
 
 
 async def whole(
@@ -133,10 +135,11 @@ async def _afterwards(request: Request, caller: Caller, choices: Choices) -> Non
     for turn in choices.turns:
         if turn.has_begun:
             recording = turn.recording
-            # The prompt, which all choices share, counts once.
-            num_read = recording.num_prompt_tokens if turn is choices.first else 0
+            num_read, num_written = turn.num_tokens
+            if turn is not choices.first:  # the prompt, which all choices share, counts once
+                num_read -= recording.num_prompt_tokens
             num_extra = (step_of(recording.steps) or {}).get("extra_tokens", 0)
-            state.gate.limits.count_tokens(caller, num_read + len(recording.token_ids) + num_extra)
+            state.gate.limits.count_tokens(caller, num_read + num_written + num_extra)
             await state.self_evaluator.offer(recording)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from agent.structured import ChatFormat, for_engine
+from agent.tools.tool import validator
 from infra.access.roles import ANONYMOUS, Caller
 from infra.errors import InvalidRequestError
-from infra.parameters import Content, Metadata, Only, OpenAIRequest, Speaker, mistaken
+from infra.parameters import Metadata, Only, OpenAIRequest, as_text, mistaken
 from infra.settings import ASSISTANT_MODEL
 from infra.text import CleanText
 
@@ -35,6 +36,21 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
+class CalledFunction(BaseModel):
+    """What was called, with its arguments as JSON text."""
+
+    name: CleanText = Field(min_length=1, max_length=64)
+    arguments: CleanText
+
+
+class MessageCall(BaseModel):
+    """A call of a tool in a message of the assistant's."""
+
+    id: CleanText = Field(min_length=1, max_length=128)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(OpenAIRequest):
     """One message of a conversation; text only, whole or in parts. ``developer`` is another word for ``system``."""
 
@@ -42,13 +58,62 @@ class Message(OpenAIRequest):
         "name": "Say in the message who speaks; the model is shown no names.",
         "refusal": "Send what was said as `content`.",
         "audio": "Only text is read; send `content`.",
-        "function_call": "Functions are not called yet; leave it out.",
-        "tool_calls": "Tools are not called yet; leave them out.",
+        "function_call": "It is deprecated; send `tool_calls`.",
         "annotations": "Send what was said as `content`.",
     }
 
-    role: Speaker
-    content: Content
+    role: Annotated[
+        Literal["system", "user", "assistant", "tool"],
+        BeforeValidator(lambda role: "system" if role == "developer" else role),
+    ]
+    content: Annotated[CleanText, BeforeValidator(as_text)] | None = None
+    tool_calls: list[MessageCall] | None = Field(None, min_length=1, max_length=128)
+    tool_call_id: CleanText | None = Field(None, min_length=1, max_length=128)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise mistaken("tool_calls", "Only a message of the assistant's has `tool_calls`.")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise mistaken("tool_call_id", "A message of role `tool`, and no other, names its call.")
+        if not self.content and not self.tool_calls and self.role != "tool":
+            raise mistaken("content", "A message has at least 1 character.")
+        return self
+
+
+class Function(OpenAIRequest):
+    """A function that the model may call."""
+
+    name: CleanText = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: CleanText | None = Field(None, max_length=4096)
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of its arguments, an object's.")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> Function:
+        if self.parameters is not None:
+            validator(self.parameters)
+        return self
+
+
+class ClientTool(OpenAIRequest):
+    """A tool of the client's: its calls are returned, to be made there."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(OpenAIRequest):
+    """A function by its name."""
+
+    name: CleanText
+
+
+class NamedTool(OpenAIRequest):
+    """The tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
 
 
 class StreamOptions(OpenAIRequest):
@@ -58,7 +123,10 @@ class StreamOptions(OpenAIRequest):
         "include_obfuscation": Only((False,), "Streams are not padded; leave it out.")
     }
 
+    own: ClassVar[frozenset[str]] = frozenset({"include_steps"})
+
     include_usage: bool = False
+    include_steps: bool = Field(False, description="Also tell of calls that the server makes, in `step`.")
 
 
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -111,24 +179,21 @@ class ChatRequest(Sampled):
     )
     refused: ClassVar[Mapping[str, str]] = {
         "audio": "Only text is answered; leave it out.",
-        "function_call": "It is deprecated, and no tools are called; leave it out.",
-        "functions": "They are deprecated, and no tools are called; leave them out.",
+        "function_call": "It is deprecated; send `tool_choice`.",
+        "functions": "They are deprecated; send `tools`.",
         "moderation": "Nothing is moderated beside the answer; leave it out.",
         "prediction": "Nothing is gained by a prediction here; leave it out.",
         "prompt_cache_options": "Prompts are cached by what they begin with; leave it out.",
-        "tool_choice": "No tools are called yet; leave it out.",
-        "tools": "No tools are called yet; leave them out.",
         "web_search_options": "Nothing is looked up on the web; leave it out.",
     }
     only: ClassVar[Mapping[str, Only]] = {
         "modalities": Only((["text"],), 'Only text is answered: ["text"], or leave it out.'),
-        "parallel_tool_calls": Only((True, False), "true or false; it changes nothing while no tools are called."),
         "prompt_cache_retention": Only(("in_memory",), "Prompts are cached in memory only; leave it out."),
         "reasoning_effort": Only(("none",), "The model does not reason apart from its answer; leave it out."),
         "service_tier": Only(("auto", "default"), 'There is one tier: "auto" or "default", or leave it out.'),
         "verbosity": Only(("medium",), "Say in a system message how long answers are to be."),
     }
-    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent"})
+    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent", "server_tools"})
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     safety_identifier: User | None = Field(
@@ -158,6 +223,14 @@ class ChatRequest(Sampled):
     top_logprobs: int = Field(0, ge=0, le=20, description="How many other tokens to name at each place.")
     logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=MAX_BIASES)
     response_format: ChatFormat | None = None
+    tools: list[ClientTool] | None = Field(None, min_length=1, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    server_tools: list[CleanText] | None = Field(
+        None,
+        max_length=128,
+        description="The server's tools that may be called; unset, all that are on for the user.",
+    )
     _noted: dict[str, Any] | None = PrivateAttr(None)
 
     @model_validator(mode="after")

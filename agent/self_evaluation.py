@@ -16,7 +16,7 @@ from typing import Any, Self
 import anyio.to_thread
 from prometheus_client import Counter
 
-from feedback import episodes
+from feedback import episodes, steps
 from feedback.episodes import Recording
 from infra.db import Sessions, transaction
 from infra.errors import EverloopError
@@ -63,7 +63,8 @@ class SelfEvaluator:
 
         Answers that are incomplete, empty, or not to be learned from are not evaluated.
         """
-        if not (self.enabled and recording.learn and recording.answer and recording.status == "complete"):
+        is_over = recording.status == "complete" and recording.finish_reason != "tool_calls"
+        if not (self.enabled and recording.learn and recording.answer and is_over):
             return
         try:
             self._waiting.put_nowait(recording)
@@ -116,6 +117,6 @@ class SelfEvaluator:
 
 
 def conversation(recording: Recording) -> list[dict[str, Any]]:
-    """Return what the release is asked: the conversation, its answer, and the question about it."""
+    """Return what the release is asked: conversation, results of tools, answer, and a question about it."""
     answer = {"role": "assistant", "content": recording.answer}
-    return [*recording.messages, answer, {"role": "user", "content": QUESTION}]
+    return [*steps.seen(recording.messages, recording.steps), answer, {"role": "user", "content": QUESTION}]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -13,20 +14,40 @@ from agent import metrics
 from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
 from agent.schema import ChatRequest, check_budget
+from agent.tools.protocol import Call, Reader
+from agent.tools.tool import Caller
+from agent.tools.toolbox import Toolbox
+from agent.tools.use import ToolUse
 from feedback import episodes
 from feedback.conversations import Place
 from feedback.episodes import Recording
 from infra.engine import LATEST, RUN_PREFIX
 from infra.engine_wire import EngineError
-from infra.errors import EverloopError, NotFoundError, UnavailableError
+from infra.errors import EverloopError, InvalidRequestError, NotFoundError, UnavailableError
 from infra.fleet import Fleet
 from infra.sealing import SubjectKey
 from infra.settings import Settings
 from infra.telemetry import tracing
 
 
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """An episode that stopped for somebody's yes, to be gone on from.
+
+    Parameters
+    ----------
+    claim
+        Takes its calls to be made, for the episode of this name and once; returns which are allowed.
+    """
+
+    episode_id: str
+    messages: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    claim: Callable[[str], Awaitable[dict[str, bool]]]
+
+
 class Turn:
-    """An answer from its request to its episode.
+    """An answer from its request to its episode: one generation, or as many as its calls of tools make it.
 
     Use :meth:`begin`, then iterate :meth:`deltas` to the end, or close it early: the episode is written
     either way, marked complete, interrupted or failed. Whoever may never come to iterate calls :meth:`close`.
@@ -41,6 +62,10 @@ class Turn:
         (``begun``).
     best
         Chooses among several answers, where that is on; not for what is streamed.
+    toolbox
+        The server's tools; none, if unset.
+    waited
+        The episode that this one goes on from.
     """
 
     def __init__(
@@ -52,7 +77,16 @@ class Turn:
         must_end: Callable[[], bool] = lambda: False,
         index: int = 0,
         best: BestOf | None = None,
+        *,
+        toolbox: Toolbox | None = None,
+        waited: Waited | None = None,
     ) -> None:
+        self.toolbox = toolbox
+        self.waited = waited
+        self.tools: ToolUse
+        self._reader = Reader()
+        self._is_step = False  # whether the generation that has ended last belongs to a step
+        self._news: list[dict[str, Any]] = []
         self.index = index
         self.best = best
         self.begun: Begun | None = None
@@ -102,7 +136,8 @@ class Turn:
         begun = self.begun or await self.assign()
         assignment, self._key = begun.assignment, begun.key
         is_trial = assignment.release.startswith(RUN_PREFIX)
-        messages = await self._prompt()
+        self.tools = self._tools(begun)
+        messages = self.waited.messages if self.waited else self.tools.introduce(await self._prompt())
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -117,6 +152,7 @@ class Turn:
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
             request=self.body.noted,
+            steps=self.tools.steps,
         )
         tracing.note(
             everloop__episode_id=self.recording.episode_id,
@@ -126,10 +162,15 @@ class Turn:
         # A run serves its versions on the replica that it samples from.
         self._routes = {self.settings.need("engine_url"): assignment.release} if is_trial else None
         try:
-            await self._open(messages)
+            if self.waited:
+                await self._resume(self.waited)
+            if self.tools.stop is None:
+                await self._open(self.tools.prompt(messages))
             self.has_begun, self._is_closed = True, False
-        except (EngineError, UnavailableError):
-            if assignment.canary_id is not None:  # who met an arm that could not answer counts for it, too
+        except EverloopError as error:
+            # Who met an arm that could not answer counts for it, too; and what tools have done is done.
+            failed = assignment.canary_id is not None and isinstance(error, EngineError | UnavailableError)
+            if failed or self.tools.steps:
                 self.recording.status = "failed"
                 await self._end()
             raise
@@ -138,9 +179,23 @@ class Turn:
                 await self._end()
             raise
 
+    async def _resume(self, waited: Waited) -> None:
+        """Make the calls of another episode that are allowed now."""
+        allowed = await waited.claim(self.recording.episode_id)
+        await self.tools.resume(waited.episode_id, waited.steps, allowed)
+        self.recording.finish_reason = self.tools.finish_reason
+
     async def _prompt(self) -> list[dict[str, Any]]:
         """Return what the model is to see."""
-        return [message.model_dump() for message in self.body.messages]
+        return [message.model_dump(exclude_none=True) for message in self.body.messages]
+
+    def _tools(self, begun: Begun) -> ToolUse:
+        """Return what tools may do in this turn, of all that there are and this person lets."""
+        if self.toolbox is None:
+            return ToolUse(self.settings, self.body, {}, None, self.must_end)
+        offers = self.toolbox.offers(self.body.user, begun.tool_levels, self.body.server_tools)
+        caller = Caller(self.body.user, self.toolbox.sessions)
+        return ToolUse(self.settings, self.body, offers, caller, self.must_end)
 
     def _given(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the engine is to go on from, and that it is to tell how probable each token was."""
@@ -155,11 +210,13 @@ class Turn:
             **({"stream_options": {"include_usage": True}} if stream else {}),
             **sampling,
             **({"seed": sampling["seed"] + seed_after} if seed_after and "seed" in sampling else {}),
-            **self.body.shape(),
+            **({} if self.tools.forced else self.body.shape()),  # one form at a time
+            **self.tools.payload(),
         }
 
     async def _open(self, messages: list[dict[str, Any]]) -> None:
         """Have the release go on from `messages`."""
+        self._reader = self.tools.reader()
         self._stream = self.fleet.stream_chat(
             self.recording.release,
             self._payload(messages, stream=self.body.stream),
@@ -170,6 +227,7 @@ class Turn:
         self._events = await self._stream.__aenter__()
 
     async def _end(self) -> None:
+        self.tools.end(self.recording.status)
         self.recording.latency_ms = self._elapsed_ms()
         metrics.note(self.recording)
         await self.book.end(self.recording, self._key)
@@ -195,24 +253,85 @@ class Turn:
     async def deltas(self) -> AsyncIterator[str]:
         """Yield the answer's text as it is generated; when this ends, the episode is written.
 
-        Closing it early stops the engine and writes the episode as interrupted.
+        A piece without text comes where a step has news (:meth:`take_news`). Closing it early stops the engine and
+        the tools, and writes the episode as interrupted.
         """
         try:
-            async with aclosing(self._events) as events:  # type: ignore[type-var]
-                async for event in events:
-                    text = self._take(event)
-                    if text:
+            if self.tools.last_step is not None:  # gone on from, with what has come of it
+                yield self._tell(self.tools.last_step)
+            while self.tools.stop is None:
+                async with aclosing(self._generation()) as texts:  # type: ignore[type-var]
+                    async for text in texts:
                         yield text
-                    if self.must_end() and not self.recording.finish_reason:
-                        self.recording.finish_reason = "length"
-                        return
+                if self.must_end() and not self.recording.finish_reason:
+                    self.recording.finish_reason = "length"
+                    return
+                tail, calls = self._reader.end()
+                if tail:
+                    self._say(tail)
+                    yield tail
+                if not self._begin_step(calls):
+                    break
+                yield self._tell(self.tools.steps[-1])
+                await self.tools.act()
+                yield self._tell(self.tools.steps[-1])
+                if self.tools.stop is not None:
+                    self.recording.finish_reason = self.tools.finish_reason
+                    break
+                if not await self._go_on():
+                    break
             await self._improve()
-            self.recording.status = "complete" if self.recording.finish_reason else "failed"
+            if self.tools.stop != "server_stopping":
+                self.recording.status = "complete" if self.recording.finish_reason else "failed"
         except EverloopError:
             self.recording.status = "failed"
             raise
         finally:
             await self.close()
+
+    def _tell(self, step: dict[str, Any]) -> str:
+        self._news.append(step)
+        return ""
+
+    async def _generation(self) -> AsyncIterator[str]:
+        """Yield the text of one generation, without the calls in it; it may be cut, as the process must end."""
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            async for event in events:
+                text = self._take(event)
+                if text:
+                    yield text
+                if self.must_end() and not self.recording.finish_reason:
+                    return
+
+    def _begin_step(self, calls: Sequence[Call]) -> bool:
+        """Begin a step, where the generation called tools; what it said beside goes with the step."""
+        recording = self.recording
+        if recording.finish_reason == "length" and calls and not calls[-1].is_whole:
+            self.tools.cut_off = True
+            calls = calls[:-1]
+        if not recording.finish_reason or not calls:
+            return False
+        self.tools.take(recording.answer, calls, len(recording.token_ids), recording.num_prompt_tokens)
+        self._is_step = True
+        return True
+
+    async def _go_on(self) -> bool:
+        """Open the next generation, on what the tools returned; return False where no room is left for it."""
+        await self._stream.__aexit__(None, None, None)
+        self._stream = None
+        recording = self.recording
+        try:
+            await self._open(self.tools.prompt(recording.messages))
+        except InvalidRequestError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            self.tools.stop, recording.finish_reason = "context_full", "length"
+            return False
+        # The episode's tokens are those of its answer; each step has the number of its own.
+        recording.answer, recording.finish_reason, recording.num_prompt_tokens = "", None, 0
+        recording.token_ids, recording.logprobs, self._told = [], [], []
+        self._is_step = False
+        return True
 
     async def close(self) -> None:
         """Stop the engine and write the episode, if the turn has begun and that has not been done."""
@@ -222,7 +341,8 @@ class Turn:
         # The client may be gone and this task cancelled: the episode is written all the same.
         with anyio.CancelScope(shield=True):
             try:
-                await self._stream.__aexit__(None, None, None)
+                if self._stream is not None:  # between two generations there is none
+                    await self._stream.__aexit__(None, None, None)
             finally:
                 await self._end()
 
@@ -235,18 +355,34 @@ class Turn:
         choice = event["choices"][0]
         if read := event.get("prompt_token_ids") or choice.get("prompt_token_ids"):
             recording.num_prompt_tokens = len(read)
-        text = choice["delta"].get("content") or ""
+        text = self._reader.feed(choice["delta"])
         if self.body.stream and recording.ttft_ms is None and text:
             recording.ttft_ms = self._elapsed_ms()
-        # Half a surrogate pair or a NUL cannot be stored.
-        recording.answer += text.replace("\x00", "").encode("utf-8", "replace").decode()
+        self._say(text)
         recording.token_ids += choice.get("token_ids") or []
         told = (choice.get("logprobs") or {}).get("content") or []
         recording.logprobs += [token["logprob"] for token in told]
         if self.body.logprobs:
             self._told += told
         recording.finish_reason = choice.get("finish_reason") or recording.finish_reason
-        return str(text)
+        return text
+
+    def _say(self, text: str) -> None:
+        # Half a surrogate pair or a NUL cannot be stored.
+        self.recording.answer += text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens that all generations of the turn read, and those that they wrote."""
+        read, written = self.tools.spent
+        if self._is_step:
+            return read, written
+        return read + self.recording.num_prompt_tokens, written + len(self.recording.token_ids)
+
+    def take_news(self) -> list[dict[str, Any]]:
+        """Return the steps of which something has become known since this was last asked for, as they are now."""
+        news, self._news = self._news, []
+        return news
 
     def take_logprobs(self) -> list[dict[str, Any]]:
         """Return what is known of each token since this was last asked for; nothing where it is not wanted."""
@@ -256,12 +392,12 @@ class Turn:
     async def _improve(self) -> None:
         """Give the best of several answers instead, where the release or the settings say so.
 
-        Not where tools were called: another answer would go on from other calls.
+        Not where tools may be called: another answer would go on from other calls.
         """
         assert self.begun is not None
         best_of = self.begun.assignment.best_of or self.settings.best_of
         recording = self.recording
-        is_whole = bool(recording.answer and recording.finish_reason and not recording.steps)
+        is_whole = bool(recording.answer and recording.finish_reason and not self.tools.functions)
         if self.best is not None and best_of > 1 and is_whole:
             await self.best.improve(self, best_of)
 

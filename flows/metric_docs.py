@@ -20,6 +20,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "infra.telemetry.http",
         "agent.metrics",
         "agent.self_evaluation",
+        "agent.tools.running",
         "infra.fleet_metrics",
         "infra.log.metrics",
     ),

@@ -170,6 +170,7 @@ class ResponseRequest(Sampled):
                     "logprobs": wants_logprobs,
                     "top_logprobs": self.top_logprobs,
                     "conversation": place.conversation,
+                    "tool_choice": "none",  # an answer that waits for a yes has no form in a response
                     "response_format": for_engine(self.text.format) if self.text else None,
                 }
             )

@@ -23,7 +23,7 @@ MAX_BYTES = 300 * 1000**2
 MODULES = [
     *("agent.app", "infra.log.relay", "deploy.reconciler", "infra.stack.cli", "infra.stack.embedded"),
     *("infra.cli", "deploy.cli", "deploy.canary_cli", "deploy.audit_cli", "deploy.releases_cli", "feedback.cli"),
-    *("agent.access_cli", "reward.cli", "infra.log.cli", "alembic.command", "psycopg"),
+    *("agent.tools.mcp_servers", "agent.access_cli", "reward.cli", "infra.log.cli", "alembic.command", "psycopg"),
 ]
 # Runs as if only the packages that are named on the first line of standard input were installed.
 ALONE = """

@@ -120,7 +120,7 @@ def running_requests(stack):
         ({"temperature": float("nan")}, 400, "invalid_request", "temperature"),
         ({"temperature": 9}, 400, "invalid_request", "temperature"),
         ({"n": 99}, 400, "invalid_request", "n"),
-        ({"tools": []}, 400, "unsupported_parameter", "tools"),
+        ({"tools": []}, 400, "invalid_request", "tools"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

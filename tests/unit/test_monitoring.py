@@ -22,7 +22,7 @@ RULES = [
 DASHBOARDS = [json.loads(path.read_text()) for path in sorted(MONITORING.glob("grafana/dashboards/*.json"))]
 LABELS = {
     "arm", "consumer", "kind", "method", "outcome", "partition", "reason", "replica", "route", "status", "topic",
-    "type", "vote",
+    "tool", "type", "vote",
 }  # fmt: skip
 FOREIGN = {"up", "process_resident_memory_bytes"}
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
