@@ -3,7 +3,8 @@
  * One question with its answer: streamed in, rated, corrected, asked again.
  *
  * @typedef {{delta?: {content?: string}, finish_reason?: string | null}} Choice
- * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}}} Chunk
+ * @typedef {{id: string, model: string, choices?: Choice[], error?: {message: string}, step?: Step}} Chunk
+ * @typedef {import('./calls.js').Step} Step
  * @typedef {object} Page What a turn needs of the page around it.
  * @property {string} user
  * @property {() => boolean} isBusy
@@ -21,6 +22,7 @@
  * @property {() => void} letGo Stop following new text.
  */
 import { Fork } from './branches.js';
+import { Calls } from './calls.js';
 import { showChanges } from './changes.js';
 import { Countdown } from './countdown.js';
 import { Invitation } from './invitation.js';
@@ -80,6 +82,7 @@ export class Turn {
     this.part('.later').onclick = () => page.show(fork, 1);
     find(this.question, '.text', HTMLElement).textContent = prompt;
     this.shown = new Markdown(this.part('.text'));
+    this.calls = new Calls(this.part('.calls'), () => page.user, page.isBusy, () => void this.run(this.episode));
     this.reasons = new Reasons(this.part('.reasons'), (said, done) => {
       this.save('.meta', said, () => (this.saving.say('.meta', 'Saved'), done()));
     });
@@ -112,18 +115,19 @@ export class Turn {
     };
   }
 
-  /** Asks for the answer, the first time or again. */
-  async run() {
+  /** Asks for the answer, the first time or again. @param {string} from The episode that it goes on from, if it does. */
+  async run(from = '') {
     const control = new AbortController();
     this.page.begin(control);
     this.leave();
     this.view.classList.remove('waits');
     this.answer = this.episode = '';
+    if (!from) this.calls.clear();
     for (const line of ['.release', '.problem p']) this.part(line).textContent = '';
     this.shown.finish('');
     this.view.setAttribute('aria-busy', 'true');
     try {
-      this.settle(await this.receive(control.signal));
+      this.settle(await this.receive(control.signal, from));
     } catch (error) {
       if (!control.signal.aborted) this.fail(error);
       else if (this.answer) this.settle('stopped');
@@ -138,28 +142,47 @@ export class Turn {
     }
   }
 
-  /** Streams the answer in; returns why it ended. @param {AbortSignal} signal */
-  async receive(signal) {
-    const options = { model: 'everloop', stream: true, stream_options: { include_usage: true } };
-    const place = await unless(signal, this.page.place(this));
-    this.conversation = place?.conversation ?? '';
-    this.isUnkept = place === null;
-    const body = { ...options, user: this.page.user, messages: this.history(), ...place };
+  /** Streams the answer in; returns why it ended. @param {AbortSignal} signal @param {string} from */
+  async receive(signal, from) {
     let reason = '';
-    for await (const data of events(await call('/v1/chat/completions', { method: 'POST', body, signal }))) {
+    let step = /** @type {Step | null} */ (null); // The last one, of which nothing followed yet.
+    for await (const data of events(await (from ? this.goOn(from, signal) : this.begin(signal)))) {
       if (data === '[DONE]') return reason;
-      const { id, model, choices, error } = /** @type {Chunk} */ (JSON.parse(data));
+      const { id, model, choices, error, step: news } = /** @type {Chunk} */ (JSON.parse(data));
+      if (news) this.calls.show((step = news));
       if (error) throw new Problem(error.message);
       if (!this.episode) this.page.answered();
       this.episode = id;
       this.part('.release').textContent ||= `Answered by release ${model}`;
       const piece = choices?.[0]?.delta?.content ?? '';
+      if (piece && step) { // What was said before belongs to the step.
+        this.calls.tell(step);
+        this.answer = '';
+        step = null;
+      }
       this.answer += piece;
       if (piece) this.shown.grow(this.answer);
       reason = choices?.[0]?.finish_reason ?? reason;
     }
     if (!reason) throw new Problem('The connection closed before the answer was complete.');
     return reason;
+  }
+
+  /** @param {AbortSignal} signal */
+  async begin(signal) {
+    const options = { model: 'everloop', stream: true, stream_options: { include_usage: true, include_steps: true } };
+    const place = await unless(signal, this.page.place(this));
+    this.conversation = place?.conversation ?? '';
+    this.isUnkept = place === null;
+    const body = { ...options, user: this.page.user, messages: this.history(), ...place };
+    return call('/v1/chat/completions', { method: 'POST', body, signal });
+  }
+
+  /** @param {string} from @param {AbortSignal} signal */
+  goOn(from, signal) {
+    const body = { stream: true, stream_options: { include_steps: true } };
+    const path = `/v1/chat/completions/${encodeURIComponent(from)}/continue`;
+    return call(path, { method: 'POST', body, signal, user: this.page.user });
   }
 
   /** What led here, except questions without any answer: they would put two in a row. */
@@ -177,17 +200,18 @@ export class Turn {
     const note = this.close(reason);
     if (!this.page.shows(this)) return;
     this.page.announce(`Everloop: ${this.answer} ${note}`);
-    if (this.episode && !this.pair) this.invitation.begin(this.episode, this.page.user);
+    if (this.episode && !this.pair && !this.calls.isAsking) this.invitation.begin(this.episode, this.page.user);
   }
 
   /** Says how the answer ended, and offers what can be done with it. @param {string} reason */
   close(reason) {
     let note = this.answer ? '' : 'The answer came back empty.';
     if (reason === 'stopped') note = 'You stopped this answer.';
+    if (reason === 'tool_calls') note = this.calls.isAsking ? 'It waits for your yes.' : 'Nobody said yes in time.';
     if (reason === 'length') note = 'This answer reached its length limit.';
     if (this.isUnkept) note = `${note} It is not in the list: chats could not be kept just then.`.trim();
     this.part('.note').textContent = note;
-    this.part('.actions').hidden = !this.episode;
+    this.part('.actions').hidden = !this.episode || this.calls.isAsking;
     return note;
   }
 
@@ -195,6 +219,10 @@ export class Turn {
   restore(row) {
     this.row = row;
     [this.answer, this.episode] = [row.answer, row.id];
+    for (const step of row.steps) {
+      this.calls.show(step);
+      if (step.text !== row.answer || row.finish_reason !== 'tool_calls') this.calls.tell(step);
+    }
     this.shown.finish(row.answer);
     this.part('.release').textContent = `Answered by release ${row.release}`;
     this.close(row.status === 'interrupted' ? 'stopped' : row.finish_reason ?? '');
