@@ -45,6 +45,17 @@ def serving(
 
 
 @app.command()
+def tools(
+    requests: Annotated[int, typer.Option("--requests", min=20, help="Answers of each, in turn.")] = 200,
+    json_path: JsonPath = None,
+) -> None:
+    """What a step with a tool costs beside engine and tool, before an engine that answers at once."""
+    from flows.bench.tools import measure
+
+    report.print_fields(json_path, measure(requests))
+
+
+@app.command()
 def log(
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of each load.")] = 15.0,
     json_path: JsonPath = None,

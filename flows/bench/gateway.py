@@ -70,7 +70,7 @@ def null_engine(seconds: float) -> dict[str, Any]:
     dict
         ``null_engine_rps`` (the second half of the time), latencies, and whether every answer is an episode.
     """
-    with _null_engine() as url, own_stack(PARTS, url) as (settings, sessions, _):
+    with null_engine_url() as url, own_stack(PARTS, url) as (settings, sessions, _):
         gateway = settings.need("public_url")
         options: dict[str, Any] = {"num_connections": NULL_CONNECTIONS, "headers": settings.credentials}
         asyncio.run(load(gateway, _null_body, seconds=seconds / 2, **options))
@@ -103,7 +103,8 @@ def _null_body(number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _null_engine() -> Iterator[str]:
+def null_engine_url() -> Iterator[str]:
+    """Run an engine that answers at once for the length of the block; yield its address."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -1,20 +1,23 @@
 """An engine that answers at once: what remains of a request's time is the gateway's own.
 
-It speaks as much of vLLM's HTTP as Everloop uses, with a fixed answer. Only benches start it.
+It speaks as much of vLLM's HTTP as Everloop uses, with a fixed answer. Whoever asks it to do something "in 4 steps"
+gets a call of the calculator until four results have come. Only benches start it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from typing import Any
 
 ANSWER = "A fixed answer of sixteen tokens, which nobody had to wait for at all."
+CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "6 * 7"}}</tool_call>'
+RESULT = rb"<tool_result>\n["  # as it stands in JSON
 NUM_TOKENS = 16
-PIECES = [ANSWER[at : at + 5] for at in range(0, len(ANSWER), 5)][:NUM_TOKENS]
-USAGE = {"prompt_tokens": 20, "completion_tokens": len(PIECES), "total_tokens": 20 + len(PIECES)}
+USAGE = {"prompt_tokens": 20, "completion_tokens": NUM_TOKENS, "total_tokens": 20 + NUM_TOKENS}
 PROBE_LOGPROB = -1.0
 
 
@@ -23,31 +26,41 @@ def _chunk(choice: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps({**body, "choices": [choice]}).encode() + b"\n\n"
 
 
-def _stream() -> bytes:
+def _pieces(text: str) -> list[str]:
+    """Return a text in as many pieces as there are tokens."""
+    size = -(-len(text) // NUM_TOKENS)
+    return [text[at * size : (at + 1) * size] for at in range(NUM_TOKENS)]
+
+
+def _stream(text: str) -> bytes:
     """Return the whole stream, with a token id and a log-probability for each token as vLLM sends them."""
     chunks = [_chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})]
-    for number, piece in enumerate(PIECES):
+    for number, piece in enumerate(_pieces(text)):
         logprobs = {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []}]}
-        last = "stop" if number == len(PIECES) - 1 else None
+        last = "stop" if number == NUM_TOKENS - 1 else None
         delta = {"index": 0, "delta": {"content": piece}, "logprobs": logprobs, "finish_reason": last}
         chunks.append(_chunk({**delta, "token_ids": [number]}))
     chunks.append(b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n")
     return b"".join(chunks) + b"data: [DONE]\n\n"
 
 
-def _at_once() -> bytes:
+def _at_once(text: str) -> bytes:
     """Return the same as one answer."""
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": "".join(PIECES)},
-        "logprobs": {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []} for piece in PIECES]},
-        "token_ids": list(range(len(PIECES))),
+        "message": {"role": "assistant", "content": text},
+        "logprobs": {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []} for piece in _pieces(text)]},
+        "token_ids": list(range(NUM_TOKENS)),
         "finish_reason": "stop",
     }
     return json.dumps({"choices": [choice], "usage": USAGE, "prompt_token_ids": list(range(20))}).encode()
 
 
-STREAM, AT_ONCE = _stream(), _at_once()
+STREAMS, AT_ONCE = (
+    {text: _stream(text) for text in (ANSWER, CALL)},
+    {text: _at_once(text) for text in (ANSWER, CALL)},
+)
+STEPS = re.compile(rb"Do it in (\d+) steps")
 METRICS = (
     f"process_start_time_seconds {time.time():.2f}\n"
     'vllm:num_requests_running{model_name="base"} 0.0\nvllm:num_requests_waiting{model_name="base"} 0.0\n'
@@ -59,7 +72,11 @@ def answer_to(path: str, body: bytes) -> tuple[str, bytes]:
     if path == "/metrics":
         return "text/plain", METRICS
     if path == "/v1/chat/completions":
-        return ("text/event-stream", STREAM) if json.loads(body).get("stream") else ("application/json", AT_ONCE)
+        wanted = STEPS.search(body)
+        text = CALL if wanted and body.count(RESULT) < int(wanted[1]) else ANSWER
+        if json.loads(body).get("stream"):
+            return "text/event-stream", STREAMS[text]
+        return "application/json", AT_ONCE[text]
     if path == "/v1/completions":
         num_tokens = len(json.loads(body)["prompt"].split()) + 1
         told = [None, *({"1": {"logprob": PROBE_LOGPROB}} for _ in range(num_tokens))]

@@ -10,14 +10,14 @@ from deploy import registry
 from deploy.reconciler import Reconciler
 from deploy.replica import ReplicaKeeper
 from flows.bench.adapters import linear_shapes, write_adapter
-from flows.bench.gateway import _null_engine
+from flows.bench.gateway import null_engine_url
 from infra.settings import Settings
 from tests.conftest import wait_until
 
 
 @pytest.fixture(scope="module")
 def engine():
-    with _null_engine() as url:
+    with null_engine_url() as url:
         yield url
 
 
