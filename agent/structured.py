@@ -25,7 +25,10 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     ValueError
         It is none, it is too large or too deep, it refers to somewhere else, or a pattern in it is none.
     """
-    size = len(orjson.dumps(schema))
+    try:
+        size = len(orjson.dumps(schema))
+    except TypeError as error:  # a number of more than 64 bits, which the engine could not be sent
+        raise ValueError(f"The schema cannot be written: {error}.") from error
     if size > MAX_SCHEMA_BYTES:
         raise ValueError(f"The schema has {size} bytes; at most {MAX_SCHEMA_BYTES} are taken.")
     for key, value in _members(schema):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jsonschema
+import orjson
 from jsonschema.exceptions import SchemaError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -17,7 +18,7 @@ from infra.db import Sessions
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")  # OpenAI's rule
 MAX_DESCRIPTION_CHARS = 1024
-MAX_SCHEMA_CHARS = 16_384
+MAX_SCHEMA_BYTES = 16_384
 
 
 class ToolError(Exception):
@@ -71,8 +72,10 @@ class Tool:
             return "The arguments must be a JSON object."
         try:
             error = next(self._validator.iter_errors(arguments), None)
-        except (Unresolvable, RecursionError):
+        except Unresolvable:
             return "The tool's schema points to what is not in it; it cannot be called."
+        except (RecursionError, re.error):
+            return "The tool's schema cannot be checked; it cannot be called."
         if error is None:
             return None
         where = "/".join(str(part) for part in error.absolute_path)
@@ -93,8 +96,12 @@ def validator(schema: Any) -> Any:
     """
     if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
         raise ValueError("The parameters must be a JSON Schema of an object.")
-    if len(str(schema)) > MAX_SCHEMA_CHARS:
-        raise ValueError(f"The schema has more than {MAX_SCHEMA_CHARS} characters.")
+    try:
+        size = len(orjson.dumps(schema))
+    except TypeError as error:  # a number of more than 64 bits, or nested too deeply to be sent to the engine
+        raise ValueError(f"The schema cannot be written: {error}.") from None
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"The schema has {size} bytes; at most {MAX_SCHEMA_BYTES} are taken.")
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except (SchemaError, RecursionError) as error:

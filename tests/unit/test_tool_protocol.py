@@ -105,7 +105,19 @@ def test_no_choice_and_no_request_goes_above_the_ceiling(highest, chosen, wanted
         assert levels.LEVELS.index(found) <= levels.LEVELS.index(chosen)
 
 
-@pytest.mark.parametrize("parameters", [{"type": "array"}, {"properties": 3}, {"type": "tekst"}, [], None, "x"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "array"},
+        {"properties": 3},
+        {"type": "tekst"},
+        [],
+        None,
+        "x",
+        {"maxProperties": 2**64},
+        {"properties": {"a": {"pattern": "("}}},
+    ],
+)
 def test_a_schema_that_is_none_makes_no_tool(parameters):
     with pytest.raises(ValueError):
         Tool("mine", "Does it.", parameters, builtin.calculate)
@@ -120,6 +132,11 @@ def test_a_schema_that_points_elsewhere_is_not_fetched(monkeypatch):
     tool = Tool("mine", "", {"properties": {"a": {"$ref": "http://10.0.0.1/a.json"}}}, builtin.calculate)
     assert "points to what is not in it" in tool.complaint({"a": 1})
     assert tool.complaint({}) is None
+
+
+def test_a_schema_that_turns_in_circles_refuses_its_calls():
+    tool = Tool("mine", "", {"allOf": [{"$ref": "#"}]}, builtin.calculate)
+    assert "cannot be checked" in tool.complaint({"a": "x"})
 
 
 def test_messages_of_every_role_become_what_any_template_takes():
