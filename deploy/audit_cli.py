@@ -48,4 +48,5 @@ def verify(
     with transaction(connect(load().need("database_url"), pool_size=1)) as session:
         found = audit.verify(session, expect)
     report.write_json(json_path, asdict(found))
-    report.say(f"{found.entries} entries, none changed; the last has the hash {found.last_hash}")
+    last = f"; the last has the hash {found.last_hash}" if found.entries else ""
+    report.say(f"{found.entries} entries, none changed{last}")

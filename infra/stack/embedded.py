@@ -153,7 +153,7 @@ def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         for name, needed in wanted.items():
             if needed:
                 ports[name] = free_port(getattr(settings, name), name, held)
-    password = _database_password(settings)
+    password = _database_password(settings) if "database_url" in embedded else ""
     addresses = {
         "database_url": f"postgresql+psycopg://everloop:{password}@{LOOPBACK}:{ports.get('database_port')}/everloop",
         "kafka_bootstrap": f"{LOOPBACK}:{ports.get('kafka_port')}",
