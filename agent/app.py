@@ -37,6 +37,7 @@ import reward.api
 from agent.best_of import BestOf
 from agent.book import Book
 from agent.guard import Guard
+from agent.memory.prompts import Remembering
 from agent.request_headers import RequestHeaders
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
@@ -123,7 +124,12 @@ def build_app(settings: Settings) -> FastAPI:
             evaluator = SelfEvaluator(app.state.sessions, fleet, settings)
             async with (
                 Intake(app.state.sessions).running() as app.state.intake,
-                Book(app.state.sessions, settings.learn_by_default).running() as app.state.book,
+                Book(
+                    app.state.sessions,
+                    settings.learn_by_default,
+                    Remembering(app.state.sessions, settings),
+                    settings.memory,
+                ).running() as app.state.book,
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,
             ):

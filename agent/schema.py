@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -128,7 +128,7 @@ class ChatRequest(Sampled):
         "service_tier": Only(("auto", "default"), 'There is one tier: "auto" or "default", or leave it out.'),
         "verbosity": Only(("medium",), "Say in a system message how long answers are to be."),
     }
-    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent"})
+    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent", "truncation"})
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     safety_identifier: User | None = Field(
@@ -146,6 +146,9 @@ class ChatRequest(Sampled):
     )
     parent: CleanText | None = Field(
         None, min_length=1, max_length=64, description="The episode there that this follows; none for a first turn."
+    )
+    truncation: Literal["auto", "disabled"] = Field(
+        "disabled", description="Whether a message that is too long is cut in its middle, or refused."
     )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)

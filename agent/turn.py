@@ -8,10 +8,12 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from agent import metrics
 from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
+from agent.memory.prompts import Wanted
 from agent.schema import ChatRequest, check_budget
 from feedback import episodes
 from feedback.conversations import Place
@@ -68,6 +70,7 @@ class Turn:
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
         self._told: list[dict[str, Any]] = []
+        self._context: dict[str, Any] | None = None
         self.has_begun = False
         self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
@@ -102,7 +105,9 @@ class Turn:
         begun = self.begun or await self.assign()
         assignment, self._key = begun.assignment, begun.key
         is_trial = assignment.release.startswith(RUN_PREFIX)
-        messages = await self._prompt()
+        may_learn = self.body.store and begun.may_learn and not is_trial
+        sampling = self.body.sampling(self.settings.max_answer_tokens, self.index)
+        messages = await self._prompt(sampling["max_tokens"], explores=may_learn)
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -112,10 +117,11 @@ class Turn:
             arm=assignment.arm,
             propensity=assignment.propensity,
             messages=messages,
-            sampling=self.body.sampling(self.settings.max_answer_tokens, self.index),
-            learn=self.body.store and begun.may_learn and not is_trial,
+            sampling=sampling,
+            learn=may_learn,
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
+            context=self._context,
             request=self.body.noted,
         )
         tracing.note(
@@ -138,9 +144,26 @@ class Turn:
                 await self._end()
             raise
 
-    async def _prompt(self) -> list[dict[str, Any]]:
-        """Return what the model is to see."""
-        return [message.model_dump() for message in self.body.messages]
+    async def _prompt(self, max_answer_tokens: int, *, explores: bool) -> list[dict[str, Any]]:
+        """Return what the model is to see, and note how it was made."""
+        messages = [message.model_dump() for message in self.body.messages]
+        remembering = self.book.remembering
+        if remembering is None:
+            return messages
+        made = await anyio.to_thread.run_sync(
+            remembering.prompt,
+            Wanted(
+                self.body.user,
+                messages,
+                self.body.conversation,
+                self.body.parent,
+                max_answer_tokens,
+                truncate=self.body.truncation == "auto",
+                explores=explores,
+            ),
+        )
+        self._context = made.record
+        return made.messages
 
     def _given(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the engine is to go on from, and that it is to tell how probable each token was."""

@@ -21,6 +21,8 @@ TABLES = ("word_embeddings.weight", "embed_tokens.weight", "embeddings")
 COMMON = 3  # directions that all words share, and that say nothing of any (Mu and Viswanath, 2018)
 DIM = 128  # directions kept: as good as all 384 where it was measured
 MAX_KEPT = 100_000
+MAX_VOCABULARY = 12_000
+NUM_NEAR, LEAST_NEAR = 8, 0.4
 
 Vectors = NDArray[np.float32]
 
@@ -40,6 +42,11 @@ class WordVectors:
         self._tokenizer.no_padding()
         self._table = _directions(_embeddings(model_dir))
         self._known: dict[int, Vectors] = {}
+        self._near: dict[int, list[tuple[str, float]]] = {}
+        whole = [(at, word) for word, at in self._tokenizer.get_vocab().items() if word.isalpha() and len(word) > 2]
+        whole.sort()  # the common words come first
+        self._vocabulary = [word for _, word in whole[:MAX_VOCABULARY]]
+        self._of_vocabulary = self._table[[at for at, _ in whole[:MAX_VOCABULARY]]]
 
     def of(self, words: Sequence[str]) -> Vectors:
         """Return the vectors of words, shape (n, DIM); what is kept from call to call are hashes of them."""
@@ -51,6 +58,20 @@ class WordVectors:
                 ids = self._tokenizer.encode(word, add_special_tokens=False).ids
                 self._known[key] = _unit(self._table[ids].mean(axis=0) if ids else np.zeros(DIM, np.float32))
         return np.array([self._known[key] for key in keys], np.float32).reshape(len(words), -1)
+
+    def near(self, words: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """Return for each word the common words that are nearest to it, and how near they are (cosine)."""
+        if len(self._near) > MAX_KEPT:
+            self._near.clear()
+        unknown = [word for word in dict.fromkeys(words) if hash(word) not in self._near]
+        if unknown:
+            nearness = self.of(unknown) @ self._of_vocabulary.T
+            for word, row in zip(unknown, nearness, strict=True):
+                best = np.argpartition(-row, NUM_NEAR)[:NUM_NEAR]
+                self._near[hash(word)] = [
+                    (self._vocabulary[at], float(row[at])) for at in best if row[at] > LEAST_NEAR
+                ]
+        return [self._near[hash(word)] for word in words]
 
 
 def of_settings(settings: Settings) -> WordVectors | None:

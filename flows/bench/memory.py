@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,13 @@ import numpy as np
 
 from agent.memory.context import Message, build
 from agent.memory.counting import Counter
-from agent.memory.importance import K1, B, Chunk, Weights
-from agent.memory.vectors import WordVectors
+from agent.memory.importance import BY_WORDS_ALONE, K1, B, Chunk, Weights
+from agent.memory.vectors import WordVectors, of_settings
+from flows.bench import memory_conversations
+from flows.bench.memory_time import build_ms
 from infra.errors import InvalidRequestError
+from infra.settings import Settings
+from infra.stack import embedded
 
 BUDGETS = (256, 512, 1024)
 ENOUGH = 0.6  # of the content words of a turn
@@ -278,19 +281,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def build_ms(
-    conversation: dict[str, Any],
-    counter: Counter,
-    vectors: WordVectors | None,
-    weights: Weights,
-    budget: int,
-    repeat: int = 30,
-) -> float:
-    """Return the median time of building a context of a conversation in memory, in milliseconds."""
-    case = Case(conversation["turns"], {"question": "What did I say about my sister?", "evidence": []}, counter)
-    times = []
-    for _ in range(repeat):
-        started_s = time.perf_counter()
-        ours(case, budget, weights, vectors)
-        times.append(time.perf_counter() - started_s)
-    return round(float(np.median(times)) * 1000, 2)
+def measure(
+    settings: Settings, path: Path | None, which: str, num: int, *, with_times: bool = True
+) -> dict[str, Any]:
+    """Measure recall and time; the conversations are those of a file, or our own."""
+    if path is None and which not in ("tune", "held_out"):
+        raise InvalidRequestError(f"There is no set {which!r}: use held_out or tune.", code="set_unknown")
+    rows = (
+        read(path) if path else memory_conversations.conversations("tune" if which == "tune" else "held_out", num)
+    )
+    if settings.base_model is None and not settings.base_model_dir.exists():
+        embedded.prepare_base_model(settings)
+    counter, vectors = Counter(settings.base_model_dir), of_settings(settings)
+    result = {"file": path.name if path else which, "vectors": vectors is not None}
+    result |= recall(rows, counter, vectors, Weights() if vectors else BY_WORDS_ALONE)
+    if with_times:
+        texts = [turn["text"] for row in rows for turn in row["turns"] if turn["text"].strip()]
+        questions = [question["question"] for row in rows for question in row["questions"]]
+        result |= build_ms(settings, texts, questions or ["What did I say?"])
+    return result

@@ -1,0 +1,186 @@
+"""The past of a turn, out of the raw log: a bounded number of candidates, however long the conversation is.
+
+Each turn stands on a line, at a depth: the number of turns before it. Whoever goes on from a turn that something
+follows already begins a line of their own, which remembers where it left. So the past of a turn is a few ranges of
+lines, and nobody walks from parent to parent. Where words stand is looked up in an index of the conversation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from agent.memory.importance import Chunk
+from agent.memory.vectors import WordVectors
+from agent.memory.words import analyse, stem
+from agent.tables import Line, TurnPlace
+from feedback.episodes import Recording
+from feedback.tables import Conversation
+from infra.db import among
+
+RECENT_TURNS = 24  # the newest are candidates whatever is asked
+FOUND_TURNS = 24  # that have words of the question, or words near to them
+MAX_FORKS = 200  # on the way back; what lies before more is not looked for
+TURNS_PER_TERM = 48  # the newest turns with a word that the index names
+MAX_TERMS = 160  # of one turn that go into the index
+
+INDEX = sa.text(f"""
+    INSERT INTO conversation_terms (conversation_id, term, num_turns, turns)
+    SELECT :conversation, term, 1, ARRAY[CAST(:turn AS varchar)] FROM unnest(CAST(:terms AS varchar[])) AS term
+    ON CONFLICT (conversation_id, term) DO UPDATE SET
+        num_turns = conversation_terms.num_turns + 1,
+        turns = (conversation_terms.turns || excluded.turns)[
+            greatest(1, cardinality(conversation_terms.turns) + 2 - {TURNS_PER_TERM}):]
+""")
+LOOK_UP = sa.text("""
+    SELECT term, num_turns, turns FROM conversation_terms
+    WHERE conversation_id = :conversation AND term = ANY(CAST(:terms AS varchar[]))
+""")
+PAST = sa.text(f"""
+    WITH RECURSIVE way AS (
+        SELECT line, depth AS until, 0 AS num FROM turn_places
+        WHERE episode_id = :parent AND conversation_id = :conversation
+        UNION ALL
+        SELECT lines.from_line, lines.from_depth, num + 1
+        FROM way JOIN conversation_lines AS lines ON lines.id = way.line
+        WHERE lines.from_line IS NOT NULL AND num < {MAX_FORKS}
+    ), candidates AS (
+        SELECT place.* FROM way JOIN turn_places AS place ON place.line = way.line AND place.depth <= way.until
+            AND place.depth > (SELECT until FROM way WHERE num = 0) - {RECENT_TURNS}
+        UNION
+        SELECT place.* FROM way JOIN turn_places AS place ON place.line = way.line AND place.depth <= way.until
+            AND place.depth < 2
+        UNION
+        SELECT place.* FROM turn_places AS place JOIN way ON place.line = way.line AND place.depth <= way.until
+        WHERE place.conversation_id = :conversation AND place.pinned
+        UNION
+        SELECT place.* FROM turn_places AS place JOIN way ON place.line = way.line AND place.depth <= way.until
+        WHERE place.episode_id = ANY(CAST(:found AS varchar[]))
+    )
+    SELECT place.episode_id, place.depth, place.pinned, episodes.answer,
+        coalesce((episodes.messages -> -1) ->> 'content', '') AS question,
+        EXISTS (SELECT FROM feedback WHERE feedback.episode_id = place.episode_id AND feedback.kind = 'correction')
+            AS corrected,
+        (SELECT until FROM way WHERE num = 0) AS last_depth
+    FROM candidates AS place JOIN episodes ON episodes.id = place.episode_id
+    ORDER BY place.depth
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What may go into a context, in order, and how many messages there were in all."""
+
+    chunks: list[Chunk]
+    num_messages: int
+
+
+def place_all(session: Session, recordings: Iterable[Recording]) -> None:
+    """Give turns of conversations their places and index their words, within the transaction that writes them.
+
+    Their conversations are locked by it: of two turns that follow the same one, one comes first.
+    """
+    kept = [recording for recording in recordings if recording.conversation_id is not None]
+    if not kept:
+        return
+    there = sa.select(Conversation.id).where(among(Conversation.id, {str(r.conversation_id) for r in kept}))
+    known = set(session.scalars(there))
+    for recording in kept:
+        if recording.conversation_id in known:
+            _place(session, recording)
+            _index(session, recording)
+
+
+def _place(session: Session, recording: Recording) -> None:
+    conversation, own = str(recording.conversation_id), recording.episode_id
+    parent = session.get(TurnPlace, recording.parent_id) if recording.parent_id else None
+    line, depth = own, 0
+    if parent is not None:
+        depth = parent.depth + 1
+        follows = sa.select(TurnPlace.episode_id).where(TurnPlace.line == parent.line, TurnPlace.depth == depth)
+        line = parent.line if session.scalar(follows) is None else own
+    if line == own:
+        left = (parent.line, parent.depth) if parent else (None, None)
+        session.add(Line(id=own, conversation_id=conversation, from_line=left[0], from_depth=left[1]))
+    session.add(TurnPlace(episode_id=own, conversation_id=conversation, line=line, depth=depth))
+    session.flush()
+
+
+def _index(session: Session, recording: Recording) -> None:
+    if not recording.answer or not recording.messages:
+        return
+    text = f"{recording.messages[-1].get('content') or ''}\n{recording.answer}"
+    terms = sorted(set(analyse(text).stems))[:MAX_TERMS]
+    if terms:
+        values = {"conversation": recording.conversation_id, "turn": recording.episode_id, "terms": terms}
+        session.execute(INDEX, values)
+
+
+def past(
+    session: Session, conversation: str, parent: str | None, question: str, vectors: WordVectors | None
+) -> Past:
+    """Return what was said up to a turn and may matter for a question: the newest, what is found, what is pinned.
+
+    Parameters
+    ----------
+    parent
+        The turn that the question follows; None for a first one.
+    """
+    if parent is None:
+        return Past([], 0)
+    found = _find(session, conversation, question, vectors)
+    values = {"conversation": conversation, "parent": parent, "found": list(found)}
+    rows = session.execute(PAST, values).all()
+    best = set(list(found)[:FOUND_TURNS])
+    chunks: list[Chunk] = []
+    last_depth = max((row.last_depth for row in rows), default=-1)
+    for row in rows:
+        is_near = row.depth > last_depth - RECENT_TURNS or row.depth < 2
+        if row.answer and (is_near or row.pinned or row.episode_id in best):
+            marks = {"turn": row.episode_id, "pinned": row.pinned, "corrected": row.corrected}
+            chunks.append(Chunk("user", row.question, position=2 * row.depth, **marks))
+            chunks.append(Chunk("assistant", row.answer, position=2 * row.depth + 1, **marks))
+    chunks = [chunk for chunk in chunks if chunk.text.strip()]
+    missed = sum(2 for row in rows if not row.answer)
+    return Past(chunks, max(2 * (last_depth + 1) - missed, len(chunks)))
+
+
+def _find(session: Session, conversation: str, question: str, vectors: WordVectors | None) -> Mapping[str, float]:
+    """Return the turns that have words of the question, or words near to them, the best first."""
+    wanted = _wanted(question, vectors)
+    if not wanted:
+        return {}
+    rows = session.execute(LOOK_UP, {"conversation": conversation, "terms": list(wanted)}).all()
+    most = max((row.num_turns for row in rows), default=1)
+    scores: dict[str, float] = defaultdict(float)
+    for row in rows:
+        rarity = math.log(1.0 + 2.0 * most / row.num_turns)
+        for turn in row.turns:
+            scores[turn] += wanted[row.term] * rarity
+    # The id of a later turn is larger: of equals the newer.
+    order = sorted(scores, key=lambda turn: (scores[turn], turn), reverse=True)
+    return {turn: scores[turn] for turn in order[: 2 * FOUND_TURNS]}
+
+
+def _wanted(question: str, vectors: WordVectors | None) -> dict[str, float]:
+    analysis = analyse(question)
+    wanted = dict.fromkeys(analysis.stems, 1.0)
+    words: Sequence[str] = list(dict.fromkeys(analysis.all_content))
+    for near in vectors.near(words) if vectors is not None else ():
+        for word, nearness in near:
+            wanted.setdefault(stem(word), nearness)
+    return wanted
+
+
+def pin(session: Session, conversation: str, episode_id: str, *, pinned: bool) -> bool:
+    """Pin a turn to every context of its conversation, or let go of it; return whether there is such a turn."""
+    place = session.get(TurnPlace, episode_id)
+    if place is None or place.conversation_id != conversation:
+        return False
+    place.pinned = pinned
+    return True
