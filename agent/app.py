@@ -23,6 +23,7 @@ import agent.access_api
 import agent.api
 import agent.completions
 import agent.health
+import agent.memory.api
 import agent.oidc
 import agent.responses.api
 import agent.stored
@@ -85,6 +86,7 @@ ROUTERS = (
         agent.access_api.admin,
     ),
     agent.oidc.router,
+    agent.memory.api.router,
     *(feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
     *deploy.pages.ROUTERS,

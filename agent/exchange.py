@@ -64,7 +64,7 @@ async def whole(
     if not await _while_there(request, choices.finish):
         await choices.close()
         return Response(status_code=HUNG_UP, background=afterwards)
-    return JSONResponse(answer(), background=afterwards)
+    return JSONResponse(answer(), headers=choices.first.memory_headers(), background=afterwards)
 
 
 async def streamed(choices: Choices, caller: Caller, request: Request, events: AsyncIterator[str]) -> Response:
@@ -79,7 +79,7 @@ class TurnStream(StreamingResponse):
     """Turns as server-sent events, closed with them: that the client hung up reaches the engine at once."""
 
     def __init__(self, turns: Choices, events: AsyncIterator[str], background: BackgroundTask) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **turns.first.memory_headers()}
         super().__init__(events, media_type="text/event-stream", headers=headers, background=background)
         self.turns = turns
 

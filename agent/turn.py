@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -164,6 +165,14 @@ class Turn:
         )
         self._context = made.record
         return made.messages
+
+    def memory_headers(self) -> dict[str, str]:
+        """Return the header that tells how much of what was said before the model saw."""
+        made = self._context
+        if made is None:
+            return {}
+        used = {"kept": made["kept"], "earlier": made["earlier"], "memories": len(made["memories"])}
+        return {"X-Everloop-Memory": json.dumps(used)}
 
     def _given(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the engine is to go on from, and that it is to tell how probable each token was."""

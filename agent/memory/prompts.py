@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
 from agent.memory.counting import Counter
@@ -87,8 +89,8 @@ class Remembering:
             past = store.Past([], 0)
             if wanted.conversation is not None:
                 past = store.past(session, wanted.conversation, wanted.parent, question, self._vectors)
-            known = []
-            if wanted.user != ANONYMOUS and facts.wants(session, wanted.user, by_default=self.settings.memory):
+            known: list[tuple[str, str]] = []
+            if self._is_known(session, wanted):
                 known = [(memory.id, memory.text) for memory in facts.of_user(session, wanted.user)]
             drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
         if not past.chunks:
@@ -97,6 +99,15 @@ class Remembering:
             said = [{"role": chunk.role, "content": chunk.text} for chunk in past.chunks]
             return Prompt([*system, *said, *last], None)
         return self._built(wanted, counter, system, past, last, known, drawn)
+
+    def _is_known(self, session: Session, wanted: Wanted) -> bool:
+        """Tell whether what somebody said of themselves goes into their prompt.
+
+        Whoever sends all that is to be seen gets an answer to that, and to nothing else.
+        """
+        if wanted.conversation is None or wanted.user == ANONYMOUS:
+            return False
+        return facts.wants(session, wanted.user, by_default=self.settings.memory)
 
     def _built(
         self,

@@ -71,6 +71,26 @@ PAST = sa.text(f"""
     ORDER BY place.depth
 """)
 
+# The places of all turns of a conversation: of those that follow one turn, the first goes on with its line.
+PLACE_AGAIN = sa.text("""
+    WITH RECURSIVE turns AS (
+        SELECT id, parent_id, row_number() OVER (PARTITION BY parent_id ORDER BY id) = 1 AS goes_on
+        FROM episodes WHERE conversation_id = :conversation
+    ), placed AS (
+        SELECT id, id AS line, 0 AS depth, CAST(NULL AS varchar) AS from_line, CAST(NULL AS integer) AS from_depth
+        FROM turns WHERE parent_id IS NULL
+        UNION ALL
+        SELECT turns.id, CASE WHEN goes_on THEN placed.line ELSE turns.id END, placed.depth + 1,
+            CASE WHEN goes_on THEN NULL ELSE placed.line END, CASE WHEN goes_on THEN NULL ELSE placed.depth END
+        FROM turns JOIN placed ON turns.parent_id = placed.id
+    ), lines AS (
+        INSERT INTO conversation_lines (id, conversation_id, from_line, from_depth)
+        SELECT id, :conversation, from_line, from_depth FROM placed WHERE id = line
+    )
+    INSERT INTO turn_places (episode_id, conversation_id, line, depth, pinned)
+    SELECT id, :conversation, line, depth, id = ANY(CAST(:pinned AS varchar[])) FROM placed
+""")
+
 
 @dataclass(frozen=True, slots=True)
 class Past:
@@ -98,7 +118,9 @@ def place_all(session: Session, recordings: Iterable[Recording]) -> None:
 
 def _place(session: Session, recording: Recording) -> None:
     conversation, own = str(recording.conversation_id), recording.episode_id
-    parent = session.get(TurnPlace, recording.parent_id) if recording.parent_id else None
+    parent = _placed(session, conversation, recording.parent_id) if recording.parent_id else None
+    if session.get(TurnPlace, own) is not None:  # with all the others, just now
+        return
     line, depth = own, 0
     if parent is not None:
         depth = parent.depth + 1
@@ -109,6 +131,21 @@ def _place(session: Session, recording: Recording) -> None:
         session.add(Line(id=own, conversation_id=conversation, from_line=left[0], from_depth=left[1]))
     session.add(TurnPlace(episode_id=own, conversation_id=conversation, line=line, depth=depth))
     session.flush()
+
+
+def _placed(session: Session, conversation: str, episode_id: str) -> TurnPlace | None:
+    """Return a turn's place; where an earlier version wrote it, all of the conversation are given theirs first."""
+    place = session.get(TurnPlace, episode_id)
+    if place is None:
+        session.get(Conversation, conversation, with_for_update=True)
+        pinned = sa.select(TurnPlace.episode_id).where(TurnPlace.conversation_id == conversation, TurnPlace.pinned)
+        values = {"conversation": conversation, "pinned": list(session.scalars(pinned))}
+        for table in (TurnPlace, Line):
+            session.execute(sa.delete(table).where(table.conversation_id == conversation))
+        session.execute(PLACE_AGAIN, values)
+        session.expire_all()
+        place = session.get(TurnPlace, episode_id)
+    return place
 
 
 def _index(session: Session, recording: Recording) -> None:
@@ -131,7 +168,7 @@ def past(
     parent
         The turn that the question follows; None for a first one.
     """
-    if parent is None:
+    if parent is None or _placed(session, conversation, parent) is None:
         return Past([], 0)
     found = _find(session, conversation, question, vectors)
     values = {"conversation": conversation, "parent": parent, "found": list(found)}
@@ -179,8 +216,14 @@ def _wanted(question: str, vectors: WordVectors | None) -> dict[str, float]:
 
 def pin(session: Session, conversation: str, episode_id: str, *, pinned: bool) -> bool:
     """Pin a turn to every context of its conversation, or let go of it; return whether there is such a turn."""
-    place = session.get(TurnPlace, episode_id)
+    place = _placed(session, conversation, episode_id)
     if place is None or place.conversation_id != conversation:
         return False
     place.pinned = pinned
     return True
+
+
+def pinned(session: Session, conversation: str) -> list[str]:
+    """Return the pinned turns of a conversation, the first first."""
+    query = sa.select(TurnPlace.episode_id).where(TurnPlace.conversation_id == conversation, TurnPlace.pinned)
+    return list(session.scalars(query.order_by(TurnPlace.depth, TurnPlace.episode_id)))

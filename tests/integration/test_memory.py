@@ -19,6 +19,7 @@ from infra.errors import InvalidRequestError
 from infra.settings import Settings
 
 USER = "ada"
+PLACES_NOW = sa.select(TurnPlace.episode_id, TurnPlace.line, TurnPlace.depth).order_by(TurnPlace.episode_id)
 
 
 class Talk:
@@ -231,29 +232,48 @@ def test_a_thumb_moves_the_weights_once(database):
         assert session.scalar(sa.select(sa.func.count()).select_from(MemoryVote)) == 1
 
 
-def test_turns_of_before_have_their_places_after_the_migration(database):
-    import importlib.util
-    from pathlib import Path
-
-    from infra.migrations.versions import __path__ as versions
-
+def test_turns_that_an_earlier_version_wrote_get_their_places_when_they_are_needed(database):
     async def work(talk):
         first = await talk.say("one")
         second = await talk.say("two", parent=first)
         await talk.say("two again", parent=first)
         third = await talk.say("three", parent=second)
-        return talk, third
+        with database.begin() as session:
+            before = session.execute(PLACES_NOW).all()
+            assert store.pin(session, talk.conversation, second, pinned=True)
+            session.execute(sa.delete(TurnPlace).where(TurnPlace.depth == 2))  # as if written by another version
+            session.execute(sa.delete(ConversationTerm))
+        assert questions(database, talk, third) == (["one", "two", "three"], 6)
+        with database() as session:
+            assert session.execute(PLACES_NOW).all() == before
+            assert store.pinned(session, talk.conversation) == [second]
+        fourth = await talk.say("four", parent=third)
+        assert questions(database, talk, fourth) == (["one", "two", "three", "four"], 8)
 
-    talk, third = talking(database, work)
-    path = Path(next(iter(versions))) / "0018_what_the_assistant_remembers.py"
+    talking(database, work)
+
+
+def test_a_migrated_conversation_has_the_places_that_its_turns_would_have_been_given(database):
+    import importlib.util
+    from pathlib import Path
+
+    import infra.migrations
+
+    async def work(talk):
+        first = await talk.say("one")
+        second = await talk.say("two", parent=first)
+        await talk.say("two again", parent=first)
+        await talk.say("three", parent=second)
+
+    talking(database, work)
+    path = next((Path(infra.migrations.__path__[0]) / "versions").glob("*_what_the_assistant_remembers.py"))
     spec = importlib.util.spec_from_file_location("migration", path)
+    assert spec is not None and spec.loader is not None
     migration = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(migration)
     with database.begin() as session:
-        before = sorted(session.execute(sa.select(TurnPlace.episode_id, TurnPlace.line, TurnPlace.depth)).all())
+        before = session.execute(PLACES_NOW).all()
         session.execute(sa.delete(TurnPlace))
         session.execute(sa.delete(Line))
         session.execute(sa.text(migration.PLACES))
-        after = sorted(session.execute(sa.select(TurnPlace.episode_id, TurnPlace.line, TurnPlace.depth)).all())
-    assert before == after
-    assert questions(database, talk, third) == (["one", "two", "three"], 6)
+        assert session.execute(PLACES_NOW).all() == before
