@@ -3,9 +3,10 @@
 Each context is built with weights a little off the current ones, by steps that its episode records. A thumb on the
 answer moves the weights along these steps, as far as it was better than the thumbs before it:
 
-    weights += RATE * (value - baseline) * offsets / SCALE
+    shift += RATE * (value - baseline) * offsets - DECAY * shift
 
-which follows the gradient of the expected value (Williams, 1992; Salimans et al., 2017). Each episode counts once.
+which follows the gradient of the expected value (Williams, 1992; Salimans et al., 2017), and falls back to the
+defaults where the thumbs say nothing. Each episode counts once.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from agent.memory.importance import BY_WORDS_ALONE, NAMES, Weights
 from agent.tables import MemoryVote, MemoryWeights
 from infra.db import lock_until_commit
 
-SCALE = 0.15  # standard deviation of the steps, as a share of what is usual for each weight
-RATE = 0.03
+SCALE = 0.2  # standard deviation of the steps, as a share of what is usual for each weight
+RATE = 0.01
+DECAY = 0.0005  # so that thumbs without any meaning lead nowhere: about 0.3 off the defaults in the long run
 BASELINE_RATE = 0.05
 MOST_FACTOR = 3.0  # a weight stays within so many times its default
 LEARNED = tuple(name for name in NAMES if name not in ("corrected", "pinned"))  # what people asked for is theirs
@@ -81,12 +83,13 @@ def step(state: State, offsets: dict[str, float], value: float) -> State:
     size = RATE * (value - state.baseline)
     most = MOST_FACTOR - 1.0
     shift = {
-        name: float(np.clip(state.shift.get(name, 0.0) + size * offsets[name], -most, most))
+        name: float(
+            np.clip((1.0 - DECAY) * state.shift.get(name, 0.0) + size * offsets.get(name, 0.0), -most, most)
+        )
         for name in LEARNED
-        if name in offsets
     }
     baseline = state.baseline + BASELINE_RATE * (value - state.baseline)
-    return State(state.version, {**state.shift, **shift}, baseline, state.num_votes + 1)
+    return State(state.version, shift, baseline, state.num_votes + 1)
 
 
 def learn(session: Session, episode_id: str, record: dict[str, Any] | None, value: int) -> bool:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
-from agent.memory.counting import Counter
+from agent.memory.counting import ByteCounter, Counter
 from agent.memory.importance import Chunk
 from agent.memory.learning import Draw, draw
 from agent.memory.vectors import WordVectors, of_settings
@@ -95,9 +95,6 @@ class Remembering:
             drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
         if not past.chunks:
             past = store.Past(_chunks(earlier), len(earlier))
-        if counter is None:  # nothing can be counted: the newest of what was said, as it was said
-            said = [{"role": chunk.role, "content": chunk.text} for chunk in past.chunks]
-            return Prompt([*system, *said, *last], None)
         return self._built(wanted, counter, system, past, last, known, drawn)
 
     def _is_known(self, session: Session, wanted: Wanted) -> bool:
@@ -156,14 +153,15 @@ class Remembering:
         free -= RESERVED_TOKENS if self.settings.self_evaluation and free > 4 * RESERVED_TOKENS else 0
         return min(free, self.settings.memory_tokens or free)
 
-    def _ready(self) -> Counter | None:
+    def _ready(self) -> Counter:
         with self._lock:
             if self._counter is None:
                 try:
                     self._counter = Counter(self.settings.base_model_dir)
-                    self._vectors = of_settings(self.settings)
                 except (SetupError, OSError, ValueError) as error:
-                    log.warning("tokens cannot be counted here, so nothing is left out of what was said: %s", error)
+                    log.warning("tokens are counted as bytes, of which fewer fit: %s", error)
+                    self._counter = ByteCounter()
+                self._vectors = of_settings(self.settings)
             return self._counter
 
 

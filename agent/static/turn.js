@@ -26,6 +26,7 @@ import { Countdown } from './countdown.js';
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
+import { Recall, usedIn } from './recall.js';
 import { Saving } from './saving.js';
 import { call, copyOf, events, find, Problem, unless, uuid } from './server.js';
 
@@ -63,6 +64,11 @@ export class Turn {
   countdown = new Countdown(this.part('.wait'), () => this.runIfPossible());
   invitation = new Invitation(
     this.part('.invite'), this.part('.another'), this.part('.dismiss'), this.part('[data-thumb="1"]'),
+  );
+  recall = new Recall(
+    this.part('.recall'), this.part('.pin'),
+    () => ({ episode: this.episode, conversation: this.conversation, user: this.page.user }),
+    (text) => (this.saving.say('.meta', text), this.page.announce(text)),
   );
   pair = /** @type {import('./pair.js').Pair | null} */ (null); // While it is to be chosen from two.
   row = /** @type {import('./conversation.js').Row | null} */ (null); // As the server told of it, while that is all.
@@ -119,6 +125,7 @@ export class Turn {
     this.leave();
     this.view.classList.remove('waits');
     this.answer = this.episode = '';
+    this.recall.show(null);
     for (const line of ['.release', '.problem p']) this.part(line).textContent = '';
     this.shown.finish('');
     this.view.setAttribute('aria-busy', 'true');
@@ -146,7 +153,9 @@ export class Turn {
     this.isUnkept = place === null;
     const body = { ...options, user: this.page.user, messages: this.history(), ...place };
     let reason = '';
-    for await (const data of events(await call('/v1/chat/completions', { method: 'POST', body, signal }))) {
+    const response = await call('/v1/chat/completions', { method: 'POST', body, signal });
+    this.recall.show(usedIn(response));
+    for await (const data of events(response)) {
       if (data === '[DONE]') return reason;
       const { id, model, choices, error } = /** @type {Chunk} */ (JSON.parse(data));
       if (error) throw new Problem(error.message);
@@ -162,9 +171,11 @@ export class Turn {
     return reason;
   }
 
-  /** What led here, except questions without any answer: they would put two in a row. */
+  /** What led here and the server does not have, except questions without any answer: they would put two in a row. */
   history() {
-    const earlier = this.fork.before().filter((turn) => turn.answer).slice(-MAX_EARLIER);
+    const led = this.fork.before().filter((turn) => turn.answer);
+    const isKept = led.every(({ conversation, episode }) => episode && this.conversation && conversation === this.conversation);
+    const earlier = isKept ? [] : led.slice(-MAX_EARLIER);
     const said = earlier.flatMap(({ prompt, answer }) => [
       { role: 'user', content: prompt },
       { role: 'assistant', content: answer },
@@ -188,6 +199,7 @@ export class Turn {
     if (this.isUnkept) note = `${note} It is not in the list: chats could not be kept just then.`.trim();
     this.part('.note').textContent = note;
     this.part('.actions').hidden = !this.episode;
+    this.recall.press(false);
     return note;
   }
 
@@ -202,6 +214,8 @@ export class Turn {
       this.part('.note').textContent = '';
       this.part('.problem p').textContent = 'The answer broke off.';
     }
+    this.recall.show(row.used);
+    void this.recall.look();
     this.thumb = row.thumb;
     this.showThumb();
     if (row.reasons.length) this.reasons.show(row.thumb, row.reasons);

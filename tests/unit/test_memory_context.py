@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.memory.context import build, parts
-from agent.memory.counting import Counter
+from agent.memory.counting import ByteCounter, Counter
 from agent.memory.importance import BY_WORDS_ALONE, Chunk, Weights
 from agent.memory.refill import draft, refill
 from agent.memory.words import analyse
@@ -127,3 +127,16 @@ def test_a_sentence_keeps_its_numbers_and_names_when_it_is_shortened(counter: Co
 
 def test_words_that_are_written_with_apostrophes_are_known() -> None:
     assert analyse("I’m Ada's friend.").words == {"i'm", "ada's", "friend"}
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(turns, texts, st.integers(100, 600))
+def test_without_the_tokenizer_what_fits_by_bytes_fits(
+    counter: Counter, said: list[tuple[str, str]], question: str, budget: int
+) -> None:
+    chunks = [Chunk(role, text, f"t{at}", at) for at, (role, text) in enumerate(said)]
+    try:
+        context = build(chunks, question, budget, BY_WORDS_ALONE, ByteCounter())
+    except InvalidRequestError:
+        return
+    assert counter.prompt(context.messages) <= context.used <= budget
