@@ -149,20 +149,18 @@ class Turn:
         """Return what the model is to see, and note how it was made."""
         messages = [message.model_dump() for message in self.body.messages]
         remembering = self.book.remembering
-        if remembering is None:
-            return messages
-        made = await anyio.to_thread.run_sync(
-            remembering.prompt,
-            Wanted(
-                self.body.user,
-                messages,
-                self.body.conversation,
-                self.body.parent,
-                max_answer_tokens,
-                truncate=self.body.truncation == "auto",
-                explores=explores,
-            ),
+        wanted = Wanted(
+            self.body.user,
+            messages,
+            self.body.conversation,
+            self.body.parent,
+            max_answer_tokens,
+            truncate=self.body.truncation == "auto",
+            explores=explores,
         )
+        if remembering is None or remembering.needs_nothing(wanted):
+            return messages
+        made = await anyio.to_thread.run_sync(remembering.prompt, wanted)
         self._context = made.record
         return made.messages
 

@@ -14,7 +14,7 @@ import numpy as np
 from agent.memory import allocation
 from agent.memory.counting import Counter
 from agent.memory.importance import NAMES, Candidates, Chunk, Weights, features
-from agent.memory.refill import Draft, draft, refill
+from agent.memory.refill import GAP, Draft, draft, refill
 from agent.memory.vectors import WordVectors
 from agent.memory.words import analyse
 from infra.errors import InvalidRequestError
@@ -279,6 +279,12 @@ class _Builder:
                 merged[-1]["content"] += f"\n{texts[at]}"
             else:
                 merged.append({"role": role, "content": texts[at]})
+        if self.counter.must_alternate and merged:
+            # Some templates want questions and answers in turn: what is missing is marked as left out.
+            if merged[0]["role"] == "assistant":
+                merged.insert(0, {"role": "user", "content": GAP})
+            if merged[-1]["role"] == self.last[0]["role"] == "user":
+                merged.append({"role": "assistant", "content": GAP})
         return [*self.system, *merged, *self.last]
 
     def _context(

@@ -114,6 +114,16 @@ class Counter:
         around = self.prompt([*two, *two[:1]]) - self.prompt(two[:1])
         return -(-around // 2) - self.text("a")
 
+    @cached_property
+    def must_alternate(self) -> bool:
+        """Whether the template refuses two messages of one role in a row, or an answer that comes first."""
+        answer, question = {"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}
+        try:
+            self.rendered([answer, question, question])
+        except InvalidRequestError:
+            return True
+        return False
+
     def cut(self, text: str, max_tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens by itself."""
         if max_tokens <= 0:
@@ -153,6 +163,11 @@ class ByteCounter(Counter):
         said = [f"{message.get('content') or ''}{json.dumps(message.get('tool_calls'))}" for message in messages]
         named = len(json.dumps(list(tools)).encode()) if tools else 0
         return sum(map(self.text, said)) + self.OVERHEAD * (len(said) + 2) + named
+
+    @property
+    def must_alternate(self) -> bool:
+        """Whether it must is not known: then it does."""
+        return True
 
     @property
     def message_overhead(self) -> int:

@@ -18,13 +18,14 @@ from agent.memory.learning import Draw, draw
 from agent.memory.vectors import WordVectors, of_settings
 from infra.access.roles import ANONYMOUS
 from infra.db import Sessions, transaction
-from infra.errors import SetupError
+from infra.errors import InvalidRequestError, SetupError
 from infra.settings import Settings
 
 log = logging.getLogger("everloop.agent")
 
 # The release is asked about its own answer, in a message of its own (:mod:`agent.self_evaluation`).
 RESERVED_TOKENS = 48
+OVERHEAD_BYTES = 32  # of a message, roles and all
 SHARE_OF_MEMORIES = 0.125  # of the budget
 INTRODUCTION = "What the person you talk to has told you of themselves:"
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -73,6 +74,13 @@ class Remembering:
         self._lock = threading.Lock()
         self._counter: Counter | None = None
         self._vectors: WordVectors | None = None
+
+    def needs_nothing(self, wanted: Wanted) -> bool:
+        """Tell whether a request is what the model is to see, without counting: no token is less than a byte."""
+        if wanted.conversation is not None or wanted.tools:
+            return False
+        sizes = [len(str(message.get("content") or "").encode()) + OVERHEAD_BYTES for message in wanted.messages]
+        return sum(sizes) + 8 * OVERHEAD_BYTES <= self.budget(wanted.max_answer_tokens)
 
     def prompt(self, wanted: Wanted) -> Prompt:
         """Return what the model is to see; blocks on the database.
@@ -229,6 +237,8 @@ def _with_memories(
         text += f"\n- {said}"
         used.append(memory_id)
     first = [{"role": "system", "content": text}, *system[1:]]
-    if not used or counter.prompt([*first, *last], tools) > budget:
-        return system, []
-    return first, used
+    try:
+        fits = counter.prompt([*first, *last], tools) <= budget
+    except InvalidRequestError:  # a template without a place for what comes first
+        fits = False
+    return (first, used) if used and fits else (system, [])

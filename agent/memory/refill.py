@@ -124,18 +124,18 @@ def _sentences(drafted: Draft, max_tokens: int) -> tuple[str, int, float]:
     chosen.sort()
     text, num_gaps = _joined(drafted, chosen)
     if used + num_gaps > max_tokens:  # then without a mark
-        return text.replace(f"{GAP} ", "").removesuffix(f" {GAP}"), used, sum(worths[at] for at in chosen)
+        text, num_gaps = _joined(drafted, chosen, marks=False)
     return text, used + num_gaps, sum(worths[at] for at in chosen)
 
 
-def _joined(drafted: Draft, chosen: Sequence[int]) -> tuple[str, int]:
+def _joined(drafted: Draft, chosen: Sequence[int], *, marks: bool = True) -> tuple[str, int]:
     """Join sentences; where one is missing between two, or at the end, the gap is marked. Return how many are."""
     pieces, spans = drafted.analysis.pieces, drafted.analysis.sentences
     parts: list[str] = []
     last = -1
     num_gaps = 0
     for at in [*chosen, len(spans)] if chosen else []:
-        if at > last + 1:
+        if marks and at > last + 1:
             parts.append(GAP)
             num_gaps += 1
         if at < len(spans):

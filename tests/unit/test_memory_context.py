@@ -31,6 +31,9 @@ NASTY = (
     "\n\n\n...!!!???",
     "don't 'quote' \"this\"…",
 )
+STRICT = """{%- for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}
+{% elif (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{{- '[' + message['role'] + '] ' + message['content'] + ' [/] ' }}{% endfor %}"""
 texts = st.one_of(
     st.sampled_from(NASTY),
     st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=120),
@@ -140,3 +143,25 @@ def test_without_the_tokenizer_what_fits_by_bytes_fits(
     except InvalidRequestError:
         return
     assert counter.prompt(context.messages) <= context.used <= budget
+
+
+def test_a_template_that_wants_roles_in_turn_gets_them(base_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(base_model_dir / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text(STRICT)
+    strict = Counter(tmp_path)
+    assert strict.must_alternate
+    talk = [
+        ("user", "Shall we take the train?"),
+        ("assistant", "The train to Oslo leaves at 6:40 from platform 9."),
+    ]
+    chunks = [Chunk(role, f"{text} ({at})", str(at), at) for at, (role, text) in enumerate(talk * 20)]
+    for question in ("When does it leave?", "Shall we?", "Oslo?"):
+        context = build(chunks, question, 150, BY_WORDS_ALONE, strict)
+        assert context.kept and strict.prompt(context.messages) <= 150
+
+
+def test_a_system_message_that_leaves_no_room_is_refused_with_its_size(counter: Counter) -> None:
+    system = [{"role": "system", "content": "Be brief. " * 100}]
+    with pytest.raises(InvalidRequestError) as refused:
+        build([Chunk("user", "Hello", "a", 0)], "And?", 120, Weights(), counter, system=system)
+    assert refused.value.code == "context_length_exceeded"
