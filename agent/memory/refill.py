@@ -13,6 +13,7 @@ from agent.memory.words import Analysis, analyse
 
 GAP = "…"
 SPECIAL_WORTH = 1.0  # what a number or a name is worth besides its rarity
+NEGATION_WORTH = 6.0  # a "not" goes before most of what it is about
 ASKED_WORTH = 2.0  # how much more a word is worth that the question has, too
 WHOLE_BONUS = 1.15  # a sentence reads better than its words
 NO_RARITY = 1.0
@@ -63,9 +64,14 @@ def draft(text: str, counter: Counter, rarity: Mapping[str, float], wanted: Set[
     worth = [
         sum(rarity.get(stem, NO_RARITY) * (ASKED_WORTH if stem in wanted else 1.0) for stem in piece.stems)
         + SPECIAL_WORTH * (piece.is_number + piece.is_name)
+        + NEGATION_WORTH * piece.is_negation
         for piece in pieces
     ]
-    content = [at for at, piece in enumerate(pieces) if piece.core and (piece.stems or piece.is_number)]
+    content = [
+        at
+        for at, piece in enumerate(pieces)
+        if piece.core and (piece.stems or piece.is_number or piece.is_negation)
+    ]
     content.sort(key=lambda at: -worth[at] / (core[at] + 1))
     made = Draft(text, analysis, whole, core, worth, content)
     made.shortest = _shortest(made, least_share)
@@ -81,7 +87,7 @@ def _shortest(drafted: Draft, share: float) -> int:
     for at in drafted.content:
         if len(seen) >= needed:
             break
-        if not seen.issuperset(pieces[at].stems):
+        if pieces[at].is_negation or not seen.issuperset(pieces[at].stems):
             seen.update(pieces[at].stems)
             size += drafted.core[at]
     return max(min(size, drafted.num_tokens), 1)

@@ -229,6 +229,42 @@ STOP = frozenset(
         "its",
     ]
 )
+# Without these a sentence says the opposite.
+NEGATIONS = frozenset(
+    [
+        "no",
+        "not",
+        "never",
+        "none",
+        "nor",
+        "neither",
+        "without",
+        "cannot",
+        "can't",
+        "couldn't",
+        "don't",
+        "doesn't",
+        "didn't",
+        "won't",
+        "wouldn't",
+        "isn't",
+        "aren't",
+        "wasn't",
+        "weren't",
+        "hasn't",
+        "haven't",
+        "hadn't",
+        "shouldn't",
+        "mustn't",
+        "needn't",
+        "dont",
+        "doesnt",
+        "didnt",
+        "cant",
+        "wont",
+        "isnt",
+    ]
+)
 _NUMBER_WORDS = frozenset(
     [
         "one",
@@ -302,6 +338,7 @@ class Piece:
     stems: tuple[str, ...]
     is_number: bool
     is_name: bool
+    is_negation: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +397,11 @@ def analyse(text: str) -> Analysis:
         by_piece.append([word for word in low if word not in STOP])
         content = tuple(stem(word.removesuffix("'s")) for word in low if word not in STOP)
         number = any(word in _NUMBER_WORDS or any(map(str.isdigit, word)) for word in low)
+        negates = any(word in NEGATIONS for word in low)
         name = len(pieces) > begin and bool(content) and any(word[0].isupper() for word in found)
-        pieces.append(Piece(match.start(), match.end(), match.group().strip(_EDGES), content, number, name))
+        pieces.append(
+            Piece(match.start(), match.end(), match.group().strip(_EDGES), content, number, name, negates)
+        )
     if len(pieces) > begin:
         sentences.append((begin, len(pieces)))
     in_sentences = [

@@ -32,7 +32,7 @@ NASTY = (
     "don't 'quote' \"this\"…",
 )
 STRICT = """{%- for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}
-{% elif (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{% elif (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
 {{- '[' + message['role'] + '] ' + message['content'] + ' [/] ' }}{% endfor %}"""
 texts = st.one_of(
     st.sampled_from(NASTY),
@@ -165,3 +165,12 @@ def test_a_system_message_that_leaves_no_room_is_refused_with_its_size(counter: 
     with pytest.raises(InvalidRequestError) as refused:
         build([Chunk("user", "Hello", "a", 0)], "And?", 120, Weights(), counter, system=system)
     assert refused.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "text", ["I don't eat any meat at home.", "We are not going to Paris.", "No nuts for me!"]
+)
+def test_a_shortened_sentence_does_not_say_the_opposite(counter: Counter, text: str) -> None:
+    drafted = draft(text, counter, {}, set(), 0.8)
+    written, _ = refill(drafted, max(drafted.shortest, 4), counter)
+    assert {"don't", "not", "No"} & set(written.split()), written
