@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -108,7 +109,7 @@ class Turn:
         is_trial = assignment.release.startswith(RUN_PREFIX)
         may_learn = self.body.store and begun.may_learn and not is_trial
         sampling = self.body.sampling(self.settings.max_answer_tokens, self.index)
-        messages = await self._prompt(sampling["max_tokens"], explores=may_learn)
+        messages = await self._prompt(assignment.release, sampling["max_tokens"], explores=may_learn)
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -145,7 +146,7 @@ class Turn:
                 await self._end()
             raise
 
-    async def _prompt(self, max_answer_tokens: int, *, explores: bool) -> list[dict[str, Any]]:
+    async def _prompt(self, release: str, max_answer_tokens: int, *, explores: bool) -> list[dict[str, Any]]:
         """Return what the model is to see, and note how it was made."""
         messages = [message.model_dump() for message in self.body.messages]
         remembering = self.book.remembering
@@ -161,8 +162,19 @@ class Turn:
         if remembering is None or remembering.needs_nothing(wanted):
             return messages
         made = await anyio.to_thread.run_sync(remembering.prompt, wanted)
+        if self.settings.memory_refill == "model":
+            made = await made.written_by(partial(self._write_again, release), remembering.counter())
         self._context = made.record
         return made.messages
+
+    async def _write_again(self, release: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
+        """Have the release write a message again, shorter (:mod:`agent.memory.rewriting`)."""
+        payload = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+        text = ""
+        async with self.fleet.stream_chat(release, payload, affinity=self.body.user, at_once=True) as events:
+            async for event in events:
+                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        return text
 
     def memory_headers(self) -> dict[str, str]:
         """Return the header that tells how much of what was said before the model saw."""

@@ -140,6 +140,10 @@ class Settings(BaseSettings):
     memory_tokens: int | None = Field(
         None, ge=64, description="Most tokens of a prompt; all that the model holds besides the answer, if unset."
     )
+    memory_refill: Literal["extract", "model"] = Field(
+        "extract",
+        description="Who shortens what was said: a choice of its sentences and words, or the model, held against it.",
+    )
 
     self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")
     best_of: int = Field(

@@ -35,6 +35,8 @@ class Kept:
     num_raw_tokens: int
     importance: float
     features: dict[str, float] = field(default_factory=dict)
+    index: int = 0
+    by_model: bool = False
 
     def record(self) -> dict[str, Any]:
         """Return what an episode keeps of this; not its words, which are in the messages."""
@@ -45,6 +47,7 @@ class Kept:
             "tokens": self.num_tokens,
             "of_tokens": self.num_raw_tokens,
             "importance": round(self.importance, 4),
+            **({"by_model": True} if self.by_model else {}),
             "features": {name: round(value, 3) for name, value in self.features.items() if value},
         }
 
@@ -70,6 +73,28 @@ class Context:
     kept: list[Kept]
     is_whole: bool
     notes: list[str] = field(default_factory=list)
+    builder: _Builder | None = None
+
+    def with_texts(self, texts: Mapping[int, str]) -> Context:
+        """Return the context with other texts for some of its chunks, by their index; as it is, if that is too long."""
+        assert self.builder is not None
+        all_texts = {kept.index: texts.get(kept.index, kept.text) for kept in self.kept}
+        messages = self.builder.messages(all_texts)
+        used = self.builder.counter.prompt(messages, self.builder.tools)
+        if used > self.budget:
+            return self
+        kept = [
+            replace(
+                each,
+                text=texts[each.index],
+                num_tokens=self.builder.counter.text(texts[each.index]),
+                by_model=True,
+            )
+            if each.index in texts
+            else each
+            for each in self.kept
+        ]
+        return replace(self, messages=messages, used=used, kept=kept)
 
     def record(self) -> dict[str, Any]:
         """Return what the episode keeps of how the context was made."""
@@ -259,7 +284,7 @@ class _Builder:
     def _fitted(self, texts: dict[int, str], sizes: dict[int, int]) -> Context:
         """Count exactly; where tokens at the seams made it too long, the least important gives way."""
         while True:
-            messages = self._messages(texts)
+            messages = self.messages(texts)
             used = self.counter.prompt(messages, self.tools)
             if used <= self.budget:
                 return self._context(messages, used, texts, sizes)
@@ -271,7 +296,8 @@ class _Builder:
             else:
                 del texts[weakest], sizes[weakest]
 
-    def _messages(self, texts: Mapping[int, str]) -> list[Message]:
+    def messages(self, texts: Mapping[int, str]) -> list[Message]:
+        """Return the chat of written chunks, between what comes first and the question."""
         merged: list[Message] = []
         for at in sorted(texts):
             role = self.chunks[at].role
@@ -298,7 +324,8 @@ class _Builder:
                 self.drafts[at].num_tokens,
                 float(self.importance[at]),
                 dict(zip(NAMES, map(float, self.features[at]), strict=True)),
+                at,
             )
             for at in sorted(texts)
         ]
-        return Context(messages, self.budget, used, 0, kept, is_whole=False)
+        return Context(messages, self.budget, used, 0, kept, is_whole=False, builder=self)

@@ -15,6 +15,7 @@ from agent.memory.context import Context, Message, build, too_long
 from agent.memory.counting import ByteCounter, Counter
 from agent.memory.importance import Chunk
 from agent.memory.learning import Draw, draw
+from agent.memory.rewriting import Ask, rewritten
 from agent.memory.vectors import WordVectors, of_settings
 from infra.access.roles import ANONYMOUS
 from infra.db import Sessions, transaction
@@ -63,6 +64,14 @@ class Prompt:
 
     messages: list[Message]
     record: dict[str, Any] | None
+    context: Context | None = None
+
+    async def written_by(self, ask: Ask, counter: Counter) -> Prompt:
+        """Return it with what was cut written again by the model, where that holds."""
+        if self.context is None or self.record is None:
+            return self
+        context = await rewritten(self.context, ask, counter)
+        return Prompt(context.messages, {**self.record, **context.record()}, context)
 
 
 class Remembering:
@@ -90,7 +99,7 @@ class Remembering:
         InvalidRequestError
             Code ``context_length_exceeded``, where the question does not fit and may not be cut.
         """
-        counter = self._ready()
+        counter = self.counter()
         system, earlier, last = divided(wanted.messages)
         question = str(last[0].get("content") or "")
         with transaction(self.sessions) as session:
@@ -153,7 +162,7 @@ class Remembering:
         record = {**context.record(), "memories": used, "weights": drawn.version}
         record |= {"notes": notes} if notes else {}
         record |= {"drawn": drawn.offsets} if drawn.offsets and not context.is_whole else {}
-        return Prompt(context.messages, record)
+        return Prompt(context.messages, record, None if context.is_whole else context)
 
     def budget(self, max_answer_tokens: int) -> int:
         """Return the tokens that a prompt may have."""
@@ -161,7 +170,8 @@ class Remembering:
         free -= RESERVED_TOKENS if self.settings.self_evaluation and free > 4 * RESERVED_TOKENS else 0
         return min(free, self.settings.memory_tokens or free)
 
-    def _ready(self) -> Counter:
+    def counter(self) -> Counter:
+        """Return what counts tokens; it is read when it is first asked for."""
         with self._lock:
             if self._counter is None:
                 try:

@@ -167,9 +167,7 @@ def test_a_system_message_that_leaves_no_room_is_refused_with_its_size(counter: 
     assert refused.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize(
-    "text", ["I don't eat any meat at home.", "We are not going to Paris.", "No nuts for me!"]
-)
+@pytest.mark.parametrize("text", ["I don't eat any meat at home.", "We are not going to Paris.", "No nuts for me!"])
 def test_a_shortened_sentence_does_not_say_the_opposite(counter: Counter, text: str) -> None:
     drafted = draft(text, counter, {}, set(), 0.8)
     written, _ = refill(drafted, max(drafted.shortest, 4), counter)
