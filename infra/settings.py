@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     )
     memory_refill: Literal["extract", "model"] = Field(
         "extract",
-        description="Who shortens what was said: a choice of its sentences and words, or the model, held against it.",
+        description="Who shortens what was said: its sentences and words are chosen, or the model writes it anew.",
     )
 
     self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")

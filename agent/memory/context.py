@@ -22,6 +22,7 @@ from infra.errors import InvalidRequestError
 Message = dict[str, Any]
 PART_CHARS = 600  # a longer message is several chunks
 LEAST_SHARE = 0.8  # of a chunk's words, in the shortest writing that is worth its place
+LEAST_TOKENS = 6  # of a chunk that is worth its place
 MOST_CHARS = 6.0  # a token has, on average
 
 
@@ -76,7 +77,7 @@ class Context:
     builder: _Builder | None = None
 
     def with_texts(self, texts: Mapping[int, str]) -> Context:
-        """Return the context with other texts for some of its chunks, by their index; as it is, if that is too long."""
+        """Return the context with other texts for some chunks, by their index; as it is, if that is too long."""
         assert self.builder is not None
         all_texts = {kept.index: texts.get(kept.index, kept.text) for kept in self.kept}
         messages = self.builder.messages(all_texts)
@@ -231,8 +232,8 @@ class _Builder:
 
     def build(self) -> Context:
         free = self.budget - self.fixed
-        # No more of them can be kept than have room for a word each.
-        most = max(free // (self.overhead + 2), 0)
+        # Hardly more of them can be kept than have room for a few words each.
+        most = max(free // (self.overhead + LEAST_TOKENS), 1)
         order = [int(at) for at in np.argsort(-self.importance, kind="stable")[:most]]
         for at in order:
             self.drafts[at] = draft(

@@ -18,6 +18,7 @@ from infra.errors import InvalidRequestError, SetupError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 MAX_WORDS = 200_000  # whose lengths are kept
+MAX_TEXTS = 20_000  # the lengths of whose pieces are kept
 
 
 class Counter:
@@ -48,6 +49,7 @@ class Counter:
         self._template = _template(model_dir, config)
         self._special = {name: _content(config.get(name)) for name in SPECIAL}
         self._words: dict[int, int] = {}
+        self._pieces: dict[int, tuple[list[int], list[int]]] = {}
 
     def text(self, text: str) -> int:
         """Return how many tokens a text is by itself."""
@@ -66,6 +68,15 @@ class Counter:
                 unknown = dict(zip(keys, words, strict=True))
             self._words.update(zip(unknown, self._lengths(list(unknown.values())), strict=True))
         return [self._words[key] for key in keys]
+
+    def pieces(self, text: str, whole: Sequence[str], cores: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return the lengths of a text's pieces as they stand, and of what is in them; kept under the text's hash."""
+        key = hash(text)
+        if key not in self._pieces:
+            if len(self._pieces) > MAX_TEXTS:
+                self._pieces.clear()
+            self._pieces[key] = self.words(whole), self.words(cores)
+        return self._pieces[key]
 
     def _lengths(self, words: Sequence[str]) -> list[int]:
         """Count the tokens of each word in one text of all."""
@@ -146,7 +157,7 @@ class ByteCounter(Counter):
     OVERHEAD = 24  # tokens that a template may put around a message
 
     def __init__(self) -> None:
-        self._words = {}
+        self._words, self._pieces = {}, {}
 
     def text(self, text: str) -> int:
         """Return a bound of a text's tokens."""

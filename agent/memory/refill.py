@@ -59,8 +59,8 @@ def draft(text: str, counter: Counter, rarity: Mapping[str, float], wanted: Set[
     """
     analysis = analyse(text)
     pieces = analysis.pieces
-    whole = counter.words([text[piece.start : piece.end] for piece in pieces])
-    core = counter.words([piece.core for piece in pieces])
+    as_they_stand = [text[piece.start : piece.end] for piece in pieces]
+    whole, core = counter.pieces(text, as_they_stand, [piece.core for piece in pieces])
     worth = [
         sum(rarity.get(stem, NO_RARITY) * (ASKED_WORTH if stem in wanted else 1.0) for stem in piece.stems)
         + SPECIAL_WORTH * (piece.is_number + piece.is_name)

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -23,8 +24,11 @@ from feedback.episodes import Recording
 from feedback.tables import Conversation
 from infra.db import among
 
-RECENT_TURNS = 24  # the newest are candidates whatever is asked
-FOUND_TURNS = 24  # that have words of the question, or words near to them
+MOST_TURNS = 50  # that are looked at for one context, pinned ones besides
+RECENT_TURNS = 24  # of these the newest, whatever is asked
+OPENING_TURNS = 2  # and the first
+FOUND_TURNS = 24  # and those that have words of the question, or words near to them
+MAX_PINNED = 20
 MAX_FORKS = 200  # on the way back; what lies before more is not looked for
 TURNS_PER_TERM = 48  # the newest turns with a word that the index names
 MAX_TERMS = 160  # of one turn that go into the index
@@ -41,7 +45,8 @@ LOOK_UP = sa.text("""
     SELECT term, num_turns, turns FROM conversation_terms
     WHERE conversation_id = :conversation AND term = ANY(CAST(:terms AS varchar[]))
 """)
-PAST = sa.text(f"""
+# LIMIT has each part read by its index, whatever the planner takes for the number of lines on the way.
+WAY = sa.text(f"""
     WITH RECURSIVE way AS (
         SELECT line, depth AS until, 0 AS num FROM turn_places
         WHERE episode_id = :parent AND conversation_id = :conversation
@@ -49,26 +54,26 @@ PAST = sa.text(f"""
         SELECT lines.from_line, lines.from_depth, num + 1
         FROM way JOIN conversation_lines AS lines ON lines.id = way.line
         WHERE lines.from_line IS NOT NULL AND num < {MAX_FORKS}
-    ), candidates AS (
-        SELECT place.* FROM way JOIN turn_places AS place ON place.line = way.line AND place.depth <= way.until
-            AND place.depth > (SELECT until FROM way WHERE num = 0) - {RECENT_TURNS}
-        UNION
-        SELECT place.* FROM way JOIN turn_places AS place ON place.line = way.line AND place.depth <= way.until
-            AND place.depth < 2
-        UNION
-        SELECT place.* FROM turn_places AS place JOIN way ON place.line = way.line AND place.depth <= way.until
-        WHERE place.conversation_id = :conversation AND place.pinned
-        UNION
-        SELECT place.* FROM turn_places AS place JOIN way ON place.line = way.line AND place.depth <= way.until
-        WHERE place.episode_id = ANY(CAST(:found AS varchar[]))
     )
-    SELECT place.episode_id, place.depth, place.pinned, episodes.answer,
-        coalesce((episodes.messages -> -1) ->> 'content', '') AS question,
-        EXISTS (SELECT FROM feedback WHERE feedback.episode_id = place.episode_id AND feedback.kind = 'correction')
-            AS corrected,
-        (SELECT until FROM way WHERE num = 0) AS last_depth
-    FROM candidates AS place JOIN episodes ON episodes.id = place.episode_id
-    ORDER BY place.depth
+    SELECT place.episode_id, place.depth, place.pinned FROM way CROSS JOIN LATERAL (
+        (SELECT * FROM turn_places WHERE line = way.line AND depth <= way.until
+            AND depth > (SELECT until FROM way WHERE num = 0) - {MOST_TURNS} ORDER BY depth DESC LIMIT {MOST_TURNS})
+        UNION ALL
+        (SELECT * FROM turn_places WHERE line = way.line AND depth <= way.until AND depth < {OPENING_TURNS}
+            LIMIT {OPENING_TURNS})
+    ) AS place
+    UNION
+    SELECT place.episode_id, place.depth, place.pinned FROM (
+        (SELECT * FROM turn_places WHERE conversation_id = :conversation AND pinned LIMIT {MAX_PINNED})
+        UNION ALL
+        (SELECT * FROM turn_places WHERE episode_id = ANY(CAST(:found AS varchar[])) LIMIT {2 * MOST_TURNS})
+    ) AS place JOIN way ON place.line = way.line AND place.depth <= way.until
+""")
+TEXTS = sa.text("""
+    SELECT id, answer, coalesce((messages -> -1) ->> 'content', '') AS question,
+        EXISTS (SELECT FROM feedback WHERE feedback.episode_id = episodes.id AND feedback.kind = 'correction')
+            AS corrected
+    FROM episodes WHERE id = ANY(CAST(:ids AS varchar[]))
 """)
 
 # The places of all turns of a conversation: of those that follow one turn, the first goes on with its line.
@@ -168,23 +173,40 @@ def past(
     parent
         The turn that the question follows; None for a first one.
     """
-    if parent is None or _placed(session, conversation, parent) is None:
+    if parent is None or (last := _placed(session, conversation, parent)) is None:
         return Past([], 0)
     found = _find(session, conversation, question, vectors)
     values = {"conversation": conversation, "parent": parent, "found": list(found)}
-    rows = session.execute(PAST, values).all()
-    best = set(list(found)[:FOUND_TURNS])
+    places = {row.episode_id: row for row in session.execute(WAY, values)}
+    chosen = _chosen(places, found, last.depth)
+    rows = {row.id: row for row in session.execute(TEXTS, {"ids": chosen})}
     chunks: list[Chunk] = []
-    last_depth = max((row.last_depth for row in rows), default=-1)
-    for row in rows:
-        is_near = row.depth > last_depth - RECENT_TURNS or row.depth < 2
-        if row.answer and (is_near or row.pinned or row.episode_id in best):
-            marks = {"turn": row.episode_id, "pinned": row.pinned, "corrected": row.corrected}
-            chunks.append(Chunk("user", row.question, position=2 * row.depth, **marks))
-            chunks.append(Chunk("assistant", row.answer, position=2 * row.depth + 1, **marks))
+    num_missed = 0
+    for place in sorted((places[turn] for turn in chosen if turn in rows), key=lambda place: place.depth):
+        row = rows[place.episode_id]
+        num_missed += 0 if row.answer else 2
+        if row.answer:  # a question without one would put two in a row
+            marks = {"turn": row.id, "pinned": place.pinned, "corrected": row.corrected}
+            chunks.append(Chunk("user", row.question, position=2 * place.depth, **marks))
+            chunks.append(Chunk("assistant", row.answer, position=2 * place.depth + 1, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
-    missed = sum(2 for row in rows if not row.answer)
-    return Past(chunks, max(2 * (last_depth + 1) - missed, len(chunks)))
+    return Past(chunks, max(2 * (last.depth + 1) - num_missed, len(chunks)))
+
+
+def _chosen(places: Mapping[str, Any], found: Mapping[str, float], last_depth: int) -> list[str]:
+    """Return the turns to look at: the newest, the first and the pinned; what was found; more of the newest."""
+    newest = sorted(places, key=lambda turn: -places[turn].depth)
+    sure = [
+        turn
+        for turn in newest
+        if places[turn].depth > last_depth - RECENT_TURNS
+        or places[turn].depth < OPENING_TURNS
+        or places[turn].pinned
+    ]
+    best = [turn for turn in found if turn in places and turn not in set(sure)][:FOUND_TURNS]
+    chosen = dict.fromkeys([*sure, *best])
+    room = max(MOST_TURNS + sum(places[turn].pinned for turn in chosen) - len(chosen), 0)
+    return [*chosen, *[turn for turn in newest if turn not in chosen][:room]]
 
 
 def _find(session: Session, conversation: str, question: str, vectors: WordVectors | None) -> Mapping[str, float]:
@@ -201,7 +223,7 @@ def _find(session: Session, conversation: str, question: str, vectors: WordVecto
             scores[turn] += wanted[row.term] * rarity
     # The id of a later turn is larger: of equals the newer.
     order = sorted(scores, key=lambda turn: (scores[turn], turn), reverse=True)
-    return {turn: scores[turn] for turn in order[: 2 * FOUND_TURNS]}
+    return {turn: scores[turn] for turn in order[:MOST_TURNS]}
 
 
 def _wanted(question: str, vectors: WordVectors | None) -> dict[str, float]:

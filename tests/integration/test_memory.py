@@ -96,7 +96,7 @@ def test_of_a_long_conversation_what_was_asked_for_is_found_and_the_rest_is_boun
     found, num_messages = questions(database, talk, last, "What was the code for the gates?")
     assert "The gate code is 4471." in found
     assert found[-1] == "Tell me about station 119, please." and found[0] == "Tell me about station 0, please."
-    assert len(found) <= store.RECENT_TURNS + store.FOUND_TURNS + 2
+    assert len(found) <= store.MOST_TURNS
     assert num_messages == 240
     with database.begin() as session:
         first = session.scalar(sa.select(TurnPlace.episode_id).where(TurnPlace.depth == 50))
