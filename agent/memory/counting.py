@@ -70,7 +70,7 @@ class Counter:
         return [self._words[key] for key in keys]
 
     def pieces(self, text: str, whole: Sequence[str], cores: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Return the lengths of a text's pieces as they stand, and of what is in them; kept under the text's hash."""
+        """Return the lengths of a text's pieces as they stand, and of what is in them; kept by its hash."""
         key = hash(text)
         if key not in self._pieces:
             if len(self._pieces) > MAX_TEXTS:

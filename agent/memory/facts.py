@@ -83,8 +83,8 @@ def find(question: str) -> list[Found]:
 
 
 def _key(slot: str, rest: str) -> str:
-    """Return what makes two of a kind the same: of a favourite what it is of, else the words of it."""
-    if slot.startswith("favourite"):
+    """Return what makes two of a kind the same: what something is said of, else the words of it."""
+    if slot.startswith(("favourite", "note")):
         rest = re.split(r"\s+(?:is|are|was)\s+", rest, maxsplit=1)[0]
     return " ".join(sorted(set(analyse(rest).stems)))[:120]
 

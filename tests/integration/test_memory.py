@@ -118,6 +118,8 @@ def test_two_tabs_that_go_on_from_one_turn_at_once_are_two_branches(database):
 def test_what_people_say_of_themselves_is_remembered_and_the_newest_wins(database):
     async def work(talk):
         first = await talk.say("Hi! My name is Ada. I live in London.")
+        first = await talk.say("Remember that the gate code is 4471.", parent=first)
+        first = await talk.say("Please remember: the gate code is 9032!", parent=first)
         second = await talk.say("Actually, call me Countess.", parent=first)
         await talk.say("Is it true that I live in Paris? If my name is Eve, so what.", parent=second)
         return second
@@ -128,6 +130,7 @@ def test_what_people_say_of_themselves_is_remembered_and_the_newest_wins(databas
     assert {slot: memory.text for slot, memory in known.items()} == {
         "name": "Actually, call me Countess",
         "home": "I live in London",
+        "note code gate": "the gate code is 9032",
     }
     assert known["name"].episode_id == second
 
