@@ -203,6 +203,11 @@ class ChatRequest(Sampled):
         return self
 
     @property
+    def has_its_past(self) -> bool:
+        """Whether all that was said before is among the messages, put there by the server itself."""
+        return bool(self._noted and self._noted.get("api") == "responses")
+
+    @property
     def noted(self) -> dict[str, Any] | None:
         """What is kept with the episode of how it was asked for (:class:`feedback.tables.Episode`)."""
         if self._noted is not None:

@@ -153,7 +153,7 @@ class Turn:
         wanted = Wanted(
             self.body.user,
             messages,
-            self.body.conversation,
+            None if self.body.has_its_past else self.body.conversation,
             self.body.parent,
             max_answer_tokens,
             truncate=self.body.truncation == "auto",
