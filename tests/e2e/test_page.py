@@ -223,6 +223,7 @@ def test_a_draft_survives_a_reload_and_a_failed_request(page, problems):
     assert "ERR_FAILED" in problems.pop()
     page.reload()
     expect(prompt).to_have_value("What I was about to ask")
+    expect(page.locator("#send")).to_be_enabled()  # the browser had the text back before the script was there
     page.unroute("**/v1/chat/completions")
     prompt.press("Enter")
     expect(page.locator(".release")).to_contain_text("base", timeout=60_000)
