@@ -23,6 +23,7 @@ import agent.access_api
 import agent.api
 import agent.completions
 import agent.health
+import agent.memory.api
 import agent.oidc
 import agent.responses.api
 import agent.stored
@@ -38,6 +39,7 @@ import reward.api
 from agent.best_of import BestOf
 from agent.book import Book
 from agent.guard import Guard
+from agent.memory.prompts import Remembering
 from agent.request_headers import RequestHeaders
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
@@ -85,7 +87,7 @@ ROUTERS = (
         agent.access_api.router,
         agent.access_api.admin,
     ),
-    *(agent.oidc.router, agent.tools.api.router),
+    *(agent.oidc.router, agent.tools.api.router, agent.memory.api.router),
     *(feedback.api.router, feedback.conversations_api.router, reward.api.router),
     *(deploy.api.router, deploy.releases_api.router, deploy.runs_api.router, deploy.decisions_api.router),
     *deploy.pages.ROUTERS,
@@ -125,7 +127,12 @@ def build_app(settings: Settings) -> FastAPI:
             evaluator = SelfEvaluator(app.state.sessions, fleet, settings)
             async with (
                 Intake(app.state.sessions).running() as app.state.intake,
-                Book(app.state.sessions, settings.learn_by_default).running() as app.state.book,
+                Book(
+                    app.state.sessions,
+                    settings.learn_by_default,
+                    Remembering(app.state.sessions, settings),
+                    settings.memory,
+                ).running() as app.state.book,
                 Toolbox(settings, app.state.sessions).running() as app.state.toolbox,
                 evaluator.running() as app.state.self_evaluator,
                 _reward_client(settings) as app.state.reward,

@@ -10,6 +10,8 @@ from typing import Self
 import anyio.to_thread
 from sqlalchemy.orm import Session
 
+from agent.memory import facts, store
+from agent.memory.prompts import Remembering
 from deploy import head
 from deploy.head import Assignment
 from feedback import conversations, episodes, tool_calls, users
@@ -45,13 +47,29 @@ class Begun:
 
 
 class Book:
-    """Begins and ends the turns of one API process in the database."""
+    """Begins and ends the turns of one API process in the database.
 
-    def __init__(self, sessions: Sessions, learn_by_default: bool) -> None:
+    Parameters
+    ----------
+    remembering
+        Makes what the model is to see; without it, it sees what the client sends.
+    remembers_by_default
+        Whether people are remembered across conversations who said nothing about it.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        learn_by_default: bool,
+        remembering: Remembering | None = None,
+        remembers_by_default: bool = True,
+    ) -> None:
         self.sessions = sessions
         self.learn_by_default = learn_by_default
+        self.remembering = remembering
+        self.remembers_by_default = remembers_by_default
         self._beginnings: Together[Asked, Begun] = Together(sessions, "beginnings", self._begin)
-        self._endings: Together[tuple[Recording, SubjectKey], bool] = Together(sessions, "endings", _end)
+        self._endings: Together[tuple[Recording, SubjectKey], bool] = Together(sessions, "endings", self._end)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
@@ -94,7 +112,30 @@ class Book:
 
     def _end_alone(self, recording: Recording, key: SubjectKey) -> bool:
         with transaction(self.sessions) as session:
-            return episodes.record(session, recording, key)
+            is_written = episodes.record(session, recording, key)
+            self._remember(session, [recording] if is_written else [])
+            return is_written
+
+    def _end(self, session: Session, endings: Sequence[tuple[Recording, SubjectKey]]) -> list[bool | EverloopError]:
+        now = users.keys_of(session, {recording.user_id for recording, _ in endings}, wait=False)
+        outcomes: list[bool | EverloopError] = []
+        written = []
+        for recording, key in endings:
+            known = now.get(recording.user_id)
+            if known is None:  # forgotten, or being so
+                outcomes.append(users.in_flux())
+                continue
+            outcomes.append(known.key_id == key.key_id)
+            if outcomes[-1]:
+                written.append((recording, None))
+        episodes.record_many(session, written, now)
+        self._remember(session, [recording for recording, _ in written])
+        return outcomes
+
+    def _remember(self, session: Session, recordings: Sequence[Recording]) -> None:
+        """Have what was written found again."""
+        store.place_all(session, recordings)
+        facts.take_all(session, recordings, by_default=self.remembers_by_default)
 
     def _begin(
         self, session: Session, requests: Sequence[Asked], *, wait: bool = False
@@ -124,22 +165,6 @@ def _assignment(session: Session, asked: Asked, usual: Assignment) -> Assignment
     if asked.trial is not None:
         return Assignment(asked.trial, None, "pinned", 1.0, None)
     return usual if asked.model == ASSISTANT_MODEL else head.pinned(session, asked.model)
-
-
-def _end(session: Session, endings: Sequence[tuple[Recording, SubjectKey]]) -> list[bool | EverloopError]:
-    now = users.keys_of(session, {recording.user_id for recording, _ in endings}, wait=False)
-    outcomes: list[bool | EverloopError] = []
-    written = []
-    for recording, key in endings:
-        known = now.get(recording.user_id)
-        if known is None:  # forgotten, or being so
-            outcomes.append(users.in_flux())
-            continue
-        outcomes.append(known.key_id == key.key_id)
-        if outcomes[-1]:
-            written.append((recording, None))
-    episodes.record_many(session, written, now)
-    return outcomes
 
 
 def unknown_model(name: str) -> NotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -66,7 +66,7 @@ async def whole(
     if not await _while_there(request, choices.finish):
         await choices.close()
         return Response(status_code=HUNG_UP, background=afterwards)
-    return JSONResponse(answer(), background=afterwards)
+    return JSONResponse(answer(), headers=choices.first.memory_headers(), background=afterwards)
 
 
 async def streamed(choices: Choices, caller: Caller, request: Request, events: AsyncIterator[str]) -> Response:
@@ -74,14 +74,21 @@ async def streamed(choices: Choices, caller: Caller, request: Request, events: A
     if not await _while_there(request, choices.begin):
         await choices.close()  # it may have begun in the same moment
         return Response(status_code=HUNG_UP)
-    return TurnStream(choices, events, BackgroundTask(_afterwards, request, caller, choices))
+    afterwards = BackgroundTask(_afterwards, request, caller, choices)
+    return TurnStream(choices, events, afterwards, choices.first.memory_headers())
 
 
 class TurnStream(StreamingResponse):
     """Turns as server-sent events, closed with them: that the client hung up reaches the engine at once."""
 
-    def __init__(self, turns: Choices, events: AsyncIterator[str], background: BackgroundTask) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    def __init__(
+        self,
+        turns: Choices,
+        events: AsyncIterator[str],
+        background: BackgroundTask,
+        told: Mapping[str, str] | None = None,
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(told or {})}
         super().__init__(events, media_type="text/event-stream", headers=headers, background=background)
         self.turns = turns
 

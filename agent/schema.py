@@ -193,7 +193,7 @@ class ChatRequest(Sampled):
         "service_tier": Only(("auto", "default"), 'There is one tier: "auto" or "default", or leave it out.'),
         "verbosity": Only(("medium",), "Say in a system message how long answers are to be."),
     }
-    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent", "server_tools"})
+    own: ClassVar[frozenset[str]] = frozenset({"conversation", "parent", "server_tools", "truncation"})
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     safety_identifier: User | None = Field(
@@ -211,6 +211,9 @@ class ChatRequest(Sampled):
     )
     parent: CleanText | None = Field(
         None, min_length=1, max_length=64, description="The episode there that this follows; none for a first turn."
+    )
+    truncation: Literal["auto", "disabled"] = Field(
+        "disabled", description="Whether a message that is too long is cut in its middle, or refused."
     )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -271,6 +274,11 @@ class ChatRequest(Sampled):
         if parent is not None:
             self.parent = parent
         return self
+
+    @property
+    def has_its_past(self) -> bool:
+        """Whether all that was said before is among the messages, put there by the server itself."""
+        return bool(self._noted and self._noted.get("api") == "responses")
 
     @property
     def noted(self) -> dict[str, Any] | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from agent import metrics
 from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
+from agent.memory.prompts import Wanted
 from agent.schema import ChatRequest, check_budget
 from agent.tools.protocol import Call, Reader
 from agent.tools.tool import Caller
@@ -21,6 +25,7 @@ from agent.tools.use import ToolUse
 from feedback import episodes
 from feedback.conversations import Place
 from feedback.episodes import Recording
+from feedback.steps import plain
 from infra.engine import LATEST, RUN_PREFIX
 from infra.engine_wire import EngineError
 from infra.errors import EverloopError, InvalidRequestError, NotFoundError, UnavailableError
@@ -102,6 +107,7 @@ class Turn:
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
         self._told: list[dict[str, Any]] = []
+        self._context: dict[str, Any] | None = None
         self.has_begun = False
         self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
@@ -137,7 +143,13 @@ class Turn:
         assignment, self._key = begun.assignment, begun.key
         is_trial = assignment.release.startswith(RUN_PREFIX)
         self.tools = self._tools(begun)
-        messages = self.waited.messages if self.waited else self.tools.introduce(await self._prompt())
+        may_learn = self.body.store and begun.may_learn and not is_trial
+        sampling = self.body.sampling(self.settings.max_answer_tokens, self.index)
+        if self.waited:
+            messages = self.waited.messages
+        else:
+            made = await self._prompt(assignment.release, sampling["max_tokens"], explores=may_learn)
+            messages = self.tools.introduce(made)
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -147,10 +159,11 @@ class Turn:
             arm=assignment.arm,
             propensity=assignment.propensity,
             messages=messages,
-            sampling=self.body.sampling(self.settings.max_answer_tokens, self.index),
-            learn=self.body.store and begun.may_learn and not is_trial,
+            sampling=sampling,
+            learn=may_learn,
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
+            context=self._context,
             request=self.body.noted,
             steps=self.tools.steps,
         )
@@ -185,10 +198,6 @@ class Turn:
         await self.tools.resume(waited.episode_id, waited.steps, allowed)
         self.recording.finish_reason = self.tools.finish_reason
 
-    async def _prompt(self) -> list[dict[str, Any]]:
-        """Return what the model is to see."""
-        return [message.model_dump(exclude_none=True) for message in self.body.messages]
-
     def _tools(self, begun: Begun) -> ToolUse:
         """Return what tools may do in this turn, of all that there are and this person lets."""
         if self.toolbox is None:
@@ -196,6 +205,49 @@ class Turn:
         offers = self.toolbox.offers(self.body.user, begun.tool_levels, self.body.server_tools)
         caller = Caller(self.body.user, self.toolbox.sessions)
         return ToolUse(self.settings, self.body, offers, caller, self.must_end)
+
+    async def _prompt(self, release: str, max_answer_tokens: int, *, explores: bool) -> list[dict[str, Any]]:
+        """Return what the model is to see, and note how it was made."""
+        tools = self.tools
+        given = [message.model_dump(exclude_none=True) for message in self.body.messages]
+        messages = given if tools.is_native else plain(given)
+        remembering = self.book.remembering
+        wanted = Wanted(
+            self.body.user,
+            messages,
+            None if self.body.has_its_past else self.body.conversation,
+            self.body.parent,
+            max_answer_tokens,
+            truncate=self.body.truncation == "auto",
+            explores=explores,
+            tools=tools.told if tools.is_native else None,
+            introduction=tools.introduction,
+        )
+        if remembering is None or remembering.needs_nothing(wanted):
+            return messages
+        made = await anyio.to_thread.run_sync(remembering.prompt, wanted)
+        if self.settings.memory_refill == "model":
+            made = await made.written_by(partial(self._write_again, release), remembering.counter())
+        self._context = made.record
+        tools.count = remembering.counter().text
+        return made.messages
+
+    async def _write_again(self, release: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
+        """Have the release write a message again, shorter (:mod:`agent.memory.rewriting`)."""
+        payload = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
+        text = ""
+        async with self.fleet.stream_chat(release, payload, affinity=self.body.user, at_once=True) as events:
+            async for event in events:
+                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        return text
+
+    def memory_headers(self) -> dict[str, str]:
+        """Return the header that tells how much of what was said before the model saw."""
+        made = self._context
+        if made is None:
+            return {}
+        used = {"kept": made["kept"], "earlier": made["earlier"], "memories": len(made["memories"])}
+        return {"X-Everloop-Memory": json.dumps(used)}
 
     def _given(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the engine is to go on from, and that it is to tell how probable each token was."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from feedback import episodes, users
@@ -29,6 +30,12 @@ LOOKED_AT_CHARS = 400  # of a question, for a title
 _WORD = re.compile(r"\w+")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _question: sa.ColumnElement[str] = sa.literal_column(QUESTION, sa.String)
+# How much of what was said before its answer was given; the rest of the record is long.
+_used: sa.ColumnElement[Any] = sa.literal_column(
+    "CASE WHEN context IS NOT NULL THEN jsonb_build_object('kept', context -> 'kept', 'earlier',"
+    " context -> 'earlier', 'memories', jsonb_array_length(context -> 'memories')) END",
+    JSONB,
+)
 _words: sa.ColumnElement[Any] = sa.literal_column(WORDS)
 
 
@@ -68,6 +75,7 @@ class TurnRow:
     finish_reason: str | None
     release: str
     created_at: datetime
+    used: dict[str, int] | None = None
     thumb: int = 0
     reasons: tuple[str, ...] = ()
     comment: str | None = None
@@ -278,6 +286,7 @@ def turns(
         Episode.finish_reason,
         Episode.release,
         Episode.created_at,
+        _used,
         Episode.steps,
     ).where(Episode.conversation_id == conversation_id)
     if before is not None:

@@ -113,6 +113,9 @@ class TurnView(BaseModel):
     finish_reason: str | None
     release: str
     created_at: datetime
+    used: dict[str, int] | None = Field(
+        description="How many of the `earlier` messages were `kept` in the context, and how many `memories` of you."
+    )
     thumb: int = Field(description="1, -1, or 0 for none.")
     reasons: list[str]
     comment: str | None

@@ -96,7 +96,7 @@ class Episode(Base):
     excluded: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     conversation_id: Mapped[str | None] = mapped_column(sa.ForeignKey("conversations.id"))
     parent_id: Mapped[str | None]
-    # How `messages` was made of what was said before; null where nothing was left out.
+    # How `messages` was made of what was said before; null where they are what the client sent.
     context: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     # What happened between the question and the answer: calls of tools with their results.
     steps: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, default=list, server_default="[]")

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 import deploy.erasure
 import feedback.erasure
 import trainer.erasure
+from agent.memory import votes
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
 from deploy.metrics import CanaryCollector
 from feedback import projection
@@ -46,6 +47,7 @@ class Ledger:
                 public=True,
                 linger_s=RECEIPTS_LINGER_S,
             ),
+            Consumer(votes.CONSUMER, sessions, settings, votes.HANDLERS, public=True),
             Consumer("erasure", sessions, settings, {UserForgotten: self.on_forgotten}),
         ]
 

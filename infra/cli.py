@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "feedback": ("feedback.cli", "feedback", "Import, export and follow what people said."),
     "users": ("feedback.cli", "users_app", "Consent and erasure."),
     "reward": ("flows.reward_cli", "app", "State of the reward model, gold probes, raters, learning anew."),
+    "memory": ("agent.memory.cli", "app", "What makes the assistant remember one thing and not another."),
     "log": ("infra.log.cli", "app", "State of the log, replay, dead letters."),
     "bench": ("flows.bench.cli", "app", "Measure; each bench prints what it compared with."),
 }

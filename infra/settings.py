@@ -161,6 +161,18 @@ class Settings(BaseSettings):
     max_request_bytes: int = Field(262_144, description="Largest request body; more is refused with 413.")
     engine_timeout_s: float = Field(120.0, description="Longest silence of the engine within one answer.")
 
+    memory: bool = Field(
+        True,
+        description="Whether what people say of themselves is remembered across conversations; each may choose.",
+    )
+    memory_tokens: int | None = Field(
+        None, ge=64, description="Most tokens of a prompt; all that the model holds besides the answer, if unset."
+    )
+    memory_refill: Literal["extract", "model"] = Field(
+        "extract",
+        description="Who shortens what was said: its sentences and words are chosen, or the model writes it anew.",
+    )
+
     self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")
     best_of: int = Field(
         1, ge=1, le=8, description="Answers to choose from where the first is weak; 1 is off. Not for streams."

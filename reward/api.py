@@ -78,6 +78,9 @@ class EpisodeView(BaseModel):
     self_evaluation: float | None = Field(
         description="How probable the release that answered finds it that the answer is good; null until asked."
     )
+    context: dict[str, Any] | None = Field(
+        description="How `messages` was made of what was said before: budget, what was kept and why; else null."
+    )
     solicited: SolicitationView | None = Field(description="Whether a rating is asked for; null if not.")
 
 
@@ -129,6 +132,7 @@ def _views(session: Session, found: Sequence[Episode]) -> list[EpisodeView]:
             messages=episode.messages,
             answer=episode.answer,
             steps=episode.steps,
+            context=episode.context,
             latency_ms=episode.latency_ms,
             num_completion_tokens=len(episode.token_ids),
             feedback=signals[episode.id],

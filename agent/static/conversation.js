@@ -10,6 +10,7 @@
  * @property {'complete' | 'interrupted' | 'failed'} status
  * @property {string | null} finish_reason
  * @property {string} release
+ * @property {import('./recall.js').Used | null} used
  * @property {number} thumb
  * @property {string[]} reasons
  * @property {string | null} comment

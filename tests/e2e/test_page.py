@@ -235,7 +235,8 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     asked = []
 
     def reply(route):
-        asked.append([message["content"] for message in route.request.post_data_json["messages"]])
+        body = route.request.post_data_json
+        asked.append([body.get("parent"), *(message["content"] for message in body["messages"])])
         piece = {"content": f"Answer {len(asked)}."}
         chunk = {"id": f"ep_{len(asked)}", "model": "base"}
         choices = [{"index": 0, "delta": piece, "finish_reason": "stop"}]
@@ -261,10 +262,10 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     expect(texts).to_have_text(["One", "Answer 1.", "Two", "Answer 2."])
     page.get_by_role("button", name="Try again").first.click()
     expect(texts).to_have_text(["One", "Answer 3."])
-    assert asked[2] == ["One"] and hints == [("ep_1", "regenerated")]
+    assert asked[2] == [None, "One"] and hints == [("ep_1", "regenerated")]
     ask(page, "Three")
     expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])
-    assert asked[3] == ["One", "Answer 3.", "Three"]
+    assert asked[3] == ["ep_3", "Three"], "the server has what was said before"
     expect(page.locator(".versions span").first).to_have_text("2/2")
     page.get_by_role("button", name="Earlier version").first.click()
     expect(texts).to_have_text(["One", "Answer 1.", "Two", "Answer 2."])
@@ -279,7 +280,7 @@ def test_another_answer_and_another_question_are_versions_to_go_between(page, st
     page.locator(".resend").nth(1).click()
     ask(page, "Two, but shorter")
     expect(texts).to_have_text(["One", "Answer 1.", "Two, but shorter", "Answer 5."])
-    assert asked[4] == ["One", "Answer 1.", "Two, but shorter"] and hints[1] == ("ep_2", "edited_and_resent")
+    assert asked[4] == ["ep_1", "Two, but shorter"] and hints[1] == ("ep_2", "edited_and_resent")
     shoot(page, "versions")
     page.get_by_role("button", name="Later version").first.click()
     expect(texts).to_have_text(["One", "Answer 3.", "Three", "Answer 4."])

@@ -1,14 +1,14 @@
 """How far people let tools go, and calls that wait for their yes.
 
 Revision ID: 0019
-Revises: 0020
+Revises: 0018
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0019"
-down_revision = "0020"
+down_revision = "0018"
 branch_labels = None
 depends_on = None
 

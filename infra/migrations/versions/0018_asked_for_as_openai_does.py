@@ -1,6 +1,6 @@
 """How an answer was asked for; metadata and messages of conversations; releases that differ in how they answer.
 
-Revision ID: 0020
+Revision ID: 0018
 Revises: 0017
 """
 
@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0020"
+revision = "0018"
 down_revision = "0017"
 branch_labels = None
 depends_on = None

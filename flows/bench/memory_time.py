@@ -1,0 +1,107 @@
+"""How long it takes to build a context out of PostgreSQL, of a short conversation and of a very long one."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from agent.memory import store
+from agent.memory.prompts import Remembering, Wanted
+from feedback import conversations, episodes, users
+from feedback.episodes import Recording
+from infra.db import Sessions, connect, transaction
+from infra.settings import Settings
+from infra.stack import embedded
+from infra.stack.database import database_alone
+
+USER = "bench"
+BUDGET = 1024
+LENGTHS = (100, 10_000)  # messages
+AT_ONCE = 500
+ROUNDS = 60
+
+
+def build_ms(settings: Settings, texts: Sequence[str], questions: Sequence[str]) -> dict[str, float]:
+    """Measure on a database of its own.
+
+    Parameters
+    ----------
+    texts
+        What is said in the conversations, over and over.
+    questions
+        What is asked, in turn.
+
+    Returns
+    -------
+    dict
+        ``build_ms_100`` and ``build_ms_10000``: medians over turns that alternate between the two conversations,
+        reading from the database included; ``build_ratio``.
+    """
+    with _database() as sessions:
+        memory = Remembering(sessions, settings.model_copy(update={"memory_tokens": BUDGET}))
+        lasts = {length: _talk(sessions, texts, length) for length in LENGTHS}
+        times: dict[int, list[float]] = {length: [] for length in LENGTHS}
+        for number in range(-6, ROUNDS):  # the first few warm up
+            for length, (conversation, parent) in lasts.items():
+                asked = [{"role": "user", "content": questions[number % len(questions)]}]
+                started_s = time.perf_counter()
+                memory.prompt(Wanted(USER, asked, conversation, parent, max_answer_tokens=64))
+                if number >= 0:
+                    times[length].append(1000.0 * (time.perf_counter() - started_s))
+    found = {f"build_ms_{length}": round(float(np.median(each)), 2) for length, each in times.items()}
+    return {**found, "build_ratio": round(found[f"build_ms_{LENGTHS[1]}"] / found[f"build_ms_{LENGTHS[0]}"], 2)}
+
+
+@contextmanager
+def _database() -> Iterator[Sessions]:
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="everloop-bench-")))
+        alone = stack.enter_context(database_alone(Settings(home=home)))
+        embedded.migrate(alone)
+        sessions = connect(alone.need("database_url"))
+        stack.callback(sessions.kw["bind"].dispose)
+        yield sessions
+
+
+def _talk(sessions: Sessions, texts: Sequence[str], num_messages: int) -> tuple[str, str]:
+    """Write a conversation as turns are written; return its id and that of its last turn."""
+    with transaction(sessions) as session:
+        users.meet(session, USER)
+        conversation = conversations.create(session, USER, None).id
+    parent: str | None = None
+    for begin in range(0, num_messages, AT_ONCE):
+        recordings = []
+        for at in range(begin, min(begin + AT_ONCE, num_messages), 2):
+            recording = _recording(conversation, parent, texts[at % len(texts)], texts[(at + 1) % len(texts)])
+            parent = recording.episode_id
+            recordings.append(recording)
+        with transaction(sessions) as session:
+            keys = users.keys_of(session, {USER})
+            episodes.record_many(session, [(recording, None) for recording in recordings], keys)
+            store.place_all(session, recordings)
+    assert parent is not None
+    return conversation, parent
+
+
+def _recording(conversation: str, parent: str | None, question: str, answer: str) -> Recording:
+    return Recording(
+        episode_id=episodes.new_episode_id(),
+        user_id=USER,
+        release="base",
+        adapter_digest=None,
+        canary_id=None,
+        arm="champion",
+        propensity=1.0,
+        messages=[{"role": "user", "content": question}],
+        sampling={},
+        learn=False,
+        answer=answer,
+        status="complete",
+        conversation_id=conversation,
+        parent_id=parent,
+    )
