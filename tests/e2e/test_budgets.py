@@ -98,7 +98,7 @@ def test_thousands_of_messages_scroll_without_a_long_frame(page, stack, num_turn
         wheel(page, -1, "scroller.scrollTop === 0 && document.querySelector('#older').hidden")
         frames = taken(page)
         assert page.locator(".message").count() < 200, "what is far from the screen is still on the page"
-        expect(page.get_by_text("Question 0?")).to_be_in_viewport()
+        expect(page.locator(".message").get_by_text("Question 0?")).to_be_in_viewport()
         taken(page)
         wheel(page, 1, "scroller.scrollHeight - scroller.clientHeight - scroller.scrollTop < 2")
         frames += taken(page)
