@@ -12,6 +12,7 @@ from agent.book import Asked, Book
 from agent.memory import facts, learning, store
 from agent.memory.prompts import Remembering, Wanted
 from agent.tables import ConversationTerm, Line, Memory, MemoryVote, TurnPlace
+from agent.tools import protocol
 from feedback import conversations, episodes, erasure
 from feedback.conversations import Place
 from feedback.episodes import Recording
@@ -221,6 +222,24 @@ def test_a_question_that_is_too_long_is_refused_or_cut_in_its_middle(database, b
     question = made.messages[-1]["content"]
     assert question.startswith("Begin.") and question.endswith("End?") and "…" in question
     assert made.record is not None and made.record["used"] <= 128 and made.record["notes"]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_room_is_left_for_what_tells_of_tools(database, base_model_dir, system):
+    maker = remembering(database, base_model_dir, max_model_tokens=1024, self_evaluation=False)
+    tool = {"name": "clock", "description": "Tells the time. " * 30, "parameters": {"type": "object"}}
+    told = protocol.introduction([tool], parallel=True)
+    said = [
+        {"role": role, "content": f"Of station {n} and its trains: {'they run by night, ' * 9}{n}."}
+        for n in range(40)
+        for role in ("user", "assistant")
+    ]
+    question = {"role": "user", "content": "Which station was it?"}
+    wanted = {"user": USER, "conversation": None, "parent": None, "max_answer_tokens": 64}
+    made = maker.prompt(Wanted(messages=[*system, *said, question], introduction=told, **wanted))
+    num_tokens = maker.counter().prompt(protocol.introduced(made.messages, told))
+    assert 0.8 * (1024 - 64) < num_tokens <= 1024 - 64
+    assert maker.counter().prompt(made.messages) < num_tokens - 100, "what tells of the tool is short"
 
 
 def test_a_thumb_moves_the_weights_once(database):
