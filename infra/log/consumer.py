@@ -279,6 +279,10 @@ class Consumer:
 
     def _move(self, session: Session, partition: TopicPartition, position: tuple[int, int]) -> None:
         epoch, next_offset = self._positions[partition]
+        # A broker that lost its memory begins anew: what it has at the old offset is not what comes next.
+        of_broker = sa.select(LogPartition.epoch).where(
+            LogPartition.topic == partition.topic, LogPartition.partition == partition.partition
+        )
         moved = session.execute(
             sa.update(ConsumerPosition)
             .where(
@@ -287,6 +291,7 @@ class Consumer:
                 ConsumerPosition.partition == partition.partition,
                 ConsumerPosition.epoch == epoch,
                 ConsumerPosition.next_offset == next_offset,
+                sa.func.coalesce(of_broker.scalar_subquery(), 0) == epoch,
             )
             .values(epoch=position[0], next_offset=position[1])
         )

@@ -36,6 +36,7 @@ from infra.telemetry.tracing import Hop
 log = logging.getLogger("everloop.relay")
 PUBLISHED = Counter("everloop_relay_published_events", "Events that the broker has acknowledged.", ["topic"])
 
+RELAY_LOCK = "relay"  # whoever holds it publishes
 BATCH_ROWS = 1000
 BATCH_BYTES = 16 * 1024**2
 IDLE_S = 0.04
@@ -84,7 +85,7 @@ class Relay:
         """Publish until told to stop; a broker that is away is tried again every second."""
         while not stop.is_set():
             try:
-                with locked_connection(self.sessions, "relay") as connection:
+                with locked_connection(self.sessions, RELAY_LOCK) as connection:
                     if connection is None:
                         stop.wait(1.0)
                         continue

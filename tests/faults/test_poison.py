@@ -16,7 +16,7 @@ from tests.faults.harness import all_records, cli, cli_fails
 
 SECRET = "what-somebody-said"
 SCHEMA = "urn:everloop:schema:"
-BOTH = {"reward", "receipts"}
+ALL = {"reward", "receipts", "memory"}
 
 
 def event(schema="feedback.given.v1", **changes):
@@ -39,30 +39,30 @@ def nested(levels):
 
 # value, consumers that give it up, part of the reason
 POISON = {
-    "not JSON": (f"{{{SECRET}".encode(), BOTH, "not JSON"),
-    "not UTF-8": (b"\xff\xfe" + SECRET.encode(), BOTH, "not JSON"),
-    "no object": (f'["{SECRET}"]'.encode(), BOTH, "no usable id"),
-    "no id": (event(id=None), BOTH, "no usable id"),
-    "empty id": (event(id=""), BOTH, "no usable id"),
-    "endless id": (event(id=SECRET * 1000), BOTH, "no usable id"),
-    "NUL in its id": (event(id=f"ev_\x00{SECRET}"), BOTH, "no usable id"),
+    "not JSON": (f"{{{SECRET}".encode(), ALL, "not JSON"),
+    "not UTF-8": (b"\xff\xfe" + SECRET.encode(), ALL, "not JSON"),
+    "no object": (f'["{SECRET}"]'.encode(), ALL, "no usable id"),
+    "no id": (event(id=None), ALL, "no usable id"),
+    "empty id": (event(id=""), ALL, "no usable id"),
+    "endless id": (event(id=SECRET * 1000), ALL, "no usable id"),
+    "NUL in its id": (event(id=f"ev_\x00{SECRET}"), ALL, "no usable id"),
     "NUL in its data": (
         event("signal.set_aside.v1", data=dict.fromkeys(("feedback_id", "episode_id", "reason"), f"\x00{SECRET}")),
         {"receipts"},
         "DataError",
     ),
-    "said in its schema": (event(dataschema=f"{SCHEMA}{SECRET} and more"), BOTH, "unknown schema"),
-    "not of its schema": (event(), BOTH, "not of its schema"),
-    "data is no object": (event(data=SECRET), BOTH, "not of its schema"),
+    "said in its schema": (event(dataschema=f"{SCHEMA}{SECRET} and more"), ALL, "unknown schema"),
+    "not of its schema": (event(), ALL, "not of its schema"),
+    "data is no object": (event(data=SECRET), ALL, "not of its schema"),
     "schema of another event": (event("reward.updated.v1"), {"receipts"}, "not of its schema"),
-    "unknown type": (event("feedback.invented.v1"), BOTH, "unknown schema"),
-    "unknown major version": (event("feedback.given.v9"), BOTH, "unknown schema"),
-    "10,000 levels": (nested(10_000), BOTH, "not JSON"),
-    "900 levels": (nested(900), BOTH, "not of its schema"),
-    "5 MB": (b"x" * 5_000_000, BOTH, "not JSON"),
-    "9 MB": (event("feedback.given.v9", pad="x" * 9_000_000), BOTH, "unknown schema"),
-    "null": (None, BOTH, "not JSON"),
-    "empty": (b"", BOTH, "not JSON"),
+    "unknown type": (event("feedback.invented.v1"), ALL, "unknown schema"),
+    "unknown major version": (event("feedback.given.v9"), ALL, "unknown schema"),
+    "10,000 levels": (nested(10_000), ALL, "not JSON"),
+    "900 levels": (nested(900), ALL, "not of its schema"),
+    "5 MB": (b"x" * 5_000_000, ALL, "not JSON"),
+    "9 MB": (event("feedback.given.v9", pad="x" * 9_000_000), ALL, "unknown schema"),
+    "null": (None, ALL, "not JSON"),
+    "empty": (b"", ALL, "not JSON"),
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_poison_is_given_up_with_a_reason_and_what_is_behind_it_is_applied(log, 
     value, consumers, reason = POISON[name]
     place = send(episode_ids[0].encode(), value)
     good = give(log, episode_ids[0], 0)
-    wait_until(lambda: applied_by(log, good) >= BOTH, what="the good event behind it was not applied")
+    wait_until(lambda: applied_by(log, good) >= ALL, what="the good event behind it was not applied")
     letters = letters_at(log, place)
     assert {letter.consumer for letter in letters} == consumers
     for letter in letters:
