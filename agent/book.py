@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import anyio.to_thread
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from agent.memory import facts, store
@@ -22,6 +24,10 @@ from infra.errors import EverloopError, NotFoundError, UnavailableError
 from infra.sealing import SubjectKey
 from infra.settings import ASSISTANT_MODEL, ToolLevel
 from infra.together import Together
+
+log = logging.getLogger("everloop.agent")
+
+NOT_STORABLE = ("22", "54")  # classes of SQLSTATE: data that is not of its type, or over a limit of PostgreSQL's
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +139,15 @@ class Book:
         return outcomes
 
     def _remember(self, session: Session, recordings: Sequence[Recording]) -> None:
-        """Have what was written found again."""
-        store.place_all(session, recordings)
-        facts.take_all(session, recordings, by_default=self.remembers_by_default)
+        """Have what was written found again; what cannot be is written all the same."""
+        try:
+            with session.begin_nested():
+                store.place_all(session, recordings)
+                facts.take_all(session, recordings, by_default=self.remembers_by_default)
+        except sa.exc.DBAPIError as error:
+            if str(getattr(error.orig, "sqlstate", ""))[:2] not in NOT_STORABLE:
+                raise
+            log.error("%d turns are kept, but not found again: %s", len(recordings), type(error.orig).__name__)
 
     def _begin(
         self, session: Session, requests: Sequence[Asked], *, wait: bool = False

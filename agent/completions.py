@@ -85,7 +85,7 @@ class CompletionRequest(Sampled):
             store=False,
             tool_choice="none",
         )
-        return chat.note({"api": "completions"})
+        return chat.note({"api": "completions", "unstored": True})
 
 
 class CompletionTurn(Turn):

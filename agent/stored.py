@@ -8,10 +8,11 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
+from agent.memory import store
 from agent.responses.place import readable
-from feedback import conversations
+from feedback import conversations, episodes, users
 from feedback.api import Limit
-from feedback.identity import CurrentUser
+from feedback.identity import CurrentUser, NamedUser
 from feedback.items_view import Order
 from feedback.tables import Episode
 from infra.access.gate import needs
@@ -42,7 +43,7 @@ class DeletedCompletion(BaseModel):
 
 @router.get("")
 def list_completions(
-    user: CurrentUser,
+    user: NamedUser,
     request: Request,
     after: After = None,
     limit: Limit = 20,
@@ -106,7 +107,11 @@ def list_messages(
 def describe(completion_id: CleanText, body: Described, user: CurrentUser, request: Request) -> dict[str, Any]:
     """Give an answer of yours other metadata."""
     with transaction(request.app.state.sessions) as session:
+        users.key_of(session, user)  # so that nothing is written of somebody who is being forgotten
         row = _stored(session, completion_id, user)
+        session.refresh(row, with_for_update=True)
+        if not row.messages:
+            raise episodes.not_found(completion_id, "completion_id")
         row.request = {**(row.request or {}), "metadata": body.metadata}
         session.flush()
         return completion_of(row)
@@ -118,6 +123,7 @@ def delete(completion_id: CleanText, user: CurrentUser, request: Request) -> Del
     with transaction(request.app.state.sessions) as session:
         _stored(session, completion_id, user)
         num_signals = conversations.delete_turn(session, completion_id, user)
+        store.forget_turn(session, completion_id)
     return DeletedCompletion(id=completion_id, num_signals_withdrawn=num_signals)
 
 

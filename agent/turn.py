@@ -222,6 +222,7 @@ class Turn:
             explores=explores,
             tools=tools.told if tools.is_native else None,
             introduction=tools.introduction,
+            reserved_tokens=tools.reserved_tokens,
         )
         if remembering is None or remembering.needs_nothing(wanted):
             return messages
@@ -372,11 +373,14 @@ class Turn:
         await self._stream.__aexit__(None, None, None)
         self._stream = None
         recording = self.recording
-        try:
-            await self._open(self.tools.prompt(recording.messages))
-        except InvalidRequestError as error:
-            if error.code != "context_length_exceeded":
-                raise
+        for self.tools.is_short_of_room in (False, True):
+            try:
+                await self._open(self.tools.prompt(recording.messages))
+                break
+            except InvalidRequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+        else:
             self.tools.stop, recording.finish_reason = "context_full", "length"
             return False
         # The episode's tokens are those of its answer; each step has the number of its own.

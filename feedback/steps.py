@@ -86,6 +86,31 @@ def openai_messages(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with each result of a tool in its frame, for an engine that is given them as they are."""
+    found: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool":
+            name = names.get(message.get("tool_call_id") or "", "tool")
+            found.append({**message, "content": framed(name, message.get("content") or "")})
+        else:
+            found.append(dict(message))
+    return found
+
+
+def goes_on(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether an answer goes on from one that waited for a yes; its question was that one's."""
+    return bool(steps) and "continues" in steps[0]
+
+
+def is_ones_own(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message is what the person wrote, and not what a tool returned to them."""
+    return message["role"] == "user" and not str(message.get("content") or "").startswith(RESULT)
+
+
 def seen(messages: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what the model had before it when it wrote the answer: the prompt, and what the steps added."""
     if not steps:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from agent.memory.words import analyse
 from agent.tables import Memory, MemoryChoice
 from feedback.episodes import Recording
+from feedback.steps import goes_on, is_ones_own
 from feedback.tables import Conversation
 from infra.access.roles import ANONYMOUS
 from infra.db import among
@@ -91,7 +92,7 @@ def _key(slot: str, rest: str) -> str:
 
 def take_all(session: Session, recordings: Iterable[Recording], *, by_default: bool) -> None:
     """Remember what questions say, within the transaction that writes their turns."""
-    kept = [r for r in recordings if r.conversation_id is not None and r.user_id != ANONYMOUS and r.messages]
+    kept = [r for r in recordings if r.conversation_id is not None and r.user_id != ANONYMOUS and _counts(r)]
     said = [(r, found) for r in kept if (found := find(str(r.messages[-1].get("content") or "")))]
     if not said:
         return
@@ -102,6 +103,13 @@ def take_all(session: Session, recordings: Iterable[Recording], *, by_default: b
             for each in found:
                 _keep(session, recording.user_id, each, recording.episode_id, recording.conversation_id)
             _forget_oldest(session, recording.user_id)
+
+
+def _counts(recording: Recording) -> bool:
+    """Tell whether a turn's question is the person's own, new, and to be kept."""
+    if not recording.messages or goes_on(recording.steps) or (recording.request or {}).get("unstored"):
+        return False
+    return is_ones_own(recording.messages[-1])
 
 
 def _keep(session: Session, user_id: str, found: Found, episode_id: str | None, conversation: str | None) -> str:

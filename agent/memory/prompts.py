@@ -49,6 +49,8 @@ class Wanted:
         Whether weights may be tried that are a little different, so that they are learned.
     introduction
         What is added to the system message afterwards, to tell of tools; room is left for it.
+    reserved_tokens
+        Room for what tools return, as far as a third of all goes.
     """
 
     user: str
@@ -60,6 +62,7 @@ class Wanted:
     explores: bool = False
     tools: Sequence[dict[str, Any]] | None = None
     introduction: str = ""
+    reserved_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Remembering:
             return False
         sizes = [len(str(message.get("content") or "").encode()) + OVERHEAD_BYTES for message in wanted.messages]
         sizes.append(len(wanted.introduction.encode()))
-        return sum(sizes) + 8 * OVERHEAD_BYTES <= self.budget(wanted.max_answer_tokens)
+        return sum(sizes) + 8 * OVERHEAD_BYTES <= self._free(wanted)
 
     def prompt(self, wanted: Wanted) -> Prompt:
         """Return what the model is to see; blocks on the database.
@@ -138,7 +141,7 @@ class Remembering:
         known: list[tuple[str, str]],
         drawn: Draw,
     ) -> Prompt:
-        budget = self.budget(wanted.max_answer_tokens)
+        budget = self._free(wanted)
         if wanted.introduction:
             budget -= counter.text(wanted.introduction) + MESSAGE_TOKENS
         notes: list[str] = []
@@ -176,6 +179,10 @@ class Remembering:
         free = self.settings.max_model_tokens - max_answer_tokens
         free -= RESERVED_TOKENS if self.settings.self_evaluation and free > 4 * RESERVED_TOKENS else 0
         return min(free, self.settings.memory_tokens or free)
+
+    def _free(self, wanted: Wanted) -> int:
+        budget = self.budget(wanted.max_answer_tokens)
+        return budget - min(wanted.reserved_tokens, budget // 3)
 
     def counter(self) -> Counter:
         """Return what counts tokens; it is read when it is first asked for."""

@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 from agent.memory.importance import Chunk
 from agent.memory.vectors import WordVectors
 from agent.memory.words import analyse, stem
-from agent.tables import Line, TurnPlace
+from agent.tables import ConversationTerm, Line, Memory, TurnPlace
 from feedback.episodes import Recording
+from feedback.steps import goes_on
 from feedback.tables import Conversation
 from infra.db import among
 
@@ -33,6 +34,7 @@ MAX_FORKS = 200  # on the way back; what lies before more is not looked for
 TURNS_PER_TERM = 48  # the newest turns with a word that the index names
 MAX_TERMS = 160  # of one turn that go into the index
 
+MAX_TERM_CHARS = 64
 INDEX = sa.text(f"""
     INSERT INTO conversation_terms (conversation_id, term, num_turns, turns)
     SELECT :conversation, term, 1, ARRAY[CAST(:turn AS varchar)] FROM unnest(CAST(:terms AS varchar[])) AS term
@@ -40,6 +42,10 @@ INDEX = sa.text(f"""
         num_turns = conversation_terms.num_turns + 1,
         turns = (conversation_terms.turns || excluded.turns)[
             greatest(1, cardinality(conversation_terms.turns) + 2 - {TURNS_PER_TERM}):]
+""")
+FORGET = sa.text("""
+    UPDATE conversation_terms SET turns = array_remove(turns, CAST(:turn AS varchar)), num_turns = num_turns - 1
+    WHERE conversation_id = :conversation AND :turn = ANY(turns)
 """)
 LOOK_UP = sa.text("""
     SELECT term, num_turns, turns FROM conversation_terms
@@ -154,13 +160,28 @@ def _placed(session: Session, conversation: str, episode_id: str) -> TurnPlace |
 
 
 def _index(session: Session, recording: Recording) -> None:
-    if not recording.answer or not recording.messages:
+    if not recording.answer or not recording.messages or goes_on(recording.steps):
         return
     text = f"{recording.messages[-1].get('content') or ''}\n{recording.answer}"
-    terms = sorted(set(analyse(text).stems))[:MAX_TERMS]
+    # A word may be as long as a message; an index takes no row of that size, and nobody looks for one.
+    terms = sorted({stem for stem in analyse(text).stems if len(stem) <= MAX_TERM_CHARS})[:MAX_TERMS]
     if terms:
         values = {"conversation": recording.conversation_id, "turn": recording.episode_id, "terms": terms}
         session.execute(INDEX, values)
+
+
+def forget_turn(session: Session, episode_id: str) -> None:
+    """Take out what a deleted turn left: what was remembered of it, its words, its pin. Its place stays a place."""
+    session.execute(sa.delete(Memory).where(Memory.episode_id == episode_id))
+    place = session.get(TurnPlace, episode_id)
+    if place is None:
+        return
+    place.pinned = False
+    session.execute(FORGET, {"conversation": place.conversation_id, "turn": episode_id})
+    nothing = sa.func.cardinality(ConversationTerm.turns) == 0
+    session.execute(
+        sa.delete(ConversationTerm).where(ConversationTerm.conversation_id == place.conversation_id, nothing)
+    )
 
 
 def past(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from agent.answers import shown
 from agent.best_of import step_of
 from agent.exchange import choices_for, streamed, whole
+from agent.memory import store
 from agent.responses import place, view
 from agent.responses.events import events
 from agent.responses.schema import ResponseRequest
@@ -96,6 +97,7 @@ def delete(response_id: CleanText, user: CurrentUser, request: Request) -> Delet
     with transaction(request.app.state.sessions) as session:
         place.readable(session, response_id, user)
         num_signals = conversations.delete_turn(session, response_id, user)
+        store.forget_turn(session, response_id)
     return DeletedResponse(id=response_id, num_signals_withdrawn=num_signals)
 
 

@@ -218,7 +218,7 @@ def _request(episode: Episode, body: ContinueRequest, tools: Collection[str]) ->
             "model": episode.release if episode.arm == "pinned" else ASSISTANT_MODEL,
             "messages": [question],
             "user": episode.user_id,
-            "store": episode.learn,
+            "store": not (episode.request or {}).get("unstored", False),
             "conversation": episode.conversation_id,
             "parent": episode.parent_id,
             "stream": body.stream,

@@ -19,6 +19,7 @@ from infra.db import transaction
 
 MAX_BITS = 4096  # of a whole number: longer ones are no answer to anybody, and take their time
 MAX_EXPRESSION_CHARS = 500
+MAX_DIGITS = 400
 FOUND_CHARS = 400
 MAX_FOUND = 5
 
@@ -47,6 +48,12 @@ def _factorial(number: float) -> int:
     return math.factorial(number)  # type: ignore[arg-type]
 
 
+def _round(number: float, digits: int = 0) -> float:
+    if abs(digits) > MAX_DIGITS:
+        raise ToolError(f"Round to at most {MAX_DIGITS} digits.")
+    return round(number, digits) if digits else round(number)
+
+
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -63,10 +70,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(math, name) for name in ("log", "log2", "floor", "ceil", "degrees", "radians")},
     "factorial": _factorial,
     "abs": abs,
-    "round": round,
+    "round": _round,
     "min": min,
     "max": max,
 }
+_TEXTS = (ast.JoinedStr, ast.FormattedValue, ast.Subscript, ast.Attribute)
 _EVALUATOR = {
     "operators": {node: _bounded(function) for node, function in _OPERATORS.items()},
     "functions": {name: _bounded(function) for name, function in _FUNCTIONS.items()},
@@ -80,7 +88,10 @@ async def calculate(_: Caller, arguments: dict[str, Any]) -> str:
         raise ToolError("One expression at a time.")
     expression = arguments["expression"].replace("^", "**").replace("×", "*").replace("÷", "/").replace("−", "-")
     try:
-        value = SimpleEval(**_EVALUATOR).eval(expression)
+        evaluator = SimpleEval(**_EVALUATOR)
+        for node in _TEXTS:  # a text can be asked to be as long as memory is
+            evaluator.nodes.pop(node, None)
+        value = evaluator.eval(expression)
     except ToolError:
         raise
     except ZeroDivisionError:

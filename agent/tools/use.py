@@ -24,6 +24,8 @@ from infra.settings import Settings
 
 MAX_CALLS = 16  # of one step
 MAX_INVALID = 2  # steps in a row of which no call could be made
+CALL_TOKENS = 64
+LAST_TOKENS = 64  # of an answer for which results have left little room
 POLL_S = 0.1
 GIVE_UP_S = 1.0  # a tool that does not end when it is told to is left to itself
 DENIED = "The person did not allow this call. Go on without it."
@@ -64,6 +66,7 @@ class ToolUse:
         self.steps: list[dict[str, Any]] = []
         self.count: Callable[[str], int] = estimated_tokens
         self.stop: str | None = None
+        self.is_short_of_room = False  # the next generation has to be a short one
         self.cut_off = False  # the last generation ended within a call
         self.finish_reason: str | None = None
         self._closing: str | None = None  # why the next generation is the last, and has no tools
@@ -82,6 +85,11 @@ class ToolUse:
         return [{"type": "function", "function": dict(function)} for function in self.functions]
 
     @property
+    def reserved_tokens(self) -> int:
+        """The room that a call and its result take after the prompt."""
+        return self.settings.tool_result_max_tokens + CALL_TOKENS if self.offers else 0
+
+    @property
     def introduction(self) -> str:
         """What the prompt tells the model of the tools; the rest of it has to leave room for that."""
         if self.is_native or not self.functions:
@@ -91,14 +99,14 @@ class ToolUse:
     def introduce(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the prompt as the engine takes it, with what tells the model of the tools."""
         if self.is_native:
-            return list(messages)
+            return said.marked(messages)
         told = said.plain(messages)
         return protocol.introduced(told, self.introduction) if self.introduction else told
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return what the next generation sees: the prompt of the first, and all that the steps added."""
         added = said.openai_messages(self.steps)
-        return [*messages, *(added if self.is_native else said.plain(added))]
+        return [*messages, *(said.marked(added) if self.is_native else said.plain(added))]
 
     def payload(self) -> dict[str, Any]:
         """Return what the engine is told for the next generation beside the prompt."""
@@ -106,7 +114,8 @@ class ToolUse:
             return {}
         payload: dict[str, Any] = {}
         if self.num_tokens:
-            payload["max_tokens"] = max(1, min(self._max_tokens, self.settings.tool_max_tokens - self.num_tokens))
+            left = min(self._max_tokens, self.settings.tool_max_tokens - self.num_tokens)
+            payload["max_tokens"] = max(1, min(left, LAST_TOKENS) if self.is_short_of_room else left)
         if self.is_native:
             payload["tools"] = self.told
             payload["parallel_tool_calls"] = self.body.parallel_tool_calls

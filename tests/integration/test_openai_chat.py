@@ -174,7 +174,7 @@ def test_a_text_is_gone_on_with_as_it_stands(client, engine, database):
     assert "messages" not in engine.asked[0] and engine.asked[0]["prompt"] == "The sky is "
     (row,) = episodes(database)
     assert row.id == answer.id and row.answer == "blue today." and row.learn is False
-    assert row.request == {"api": "completions"} and row.num_prompt_tokens == 3
+    assert row.request == {"api": "completions", "unstored": True} and row.num_prompt_tokens == 3
 
 
 def test_completions_are_streamed(client, engine, database):

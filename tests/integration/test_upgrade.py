@@ -67,7 +67,7 @@ def previous(tmp_path_factory):
     scripts = ScriptDirectory.from_config(alembic_config(Settings(home="/nowhere", database_url="unused")))
     newest = scripts.get_revision("head")
     path = Path(newest.path).relative_to(ROOT)
-    added = git("log", "--diff-filter=A", "--format=%H", "-1", "--", str(path))
+    added = git("log", "--first-parent", "-m", "--diff-filter=A", "--format=%H", "-1", "--", str(path))
     if added.returncode != 0 or git("rev-parse", "--is-shallow-repository").stdout.strip() == "true":
         pytest.skip(
             "The history of the repository is not here: the previous version's code cannot be taken from it."
