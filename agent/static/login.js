@@ -52,6 +52,8 @@ form.onsubmit = async (/** @type {SubmitEvent} */ event) => {
   password.select();
 };
 
+find(form, 'button', HTMLButtonElement).disabled = false; // Before there is a script, the browser would send it its own way.
+
 onhashchange = () => location.reload(); // Another link was pasted over this page's own address.
 useLink.onclick = () => signIn({ link });
 try {

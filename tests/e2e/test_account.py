@@ -39,7 +39,9 @@ def ada(stack):
 def fill(page, name, password):
     page.get_by_label("Name").fill(name)
     page.get_by_label("Password").fill(password)
-    page.get_by_role("button", name="Sign in").press("Enter")
+    button = page.get_by_role("button", name="Sign in")
+    expect(button).to_be_enabled()  # the script is there
+    button.press("Enter")
 
 
 @pytest.mark.parametrize("width", [360, 1280])
