@@ -29,8 +29,9 @@ TOLERATED_FILES = 8  # pools of connections open more under load, up to their si
 # What a part takes little by little, up to a bound that it was given: the engine touches the blocks of its cache
 # when they are first used (VLLM_CPU_KVCACHE_SPACE); a server process of PostgreSQL keeps up to so many files of
 # tables open (max_files_per_process), and then closes the oldest; the embedded broker keeps its log in memory until
-# it is started anew (infra/stack/renewal.py). Beyond the bound it is a leak here, too.
-BOUND_MIB = {"engine": 1024.0, "broker": MAX_BROKER_MIB}
+# it is started anew (infra/stack/renewal.py); the reward worker's model keeps the buffers of its largest batch, and
+# each server process of PostgreSQL what it knows of the tables it met. Beyond the bound it is a leak here, too.
+BOUND_MIB = {"engine": 1024.0, "broker": MAX_BROKER_MIB, "reward": 512.0, "postgres": 64.0}
 BOUND_FILES = {"postgres": 1000}
 T_95 = {4: 2.78, 5: 2.57, 6: 2.45}  # Student's t, two-sided, by degrees of freedom
 MIB = 1024**2
