@@ -113,3 +113,14 @@ def request_cancel(session: Session, run_id: str, *, actor: str, reason: str) ->
         raise ConflictError(f"The run has ended already: {run.status}.", code="run_ended")
     run.cancel_requested = True
     audit.write(session, actor=actor, action="run_cancelled", subject=run_id, reason=reason)
+
+
+def request_cancel_of_flow(session: Session, flow_run_id: str) -> TrainingRun | None:
+    """Ask the run of a flow that was cancelled in Prefect to end, once; return it, if there is one under way."""
+    running = sa.select(TrainingRun).where(TrainingRun.flow_run_id == flow_run_id, TrainingRun.status == "running")
+    run = session.scalars(running.with_for_update()).one_or_none()
+    if run is not None and not run.cancel_requested:
+        run.cancel_requested = True
+        reason = "its flow was cancelled there"
+        audit.write(session, actor="prefect", action="run_cancelled", subject=run.id, reason=reason)
+    return run

@@ -10,15 +10,16 @@ from zoneinfo import ZoneInfo
 from prefect import flow
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
+from prefect.states import Cancelled, State
 
 from deploy import head
 from deploy.canary import LOOK_EVERY_S, WATCH_LOCK, Watch
 from deploy.runs import TrainingRun
 from flows import artifacts
-from flows.hooks import end_cancelled_night
+from flows.hooks import end_cancelled_night, heeding_cancellation
 from flows.retries import step
 from infra.db import Sessions, advisory_lock, connect
-from infra.errors import ConflictError, InvalidRequestError
+from infra.errors import ConflictError, EverloopError, InvalidRequestError
 from infra.settings import Settings, load
 from infra.telemetry import tracing
 
@@ -32,7 +33,7 @@ def nightly(
     config: dict[str, Any] | None = None,
     min_new_signals: int | None = None,
     by_hand: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[Any]:
     """Freeze, sample, train, judge; where a candidate passes, open a canary and have it watched.
 
     Parameters
@@ -71,6 +72,10 @@ def nightly(
         if by_hand or error.code != "run_in_progress":
             raise
         return {"status": "skipped", "reason": error.message, "code": error.code}  # the other one is the night's
+    except EverloopError as error:
+        if error.code != "run_cancelled":
+            raise
+        return Cancelled(message=error.message)  # of one that is being cancelled Prefect takes no other end
     print(f"{result['run_id']}: {result['status']} {result.get('reason', '')}")
     with sessions() as session:
         is_open = head.read(session).canary_id is not None
@@ -88,7 +93,8 @@ def train(sessions: Sessions, settings: Settings, given: dict[str, Any], *option
 
     tracing.start(settings, "run")
     try:
-        return Night(sessions, settings, given, *options).run()
+        with heeding_cancellation(sessions, flow_run.id):
+            return Night(sessions, settings, given, *options).run()
     finally:
         tracing.stop()
 

@@ -72,6 +72,13 @@ def state_of(run_id: str) -> dict[str, Any]:
     return {"state": state.name, "final": state.is_final(), "message": state.message or ""}
 
 
+def is_cancelled(run_id: str) -> bool:
+    """Tell whether somebody asked Prefect for the end of a flow run."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
 def cancel(run_id: str) -> None:
     """Ask for the end of a flow run.
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from deploy import audit, head, registry
-from deploy.runs import LOCK, TrainingRun
+from deploy import head, registry
+from deploy.runs import LOCK, TrainingRun, request_cancel_of_flow
 from infra.db import DATABASE_AWAY, LongLock, Sessions
 from infra.errors import ConflictError, EverloopError
 from infra.settings import Settings
@@ -270,16 +270,9 @@ def end_cancelled(sessions: Sessions, settings: Settings, flow_run_id: str, time
         Code ``run_in_progress`` where its process has not gone in time; it is asked to end after its step.
     """
     with sessions.begin() as session:
-        running = sa.select(TrainingRun).where(
-            TrainingRun.flow_run_id == flow_run_id, TrainingRun.status == "running"
-        )
-        run = session.scalars(running.with_for_update()).one_or_none()
-        if run is None:
-            return None
-        run.cancel_requested = True
-        audit.write(
-            session, actor="prefect", action="run_cancelled", subject=run.id, reason="its flow was cancelled there"
-        )
+        run = request_cancel_of_flow(session, flow_run_id)
+    if run is None:
+        return None
     with LongLock(sessions, LOCK) as lock:
         until_s = time.monotonic() + timeout_s
         while not lock.take():

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -17,6 +18,7 @@ from deploy import attest, attestation
 from deploy.runs import TrainingRun
 from deploy.tables import Adapter, AuditEntry
 from infra.errors import IntegrityError
+from infra.stack import parts
 from reward.tables import RewardUpdate
 from tests.conftest import EVERLOOP, wait_until
 from tests.faults.harness import cli
@@ -78,6 +80,35 @@ def test_a_night_that_is_cancelled_in_prefect_ends_and_leaves_nothing_registered
     assert (found.status, found.release) == ("cancelled", None) and registered(stack) == before
     assert {path.name for path in (stack.settings.runs_dir / run.id).iterdir() if path.is_dir()} == set()
     wait_until(lambda: not processes_of(flow_run), timeout_s=20, what="a process was left behind")  # the hook's too
+    with stack.sessions() as session:
+        told = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == run.id)).all()
+    assert [entry.action for entry in told] == ["run_cancelled"]
+
+
+def test_a_night_that_no_runner_tells_of_its_cancellation_heeds_it_by_itself(stack):
+    teach(stack, 20)
+    close_canary(stack)
+    before, known = registered(stack), set(runs(stack))
+    begun = httpx.get(f"{stack.settings.prefect_url}/deployments/name/nightly/everloop", trust_env=False).json()
+    given = {"by_hand": True, "min_new_signals": 0, "config": GIVEN}
+    taken = {"type": "PENDING", "name": "Pending"}  # so no worker takes it up
+    flow_run = ask(stack, f"/deployments/{begun['id']}/create_flow_run", parameters=given, state=taken)["id"]
+    env = os.environ | parts.prefect_environment(stack.settings) | {"PREFECT__FLOW_RUN_ID": flow_run}
+    with subprocess.Popen([sys.executable, "-m", "prefect.engine"], env=env) as alone:
+        try:
+            [run] = wait_until(
+                lambda: [run for name, run in runs(stack).items() if name not in known and run.phase == "train"],
+                timeout_s=120,
+                what="the night did not begin to train",
+            )
+            cli("flows", "cancel", flow_run, report=False)
+            alone.wait(timeout=90)
+        finally:
+            alone.kill()
+    found = runs(stack)[run.id]
+    assert (found.status, found.release) == ("cancelled", None) and registered(stack) == before
+    state = httpx.get(f"{stack.settings.prefect_url}/flow_runs/{flow_run}", trust_env=False).json()["state"]
+    assert state["type"] == "CANCELLED", state
     with stack.sessions() as session:
         told = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == run.id)).all()
     assert [entry.action for entry in told] == ["run_cancelled"]
