@@ -34,10 +34,13 @@ def heeding_cancellation(sessions: Sessions, flow_run_id: str | None) -> Iterato
     def look() -> None:
         while not ended.wait(ASK_EVERY_S):
             try:
-                if prefect_view.is_cancelled(str(flow_run_id)):
-                    with sessions.begin() as session:
-                        request_cancel_of_flow(session, str(flow_run_id))
-                    return
+                with prefect_view.cancellation(str(flow_run_id)) as is_cancelled:
+                    while not is_cancelled():
+                        if ended.wait(ASK_EVERY_S):
+                            return
+                with sessions.begin() as session:
+                    request_cancel_of_flow(session, str(flow_run_id))
+                return
             except (httpx.HTTPError, PrefectException, *DATABASE_AWAY) as error:
                 log.warning("could not look whether %s was cancelled: %s", flow_run_id, type(error).__name__)
 

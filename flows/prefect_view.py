@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -72,11 +74,19 @@ def state_of(run_id: str) -> dict[str, Any]:
     return {"state": state.name, "final": state.is_final(), "message": state.message or ""}
 
 
-def is_cancelled(run_id: str) -> bool:
-    """Tell whether somebody asked Prefect for the end of a flow run."""
+@contextmanager
+def cancellation(run_id: str) -> Iterator[Callable[[], bool]]:
+    """Give a way to ask, again and again, whether somebody asked Prefect for the end of a flow run.
+
+    By a client that is kept: to make one takes 25 ms of processor, to ask 1.
+    """
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run_id).state
-    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+        def is_cancelled() -> bool:
+            state = client.read_flow_run(run_id).state
+            return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+        yield is_cancelled
 
 
 def cancel(run_id: str) -> None:

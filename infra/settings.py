@@ -5,6 +5,7 @@ Nothing is read at import: :func:`load` reads everything, once, where a process 
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import os
@@ -133,6 +134,11 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Where the reward worker listens; 0.0.0.0 in a container, behind a network policy."
     )
     prefect_url: str | None = Field(None, description="Prefect API address (…/api); embedded if unset.")
+    prefect_auth: str | None = Field(
+        None,
+        repr=False,
+        description="What Prefect's API asks for, as `name:password`; `everloop up` makes one. Shown nowhere.",
+    )
     database_port: int | None = Field(None, description="Port of the embedded PostgreSQL; free one if unset.")
     kafka_port: int | None = Field(None, description="Port of the embedded broker; free one if unset.")
     engine_port: int | None = Field(None, description="Port of the embedded vLLM; free one if unset.")
@@ -462,6 +468,13 @@ class Settings(BaseSettings):
     def engine_credentials(self) -> dict[str, str]:
         """Headers by which we are known to the engines."""
         return {"Authorization": f"Bearer {self.engine_key}"} if self.engine_key else {}
+
+    @property
+    def prefect_credentials(self) -> dict[str, str]:
+        """Headers by which we are known to Prefect."""
+        if self.prefect_auth is None:
+            return {}
+        return {"Authorization": f"Basic {base64.b64encode(self.prefect_auth.encode()).decode()}"}
 
     @property
     def metrics_targets_file(self) -> Path:

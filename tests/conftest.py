@@ -69,6 +69,13 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str 
     return value
 
 
+def in_prefect(settings: Settings) -> httpx.Client:
+    """Return a client of the Prefect that the settings name."""
+    return httpx.Client(
+        base_url=settings.need("prefect_url"), headers=settings.prefect_credentials, trust_env=False, timeout=30
+    )
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A state directory of this run; the base model is shared between runs, being the same bytes."""

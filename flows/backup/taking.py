@@ -38,7 +38,7 @@ from trainer.record import CONFIG_FILE
 
 LOCK_TIMEOUT_S = 60.0
 PARTIAL = ".partial-"
-SECRET = re.compile(r"(^|_)(secret|password|passphrase|credentials?|token|keys?|options)(_|$)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(secret|password|passphrase|credentials?|token|keys?|auth|options)(_|$)", re.IGNORECASE)
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 SETTINGS_FILES = ("everloop.toml", "training.toml")
 METRICS_FILE = "metrics.jsonl"

@@ -178,14 +178,16 @@ def check_http(settings: Settings) -> Iterator[Finding]:
         found = _answers("prefect", f"{settings.prefect_url}/health", "EVERLOOP_PREFECT_URL", "warn", {})
         yield found
         if found.verdict == "ok":
-            yield _schedules(settings.prefect_url)
+            yield _schedules(settings.prefect_url, settings.prefect_credentials)
 
 
-def _schedules(prefect_url: str) -> Finding:
+def _schedules(prefect_url: str, headers: dict[str, str]) -> Finding:
     """Find whether any run is to start by schedule: a Prefect that answers may schedule nothing."""
     waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     try:
-        asked = httpx.post(f"{prefect_url}/flow_runs/count", json=waiting, timeout=TIMEOUT_S, trust_env=False)
+        asked = httpx.post(
+            f"{prefect_url}/flow_runs/count", json=waiting, timeout=TIMEOUT_S, trust_env=False, headers=headers
+        )
         number = int(asked.raise_for_status().json())
     except (httpx.HTTPError, ValueError) as error:
         return Finding("schedules", "warn", f"Prefect does not tell them ({type(error).__name__})", "See its log.")

@@ -30,7 +30,9 @@ def up(
     stop_on_sigterm()
     settings = embedded.up(load(recorded_addresses=False), report.say)
     embedded.tell_way_in(settings, report.say)
-    report.say(f"night runs and canaries: {(settings.prefect_url or '').removesuffix('/api')}")
+    kept = settings.home / "prefect.auth"
+    asks = f" (asks for what is in {kept})" if kept.exists() else ""
+    report.say(f"night runs and canaries: {(settings.prefect_url or '').removesuffix('/api')}{asks}")
     if not detach:
         serve_until_interrupted(settings)
 

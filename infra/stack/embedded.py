@@ -153,7 +153,7 @@ def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
         for name, needed in wanted.items():
             if needed:
                 ports[name] = free_port(getattr(settings, name), name, held)
-    password = _database_password(settings) if "database_url" in embedded else ""
+    password = _kept_secret(settings, "postgres.password") if "database_url" in embedded else ""
     addresses = {
         "database_url": f"postgresql+psycopg://everloop:{password}@{LOOPBACK}:{ports.get('database_port')}/everloop",
         "kafka_bootstrap": f"{LOOPBACK}:{ports.get('kafka_port')}",
@@ -168,14 +168,18 @@ def with_addresses(settings: Settings) -> tuple[Settings, set[str]]:
     if "engine_url" in embedded and settings.engine_key is None:
         update["engine_key"] = secrets.token_urlsafe(24)
         embedded.add("engine_key")
+    if "prefect_url" in embedded and settings.prefect_auth is None:
+        # The same after each start, as people give it to Prefect's page, which remembers it.
+        update["prefect_auth"] = _kept_secret(settings, "prefect.auth", "everloop:")
+        embedded.add("prefect_auth")
     return settings.model_copy(update=update), embedded
 
 
-def _database_password(settings: Settings) -> str:
-    path = settings.home / "postgres.password"
+def _kept_secret(settings: Settings, name: str, before: str = "") -> str:
+    path = settings.home / name
     if not path.exists():
         path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(24))
+        path.write_text(before + secrets.token_urlsafe(24))
     return path.read_text()
 
 
@@ -187,7 +191,7 @@ def init_postgres(settings: Settings) -> None:
     staging = settings.home / "postgres.new"
     shutil.rmtree(staging, ignore_errors=True)
     with tempfile.NamedTemporaryFile("w", dir=settings.home) as password:
-        password.write(_database_password(settings))
+        password.write(_kept_secret(settings, "postgres.password"))
         password.flush()
         subprocess.run(
             [*unprivileged(), str(postgres_bin() / "initdb"), "-D", str(staging), "-U", "everloop",

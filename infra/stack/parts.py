@@ -68,9 +68,10 @@ def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
         # The first to stop, while all that its answers need is there; the door holds its port meanwhile.
         Part("api", [python, "-m", "agent.app"], priority=800),
         Part("door", [python, "-m", "infra.stack.door"], priority=900),
-        Part("relay", [python, "-m", "infra.log.relay"], priority=600),
-        Part("ledger", [python, "-m", "flows.ledger"], priority=600),
-        Part("reconciler", [python, "-m", "deploy.reconciler"], priority=600),
+        # These stop at once, as none waits for another: each takes some seconds to end what it has begun.
+        Part("relay", [python, "-m", "infra.log.relay"], priority=700),
+        Part("ledger", [python, "-m", "flows.ledger"], priority=700),
+        Part("reconciler", [python, "-m", "deploy.reconciler"], priority=700),
         Part(
             "reward",
             [python, "-m", "reward.worker"],
@@ -88,14 +89,17 @@ def embedded_parts(settings: Settings, embedded: set[str]) -> list[Part]:
 
 
 def prefect_environment(settings: Settings) -> dict[str, str]:
-    """Return Prefect's settings: everything under our home, nothing sent anywhere."""
-    return {
+    """Return Prefect's settings: everything under our home, nothing sent anywhere, and what it asks for."""
+    environment = {
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_API_URL": settings.need("prefect_url"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "DO_NOT_TRACK": "1",
     }
+    if settings.prefect_auth is not None:
+        environment["PREFECT_API_AUTH_STRING"] = settings.prefect_auth
+    return environment
 
 
 def postgres_bin() -> Path:
@@ -227,4 +231,7 @@ def _prefect(settings: Settings) -> Part:
         "--host", LOOPBACK,
         "--port", str(settings.prefect_port),
     ]  # fmt: skip
-    return Part("prefect", command, prefect_environment(settings), priority=300)
+    environment = prefect_environment(settings)
+    if settings.prefect_auth is not None:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = settings.prefect_auth
+    return Part("prefect", command, environment, priority=300)

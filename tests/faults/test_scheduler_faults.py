@@ -20,7 +20,7 @@ from deploy.tables import Adapter, AuditEntry
 from infra.errors import IntegrityError
 from infra.stack import parts
 from reward.tables import RewardUpdate
-from tests.conftest import EVERLOOP, wait_until
+from tests.conftest import EVERLOOP, in_prefect, wait_until
 from tests.faults.harness import cli
 from tests.faults.test_night import GIVEN, close_canary, teach
 from tests.faults.test_night import adapters as registered
@@ -61,7 +61,7 @@ def artifacts(stack, run_id):
 
 
 def ask(stack, path, **body):
-    return httpx.post(f"{stack.settings.prefect_url}{path}", json=body, trust_env=False).json()
+    return in_prefect(stack.settings).post(path, json=body).json()
 
 
 def test_a_night_that_is_cancelled_in_prefect_ends_and_leaves_nothing_registered(stack):
@@ -89,7 +89,7 @@ def test_a_night_that_no_runner_tells_of_its_cancellation_heeds_it_by_itself(sta
     teach(stack, 20)
     close_canary(stack)
     before, known = registered(stack), set(runs(stack))
-    begun = httpx.get(f"{stack.settings.prefect_url}/deployments/name/nightly/everloop", trust_env=False).json()
+    begun = in_prefect(stack.settings).get("/deployments/name/nightly/everloop").json()
     given = {"by_hand": True, "min_new_signals": 0, "config": GIVEN}
     taken = {"type": "PENDING", "name": "Pending"}  # so no worker takes it up
     flow_run = ask(stack, f"/deployments/{begun['id']}/create_flow_run", parameters=given, state=taken)["id"]
@@ -107,7 +107,7 @@ def test_a_night_that_no_runner_tells_of_its_cancellation_heeds_it_by_itself(sta
             alone.kill()
     found = runs(stack)[run.id]
     assert (found.status, found.release) == ("cancelled", None) and registered(stack) == before
-    state = httpx.get(f"{stack.settings.prefect_url}/flow_runs/{flow_run}", trust_env=False).json()["state"]
+    state = in_prefect(stack.settings).get(f"/flow_runs/{flow_run}").json()["state"]
     assert state["type"] == "CANCELLED", state
     with stack.sessions() as session:
         told = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == run.id)).all()

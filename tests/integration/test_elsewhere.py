@@ -59,8 +59,10 @@ def prefect_url(tmp_path):
     """A Prefect server of no stack."""
     settings, _ = embedded.with_addresses(Settings(home=tmp_path))
     part = next(part for part in embedded_parts(settings, {"prefect_url"}) if part.name == "prefect")
+    environment = {**os.environ, **part.environment}
+    del environment["PREFECT_SERVER_API_AUTH_STRING"], environment["PREFECT_API_AUTH_STRING"]
     with (tmp_path / "prefect.log").open("w") as log:
-        server = subprocess.Popen(part.command, env={**os.environ, **part.environment}, stdout=log, stderr=log)
+        server = subprocess.Popen(part.command, env=environment, stdout=log, stderr=log)
     try:
         url = settings.need("prefect_url")
         wait_until(

@@ -18,7 +18,7 @@ from flows.housekeeping import LOCK
 from infra.db import LongLock
 from infra.errors import SetupError
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
-from tests.conftest import EVERLOOP, wait_until
+from tests.conftest import EVERLOOP, in_prefect, wait_until
 from tests.faults.harness import cli, cli_fails
 
 PARTS = {"postgres", "broker", "relay", "ledger", "prefect", "flows"}
@@ -37,7 +37,7 @@ def scheduler(home):
 
 
 def ask(settings, path, **body):
-    return httpx.post(f"{settings.prefect_url}{path}", json=body, trust_env=False).json()
+    return in_prefect(settings).post(path, json=body).json()
 
 
 def deployed(settings):
@@ -158,7 +158,7 @@ def test_a_part_that_is_away_is_tried_again_and_a_run_can_be_cancelled_meanwhile
 
 
 def test_nights_go_to_a_pool_of_the_type_and_template_of_the_settings(scheduler, tmp_path):
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from flows import worker
 
@@ -168,10 +168,11 @@ def test_nights_go_to_a_pool_of_the_type_and_template_of_the_settings(scheduler,
     job = {"namespace": "{{ namespace }}"}
     template.write_text(json.dumps({"job_configuration": job, "variables": variables}))
     elsewhere = {"night_pool": "cluster", "pool_type": "kubernetes", "pool_template": template}
-    with temporary_settings({PREFECT_API_URL: settings.need("prefect_url")}):
+    ours = {PREFECT_API_URL: settings.need("prefect_url"), PREFECT_API_AUTH_STRING: settings.prefect_auth}
+    with temporary_settings(ours):
         try:
             worker.register(settings.model_copy(update=elsewhere))
-            pool = httpx.get(f"{settings.prefect_url}/work_pools/cluster", trust_env=False).json()
+            pool = in_prefect(settings).get("/work_pools/cluster").json()
             assert pool["type"] == "kubernetes" and "namespace" in pool["base_job_template"]["job_configuration"]
             pools = {row["name"]: row["pool"] for row in cli("flows", "list")["flows"]}
             assert pools == dict.fromkeys(pools, "everloop") | {"nightly": "cluster"}
@@ -198,7 +199,7 @@ def test_runs_whose_process_died_with_the_worker_are_told_as_crashed_when_it_com
 
 
 def state(settings, run_id):
-    return httpx.get(f"{settings.prefect_url}/flow_runs/{run_id}", trust_env=False).json()["state"]["type"]
+    return in_prefect(settings).get(f"/flow_runs/{run_id}").json()["state"]["type"]
 
 
 def kill_flows(settings, supervisor):

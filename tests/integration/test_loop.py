@@ -7,7 +7,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -29,7 +28,7 @@ from flows.preferences import shortened
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError, IntegrityError
 from tests.adapters import CANARY
-from tests.conftest import EVERLOOP, wait_until
+from tests.conftest import EVERLOOP, in_prefect, wait_until
 from trainer import collect
 from trainer.candidate import Candidate
 from trainer.config import RunConfig
@@ -109,8 +108,8 @@ def dataset_of(stack, night):
 
 
 def test_operators_see_the_night_and_find_it_in_prefect(stack, night):
-    in_prefect = httpx.get(f"{stack.settings.prefect_url}/flow_runs/{night.flow_run_id}", trust_env=False)
-    assert in_prefect.status_code == 200 and in_prefect.json()["state_type"] == "COMPLETED"
+    found = in_prefect(stack.settings).get(f"/flow_runs/{night.flow_run_id}")
+    assert found.status_code == 200 and found.json()["state_type"] == "COMPLETED"
     page = stack.http.get(f"/operate/runs/{night.id}").text
     assert f"/runs/flow-run/{night.flow_run_id}" in page
     assert 'id="chart-loss"' in page and 'id="chart-overoptimisation"' in page

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import psutil
@@ -20,7 +21,7 @@ from infra.errors import SetupError
 from infra.settings import Settings, load
 from infra.stack import embedded, ports
 from infra.stack.supervisor import stack_processes
-from tests.conftest import EVERLOOP, wait_until
+from tests.conftest import EVERLOOP, in_prefect, wait_until
 
 
 def test_starting_twice_is_refused_with_the_reason(stack):
@@ -62,15 +63,31 @@ def test_every_part_listens_on_loopback_only(stack):
     assert listening and set(listening) == {"127.0.0.1"}
 
 
+def test_prefect_starts_nothing_for_whoever_has_not_its_name(stack):
+    """Its worker starts what a deployment says, as the user of the stack: no page or other account may ask."""
+    stranger = httpx.Client(base_url=stack.settings.need("prefect_url"), trust_env=False)
+    assert stranger.get("/health").status_code == 200
+    for asked in (
+        stranger.post("/deployments/filter", json={}),
+        stranger.get("/work_pools/everloop"),
+        stranger.post("/flows/", json={"name": "mine"}, headers={"Origin": "http://elsewhere.example"}),
+        stranger.get("/work_pools/everloop", auth=("everloop", "guessed")),
+    ):
+        assert asked.status_code == 401, asked.request.url
+    assert in_prefect(stack.settings).get("/work_pools/everloop").status_code == 200
+
+
 def test_secrets_are_readable_by_their_owner_only(stack):
     home = stack.settings.home
-    for path in (home / "postgres.password", stack.settings.stack_file, home / "run" / "supervisord.conf"):
+    kept = (home / "postgres.password", home / "prefect.auth")
+    for path in (*kept, stack.settings.stack_file, home / "run" / "supervisord.conf"):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
 def test_secrets_are_in_no_log_and_on_no_command_line(stack, home):
     settings = stack.settings
-    secrets = {settings.service_key, settings.engine_key, (home / "postgres.password").read_text()}
+    secrets = {settings.service_key, settings.engine_key, settings.prefect_auth.removeprefix("everloop:")}
+    secrets.add((home / "postgres.password").read_text())
     assert all(len(secret) > 20 for secret in secrets)
     processes = stack_processes(home)
     assert len(processes) > 8
@@ -107,8 +124,11 @@ def test_chosen_ports_are_none_that_an_outgoing_connection_may_be_given(stack):
 
 
 def test_the_models_are_what_the_migrations_make(stack):
-    for module in ("infra.tables", "feedback.tables", "reward.tables", "deploy.tables", "deploy.runs"):
-        importlib.import_module(module)
+    root = Path(__file__).parents[2]
+    for room in ("infra", "feedback", "reward", "deploy", "trainer", "agent"):
+        for path in (root / room).rglob("*.py"):
+            if "__tablename__" in path.read_text():
+                importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
     engine = stack.sessions.kw["bind"]
     with engine.connect() as connection:
         options = {"compare_type": True, "include_object": _is_not_of_a_partition}

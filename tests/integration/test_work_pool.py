@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows import worker
 from flows.catalog import POOL
@@ -21,7 +21,9 @@ OTHER = "gpu"
 @pytest.fixture
 def environment(stack):
     """Have nights run by another pool, at the end by this machine's again; the environment of its worker."""
-    with temporary_settings({PREFECT_API_URL: stack.settings.need("prefect_url")}):
+    settings = stack.settings
+    ours = {PREFECT_API_URL: settings.need("prefect_url"), PREFECT_API_AUTH_STRING: settings.prefect_auth}
+    with temporary_settings(ours):
         worker.register(stack.settings.model_copy(update={"night_pool": OTHER}))
         yield {**os.environ, **prefect_environment(stack.settings)}
         worker.register(stack.settings)

@@ -21,6 +21,7 @@ from tests.adapters import make_adapter
         ("session_key", "k", True),
         ("database_url", "postgresql+psycopg://me:mine@db/everloop", True),
         ("prefect_url", "https://me:mine@prefect/api", True),
+        ("prefect_auth", "me:mine", True),
         ("database_url", "postgresql+psycopg://me@db/everloop", False),
         ("engine_replicas", ["http://one:8000", "http://two:8000"], False),
         ("max_answer_tokens", 200, False),

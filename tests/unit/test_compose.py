@@ -1,6 +1,7 @@
 """The Compose files fit their schema, refer to what there is, and start the parts that `everloop up` starts."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,10 @@ def test_each_part_of_the_stack_is_there_and_started_alike(services, tmp_path):
     settings = Settings(home=tmp_path, base_model="/models/base", prefect_url="http://prefect")
     embedded = parts.embedded_parts(settings.model_copy(update={"engine_url": "x"}), set())
     for part in (part for part in embedded if part.name not in OF_ONE_MACHINE):
-        assert services[part.name]["command"][1:] == list(part.command[1:]), part.name
+        command = services[part.name]["command"]
+        if command[0] == "sh":  # which reads a secret for it first
+            command = shlex.split(command[-1].rpartition(" exec ")[2])
+        assert command[1:] == list(part.command[1:]), part.name
 
 
 @pytest.mark.parametrize(("name", "gpu"), [("compose.yaml", False), ("compose.gpu.yaml", True)])
@@ -137,6 +141,17 @@ def test_the_image_of_the_api_has_no_torch_and_pins_what_set_up_pins():
     setup = (ROOT / "infra" / "setup.sh").read_text()
     wanted = re.search(r"^TORCH=(\S+)", setup, re.M)[1]
     assert set(re.findall(r"^ARG TORCH=(\S+)", text, re.M)) == {wanted}
+
+
+def test_prefect_asks_for_what_its_worker_sends(services, tmp_path):
+    (tmp_path / "everloop_prefect_auth").write_text("everloop:only ours")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PREFECT_SERVER_API_AUTH_STRING$PREFECT_API_AUTH_STRING"\n')
+    (tmp_path / "python").chmod(0o755)
+    for name in ("prefect", "flows"):
+        assert "everloop_prefect_auth" in services[name]["secrets"]
+        command = [w.replace("/run/secrets", str(tmp_path)).replace("$$", "$") for w in services[name]["command"]]
+        said = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+        assert said.stdout.strip() == "everloop:only ours", said
 
 
 def test_passwords_are_made_once(tmp_path):

@@ -20,7 +20,7 @@ K8S = Path(__file__).parents[2] / "infra" / "k8s"
 OVERLAYS = ("small", "gpu")
 VERSIONS = ("1.30", "1.33", "1.37")
 WORKLOADS = ("Deployment", "StatefulSet", "Job")
-SECRETS = {"everloop-database": {"url", "password"}, "everloop-engine": {"key"}}  # made by hand: README.md
+SECRETS = {"everloop-database": {"url", "password"}, "everloop-engine": {"key"}, "everloop-prefect": {"auth"}}
 CLUSTER_WIDE = ("Namespace",)
 # Of the flows' work, not yet of these settings.
 
@@ -279,6 +279,24 @@ def test_gpus_are_asked_for_on_the_nodes_that_have_them():
             pools[name_of(workload)] = spec["nodeSelector"]["everloop.dev/pool"]
             assert "-gpu:" in wants[0]["image"]
     assert pools == {"engine": "engine", "engine-more": "engine", "night": "training"}
+
+
+def test_prefect_asks_for_what_it_is_sent(manifests):
+    sent = {}
+    for workload in workloads(manifests):
+        component = kustomize.pod(workload)["metadata"]["labels"]["app.kubernetes.io/component"]
+        for container in kustomize.containers(workload):
+            for variable in container.get("env", ()):
+                if variable["name"].endswith("_API_AUTH_STRING"):
+                    sent.setdefault(component, {})[variable["name"]] = variable["valueFrom"]["secretKeyRef"]
+    askers = {name for name, hops in HOPS.items() if "prefect" in hops} & {
+        kustomize.pod(w)["metadata"]["labels"]["app.kubernetes.io/component"] for w in workloads(manifests)
+    }
+    askers -= {"night"}  # a job's pod gets it from the worker that Prefect tells to start it
+    secret = {"name": "everloop-prefect", "key": "auth"}
+    assert sent == {name: {"PREFECT_API_AUTH_STRING": secret} for name in askers} | {
+        "prefect": {"PREFECT_SERVER_API_AUTH_STRING": secret}
+    }
 
 
 def test_engines_ask_for_the_key_that_is_sent_to_them(manifests):
