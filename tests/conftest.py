@@ -19,6 +19,7 @@ import openai
 import pytest
 import sqlalchemy as sa
 
+from deploy import head
 from infra import settings as settings_module
 from infra.db import Sessions, connect
 from infra.settings import Settings
@@ -60,6 +61,9 @@ class Stack:
         return pid
 
 
+RUNNING = pytest.StashKey[Stack]()
+
+
 def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str = "") -> Any:
     """Wait until `condition` holds and return its value."""
     deadline = time.monotonic() + timeout_s
@@ -74,6 +78,23 @@ def in_prefect(settings: Settings) -> httpx.Client:
     return httpx.Client(
         base_url=settings.need("prefect_url"), headers=settings.prefect_credentials, trust_env=False, timeout=30
     )
+
+
+def close_canary(stack: Stack) -> None:
+    """Close the open canary, if there is one."""
+    with stack.sessions.begin() as session:
+        canary_id = head.read(session).canary_id
+        if canary_id is not None:
+            head.close_canary(session, canary_id, decision="expired", evidence={}, actor="test", reason="a test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_canary_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have what a test that failed left open not fail those of other modules: no night begins beside a canary."""
+    yield
+    running = request.config.stash.get(RUNNING, None)
+    if running is not None:
+        close_canary(running)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +126,7 @@ def base_model_dir(home: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(home: Path) -> Iterator[Stack]:
+def stack(home: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
     """The whole embedded stack, started once per run."""
     settings = embedded.up(settings_module.load(), print)
     url = settings.need("public_url")
@@ -113,14 +134,17 @@ def stack(home: Path) -> Iterator[Stack]:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
     headers = {"X-Everloop-User": "tester", **settings.credentials}
     try:
-        yield Stack(
+        request.config.stash[RUNNING] = Stack(
             settings=settings,
             sessions=connect(settings.need("database_url")),
             supervisor=Supervisor(settings),
             http=httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers),
             openai=client,
         )
+        yield request.config.stash[RUNNING]
     finally:
+        if RUNNING in request.config.stash:
+            del request.config.stash[RUNNING]
         embedded.down(settings)
         left = stack_processes(home)
         assert not left, f"processes left behind: {left}"

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from deploy import head, runs
+from deploy import runs
 from deploy.runs import LOCK, TrainingRun
 from deploy.tables import Adapter
 from feedback import episodes
@@ -21,7 +21,7 @@ from feedback.episodes import Recording, new_episode_id
 from feedback.signals import read_signal
 from infra.db import LockLostError, LongLock
 from infra.errors import ConflictError, IntegrityError, InvalidRequestError
-from tests.conftest import EVERLOOP, wait_until
+from tests.conftest import EVERLOOP, close_canary, wait_until
 from trainer import prepared
 from trainer.checkpoints import CHECKPOINTS_DIR
 from trainer.night import Night
@@ -90,13 +90,6 @@ def teach(stack, count=40):
             assert episodes.record(session, recording, key)
             said = {"kind": "correction", "text": f"{n}, I hope.", "idempotency_key": f"fix-{n}"}
             accept(session, read_signal.validate_python({"episode_id": recording.episode_id, "user": user, **said}))
-
-
-def close_canary(stack):
-    with stack.sessions.begin() as session:
-        canary_id = head.read(session).canary_id
-        if canary_id is not None:
-            head.close_canary(session, canary_id, decision="expired", evidence={}, actor="test", reason="a test")
 
 
 def runs_newest(stack):

@@ -20,9 +20,9 @@ from deploy.tables import Adapter, AuditEntry
 from infra.errors import IntegrityError
 from infra.stack import parts
 from reward.tables import RewardUpdate
-from tests.conftest import EVERLOOP, in_prefect, wait_until
+from tests.conftest import EVERLOOP, close_canary, in_prefect, wait_until
 from tests.faults.harness import cli
-from tests.faults.test_night import GIVEN, close_canary, teach
+from tests.faults.test_night import GIVEN, teach
 from tests.faults.test_night import adapters as registered
 
 BY_HAND = ["--param", "by_hand=true", "--param", "min_new_signals=0", "--param", f"config={json.dumps(GIVEN)}"]
