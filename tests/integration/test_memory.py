@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 import agent.tables  # noqa: F401 (so that the models are known)
 from agent.book import Asked, Book
-from agent.memory import facts, learning, store
+from agent.memory import facts, learning, store, terms
 from agent.memory.prompts import Remembering, Wanted
 from agent.tables import ConversationTerm, Line, Memory, MemoryVote, TurnPlace
 from agent.tools import protocol
@@ -252,8 +252,8 @@ def test_a_word_without_end_loses_no_answer(database):
     episode_id = talking(database, work)
     with database() as session:
         assert session.get(Episode, episode_id) is not None
-        terms = session.scalars(sa.select(ConversationTerm.term)).all()
-    assert "riddl" in terms and max(map(len, terms)) <= store.MAX_TERM_CHARS
+        found = session.scalars(sa.select(ConversationTerm.term)).all()
+    assert "riddl" in found and max(map(len, found)) <= terms.MAX_TERM_CHARS
 
 
 def test_what_cannot_be_found_again_is_kept_all_the_same(database, monkeypatch):
@@ -302,8 +302,8 @@ def test_a_deleted_turn_leaves_nothing_that_is_remembered(database):
         conversations.delete_turn(session, gone, USER)
         store.forget_turn(session, gone)
     with database() as session:
-        terms = set(session.scalars(sa.select(ConversationTerm.term)))
-        assert facts.of_user(session, USER) == [] and "newt" in terms and "walnut" not in terms
+        words = set(session.scalars(sa.select(ConversationTerm.term)))
+        assert facts.of_user(session, USER) == [] and "newt" in words and "walnut" not in terms
         assert not session.get_one(TurnPlace, gone).pinned
 
 
