@@ -52,6 +52,7 @@ def on_forgotten(session: Session, deliveries: Sequence[Delivery]) -> None:
 
 def _learn(session: Session, episode_ids: Collection[str]) -> None:
     if episode_ids:
+        learning.lock(session)
         for row in session.execute(STANDING, {"ids": sorted(episode_ids)}).all():
             learning.learn(session, row.id, row.context, row.value)
 
