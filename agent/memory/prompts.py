@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.orm import Session
 
+from agent import metrics
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
 from agent.memory.counting import ByteCounter, Counter
@@ -108,6 +110,7 @@ class Remembering:
             Code ``context_length_exceeded``, where the question does not fit and may not be cut.
         """
         counter = self.counter()
+        started_s = time.perf_counter()
         system, earlier, last = divided(wanted.messages)
         question = str(last[0].get("content") or "")
         with transaction(self.sessions) as session:
@@ -120,7 +123,9 @@ class Remembering:
             drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
         if not past.chunks:
             past = store.Past(_chunks(earlier), len(earlier))
-        return self._built(wanted, counter, system, past, last, known, drawn)
+        made = self._built(wanted, counter, system, past, last, known, drawn)
+        metrics.note_context(made.record, time.perf_counter() - started_s, is_whole=made.context is None)
+        return made
 
     def _is_known(self, session: Session, wanted: Wanted) -> bool:
         """Tell whether what somebody said of themselves goes into their prompt.
