@@ -68,7 +68,11 @@ def shifted(weights: Weights, shift: dict[str, float]) -> Weights:
 
 def current(session: Session) -> State:
     """Return the state in force; version 0 is what nothing was learned of."""
-    row = session.scalar(sa.select(MemoryWeights).order_by(MemoryWeights.version.desc()).limit(1))
+    # Columns rather than a row of the mapper: this is asked for each answer.
+    columns = sa.select(
+        MemoryWeights.version, MemoryWeights.weights, MemoryWeights.baseline, MemoryWeights.num_votes
+    )
+    row = session.execute(columns.order_by(MemoryWeights.version.desc()).limit(1)).first()
     return State(row.version, row.weights, row.baseline, row.num_votes) if row else State(0, {}, 0.0, 0)
 
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from agent import metrics
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
@@ -118,23 +116,15 @@ class Remembering:
             if wanted.conversation is not None:
                 past = store.past(session, wanted.conversation, wanted.parent, question, self._vectors)
             known: list[tuple[str, str]] = []
-            if self._is_known(session, wanted):
-                known = [(memory.id, memory.text) for memory in facts.of_user(session, wanted.user)]
+            # Whoever sends all that is to be seen gets an answer to that, and to nothing else.
+            if wanted.conversation is not None and wanted.user != ANONYMOUS:
+                known = facts.known(session, wanted.user, by_default=self.settings.memory)
             drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
         if not past.chunks:
             past = store.Past(_chunks(earlier), len(earlier))
         made = self._built(wanted, counter, system, past, last, known, drawn)
         metrics.note_context(made.record, time.perf_counter() - started_s, is_whole=made.context is None)
         return made
-
-    def _is_known(self, session: Session, wanted: Wanted) -> bool:
-        """Tell whether what somebody said of themselves goes into their prompt.
-
-        Whoever sends all that is to be seen gets an answer to that, and to nothing else.
-        """
-        if wanted.conversation is None or wanted.user == ANONYMOUS:
-            return False
-        return facts.wants(session, wanted.user, by_default=self.settings.memory)
 
     def _built(
         self,

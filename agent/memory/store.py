@@ -158,12 +158,18 @@ def past(
     parent
         The turn that the question follows; None for a first one.
     """
-    if parent is None or (last := _placed(session, conversation, parent)) is None:
+    if parent is None:
         return Past([], 0)
     found = terms.find(session, conversation, question, vectors, MOST_TURNS)
     values = {"conversation": conversation, "parent": parent, "found": list(found)}
     places = {row.episode_id: row for row in session.execute(WAY, values)}
-    chosen = _chosen(places, found, last.depth)
+    if parent not in places:  # as an earlier version wrote it
+        _placed(session, conversation, parent)
+        places = {row.episode_id: row for row in session.execute(WAY, values)}
+    if parent not in places:
+        return Past([], 0)
+    last_depth = places[parent].depth
+    chosen = _chosen(places, found, last_depth)
     rows = {row.id: row for row in session.execute(TEXTS, {"ids": chosen})}
     chunks: list[Chunk] = []
     num_missed = 0
@@ -175,7 +181,7 @@ def past(
             chunks.append(Chunk("user", row.question, position=2 * place.depth, **marks))
             chunks.append(Chunk("assistant", row.answer, position=2 * place.depth + 1, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
-    return Past(chunks, max(2 * (last.depth + 1) - num_missed, len(chunks)))
+    return Past(chunks, max(2 * (last_depth + 1) - num_missed, len(chunks)))
 
 
 def _chosen(places: Mapping[str, Any], found: Mapping[str, float], last_depth: int) -> list[str]:
