@@ -18,13 +18,14 @@ from flows.bench import memory_conversations
 from flows.bench.memory import Case, _role, _take, content_words, fifo, ours
 from flows.bench.stack import own_stack
 from infra import report
-from infra.settings import BASE_MODEL_NAME
+from infra.settings import BASE_MODEL_NAME, Settings
 
 ANSWER_TOKENS = 32
 AT_ONCE = 8
 ENOUGH = 0.5  # of the content words of what was planted, those of the question aside
 ROUNDS = 2000  # of the bootstrap
-WAYS = ("memory", "whole_turns", "fifo", "evidence", "nothing")
+FEW = 4
+WAYS = ("memory", "whole_turns", "few_turns", "notes", "fifo", "evidence")
 
 
 def answers(num: int, budget: int) -> dict[str, Any]:
@@ -34,19 +35,19 @@ def answers(num: int, budget: int) -> dict[str, Any]:
     -------
     dict
         For each way the share of answers that have what was planted, with an interval of 95 % over questions.
-        ``memory``: as the assistant does; ``whole_turns``: its most important turns, none shortened; ``fifo``: the
-        newest; ``evidence``: the planted turns alone, which no way can beat by much; ``nothing``: guessing. And the
-        differences to ``fifo`` and to ``whole_turns``, paired.
+        ``memory``: as the assistant does; ``whole_turns``: its most important turns, none shortened; ``few_turns``:
+        four of these; ``notes``: those four in the system message; ``fifo``: the newest; ``evidence``: the planted
+        turns alone, which no way can beat by much. And the differences of ``memory`` to the others, paired.
     """
     rows = memory_conversations.conversations("held_out", 16)
     pairs = [(row, question) for row in rows for question in row["questions"]]
     random.Random(0).shuffle(pairs)
-    with own_stack({"engine"}) as (settings, _, _):
+    with own_stack({"postgres", "engine"}) as (settings, _, _):
         counter, vectors = Counter(settings.base_model_dir), of_settings(settings)
         cases = [Case(row["turns"], question, counter) for row, question in pairs[:num]]
         wanted = [question["answer"] for _, question in pairs[:num]]
         prompts = {way: [_prompt(way, case, budget, vectors) for case in cases] for way in WAYS}
-        found = asyncio.run(_ask_all(settings.need("engine_url"), prompts))
+        found = asyncio.run(_ask_all(settings, prompts))
     hits = {
         way: [_has(said, answer, case.question) for said, answer, case in zip(texts, wanted, cases, strict=True)]
         for way, texts in found.items()
@@ -55,7 +56,7 @@ def answers(num: int, budget: int) -> dict[str, Any]:
     for way, each in hits.items():
         recalled = [all(case.recalled(prompt)) for case, prompt in zip(cases, prompts[way], strict=True)]
         result[way] = {**_with_interval(np.array(each, float)), "recalled": round(float(np.mean(recalled)), 3)}
-    for other in ("fifo", "whole_turns"):
+    for other in WAYS[1:]:
         difference = np.array(hits["memory"], float) - np.array(hits[other], float)
         result[f"memory_over_{other}"] = _with_interval(difference)
     result["examples"] = [
@@ -71,17 +72,26 @@ def _prompt(way: str, case: Case, budget: int, vectors: WordVectors | None) -> l
         return ours(case, budget, weights, vectors)
     if way == "fifo":
         return fifo(case, budget)
-    if way == "nothing":
-        return [case.asked]
     if way == "evidence":
         return _take(case, [at for at, turn in enumerate(case.turns) if turn in case.evidence], budget)
     chunks = [Chunk(_role(turn), turn["text"], turn["id"], at) for at, turn in enumerate(case.turns)]
     before = next((chunk.text for chunk in reversed(chunks) if chunk.role == "assistant"), "")
     importance = features(Candidates.of(chunks), case.question, before, vectors) @ weights.vector()
-    return _take(case, np.argsort(-importance, kind="stable").tolist(), budget)
+    order = np.argsort(-importance, kind="stable").tolist()
+    if way == "whole_turns":
+        return _take(case, order, budget)
+    few = _take(case, order[:FEW], budget)
+    return few if way == "few_turns" else _as_notes(few)
 
 
-async def _ask_all(url: str, prompts: Mapping[str, Sequence[list[Message]]]) -> dict[str, list[str]]:
+def _as_notes(messages: list[Message]) -> list[Message]:
+    """Return what was said before as quotations, so that nobody goes on in its style."""
+    who = {"user": "The user", "assistant": "You"}
+    quoted = "\n".join(f'- {who[message["role"]]} said: "{message["content"]}"' for message in messages[:-1])
+    return [{"role": "system", "content": f"Earlier in this conversation:\n{quoted}"}, messages[-1]]
+
+
+async def _ask_all(settings: Settings, prompts: Mapping[str, Sequence[list[Message]]]) -> dict[str, list[str]]:
     """Ask for all answers, a few at once."""
     slots = asyncio.Semaphore(AT_ONCE)
 
@@ -93,7 +103,8 @@ async def _ask_all(url: str, prompts: Mapping[str, Sequence[list[Message]]]) -> 
         return str(response.json()["choices"][0]["message"]["content"])
 
     found = {}
-    async with httpx.AsyncClient(base_url=url, timeout=300.0, trust_env=False) as client:
+    url, headers = settings.need("engine_url"), {"Authorization": f"Bearer {settings.engine_key}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=300.0, trust_env=False) as client:
         for way, each in prompts.items():
             found[way] = list(await asyncio.gather(*(ask(client, messages) for messages in each)))
             report.say(f"{way}: {len(each)} answers")
