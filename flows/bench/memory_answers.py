@@ -14,6 +14,7 @@ from agent.memory.context import Message
 from agent.memory.counting import Counter
 from agent.memory.importance import BY_WORDS_ALONE, Candidates, Chunk, Weights, features
 from agent.memory.vectors import WordVectors, of_settings
+from deploy.gates import wilson_interval
 from flows.bench import memory_conversations
 from flows.bench.memory import Case, _role, _take, content_words, fifo, ours
 from flows.bench.stack import own_stack
@@ -55,10 +56,12 @@ def answers(num: int, budget: int) -> dict[str, Any]:
     result: dict[str, Any] = {"questions": len(cases), "budget": budget, "model": BASE_MODEL_NAME}
     for way, each in hits.items():
         recalled = [all(case.recalled(prompt)) for case, prompt in zip(cases, prompts[way], strict=True)]
-        result[way] = {**_with_interval(np.array(each, float)), "recalled": round(float(np.mean(recalled)), 3)}
+        low, high = wilson_interval(sum(each), len(each))
+        share = {"share": sum(each) / len(each), "low": low, "high": high, "recalled": float(np.mean(recalled))}
+        result[way] = {name: round(value, 3) for name, value in share.items()}
     for other in WAYS[1:]:
         difference = np.array(hits["memory"], float) - np.array(hits[other], float)
-        result[f"memory_over_{other}"] = _with_interval(difference)
+        result[f"memory_over_{other}"] = _paired(difference)
     result["examples"] = [
         {"question": case.question, "wanted": wanted[at], **{way: found[way][at] for way in WAYS}}
         for at, case in enumerate(cases[:8])
@@ -117,9 +120,13 @@ def _has(said: str, planted: str, question: str) -> bool:
     return bool(wanted) and len(wanted & content_words(said)) >= ENOUGH * len(wanted)
 
 
-def _with_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
-    """Return a mean and its interval of 95 %, by a bootstrap over questions."""
+def _paired(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+    """Return a mean difference and its interval of 95 %, by a bootstrap over questions."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(0, len(values), (ROUNDS, len(values)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return {"share": round(float(values.mean()), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+    return {
+        "difference": round(float(values.mean()), 3),
+        "low": round(float(low), 3),
+        "high": round(float(high), 3),
+    }
