@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -35,6 +36,19 @@ BEST_OF_SECONDS = Histogram(
     buckets=(0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16),
 )
 
+CONTEXT = Histogram(
+    "everloop_memory_context_seconds",
+    "Choosing what the model is to see, the reading of what was said before included; `whole` is all of it.",
+    ["kind"],
+    buckets=(0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1),
+)
+CONTEXT_USED = Histogram(
+    "everloop_memory_budget_used_ratio",
+    "Tokens of a context as a share of its budget; above 1 never.",
+    ["kind"],
+    buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0),
+)
+
 
 def note(recording: Recording) -> None:
     """Count an answer that has ended."""
@@ -52,3 +66,11 @@ def note_best_of(step: dict[str, Any]) -> None:
     BEST_OF.labels(step["outcome"]).inc()
     BEST_OF_TOKENS.inc(step["extra_tokens"])
     BEST_OF_SECONDS.observe(step["ms"] / 1000.0)
+
+
+def note_context(record: Mapping[str, Any] | None, elapsed_s: float, *, is_whole: bool) -> None:
+    """Note a context that was made, with its record where it has one (:mod:`agent.memory.prompts`)."""
+    made = "whole" if is_whole else "chosen"
+    CONTEXT.labels(made).observe(elapsed_s)
+    if record is not None:
+        CONTEXT_USED.labels(made).observe(record["used"] / max(record["budget"], 1))

@@ -97,11 +97,12 @@ class MemoryWeights(Base):
 
 
 class MemoryVote(Base):
-    """A thumb that moved the weights, so that it does so once."""
+    """The thumb on an answer that counts in the weights, and what it moved; value 0 for one that was taken back."""
 
     __tablename__ = "memory_votes"
 
     episode_id: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[int] = mapped_column(sa.SmallInteger)
     version: Mapped[int]
+    moved: Mapped[dict[str, float] | None] = mapped_column(JSONB(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=sa.func.now())

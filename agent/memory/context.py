@@ -15,12 +15,12 @@ from agent.memory import allocation
 from agent.memory.counting import Counter
 from agent.memory.importance import NAMES, Candidates, Chunk, Weights, features
 from agent.memory.refill import GAP, Draft, draft, refill
+from agent.memory.splitting import parts
 from agent.memory.vectors import WordVectors
 from agent.memory.words import analyse
 from infra.errors import InvalidRequestError
 
 Message = dict[str, Any]
-PART_CHARS = 600  # a longer message is several chunks
 LEAST_SHARE = 0.8  # of a chunk's words, in the shortest writing that is worth its place
 LEAST_TOKENS = 6  # of a chunk that is worth its place
 MOST_CHARS = 6.0  # a token has, on average
@@ -179,27 +179,6 @@ def _count(counter: Counter, messages: Sequence[Message], tools: Sequence[Mappin
         return counter.prompt(messages, tools)
     except InvalidRequestError:
         return None
-
-
-def parts(chunk: Chunk) -> list[Chunk]:
-    """Split a long message at the ends of sentences into chunks of about the same length."""
-    if len(chunk.text) <= PART_CHARS:
-        return [chunk]
-    analysis = analyse(chunk.text)
-    starts = [analysis.pieces[first].start for first, _ in analysis.sentences]
-    num = -(-len(chunk.text) // PART_CHARS)
-    cuts = [0]
-    for number in range(1, num):
-        wanted = number * len(chunk.text) // num
-        start = min(starts, key=lambda at: abs(at - wanted), default=0)
-        if start > cuts[-1]:
-            cuts.append(start)
-    ends = [*cuts[1:], len(chunk.text)]
-    return [
-        replace(chunk, text=text)
-        for start, end in zip(cuts, ends, strict=True)
-        if (text := chunk.text[start:end].strip())
-    ]
 
 
 class _Builder:

@@ -14,6 +14,7 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from agent.memory.words import Piece
 from infra.errors import InvalidRequestError, SetupError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -69,13 +70,14 @@ class Counter:
             self._words.update(zip(unknown, self._lengths(list(unknown.values())), strict=True))
         return [self._words[key] for key in keys]
 
-    def pieces(self, text: str, whole: Sequence[str], cores: Sequence[str]) -> tuple[list[int], list[int]]:
+    def pieces(self, text: str, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
         """Return the lengths of a text's pieces as they stand, and of what is in them; kept by its hash."""
         key = hash(text)
         if key not in self._pieces:
             if len(self._pieces) > MAX_TEXTS:
                 self._pieces.clear()
-            self._pieces[key] = self.words(whole), self.words(cores)
+            whole = self.words([text[piece.start : piece.end] for piece in pieces])
+            self._pieces[key] = whole, self.words([piece.core for piece in pieces])
         return self._pieces[key]
 
     def _lengths(self, words: Sequence[str]) -> list[int]:

@@ -134,6 +134,13 @@ def wants(session: Session, user_id: str, *, by_default: bool) -> bool:
     return by_default if choice is None else choice.remember
 
 
+def known(session: Session, user_id: str, *, by_default: bool) -> list[tuple[str, str]]:
+    """Return ids and texts of what is remembered of somebody, the newest first; nothing if they do not want it."""
+    choice = sa.select(MemoryChoice.remember).where(MemoryChoice.user_id == user_id).scalar_subquery()
+    query = sa.select(Memory.id, Memory.text).where(Memory.user_id == user_id, sa.func.coalesce(choice, by_default))
+    return [(row.id, row.text) for row in session.execute(query.order_by(Memory.updated_at.desc(), Memory.id))]
+
+
 def choose(session: Session, user_id: str, *, remember: bool) -> None:
     """Note whether somebody wants to be remembered; what was remembered before stays until they delete it."""
     row = insert(MemoryChoice).values(user_id=user_id, remember=remember)

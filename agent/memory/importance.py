@@ -208,13 +208,14 @@ def _meanings(
     share = rarity / rarity.sum()
     wanted = (share @ question) / max(float(np.linalg.norm(share @ question)), 1e-6)
     sums = np.add.reduceat(table[places], starts)
-    whole = np.zeros((num, sums.shape[1]))
-    np.add.at(whole, owners, sums)
-    np.maximum.at(meaning, owners, _cosine(sums, wanted))
-    meaning = 0.5 * (meaning + np.maximum(_cosine(whole, wanted), 0.0))
-    nearest = np.zeros((num, len(asked_for)))
-    np.maximum.at(nearest, owners, np.maximum.reduceat((table @ question.T)[places], starts))
-    return meaning, nearest @ share
+    # The sentences of a chunk follow each other, so each chunk is a range of them, and of their words.
+    own, first = np.unique(owners, return_index=True)
+    best = np.maximum.reduceat(_cosine(sums, wanted), first)
+    whole = _cosine(np.add.reduceat(sums, first), wanted)
+    meaning[own] = 0.5 * (np.maximum(best, 0.0) + np.maximum(whole, 0.0))
+    nearest = np.maximum.reduceat((table @ question.T)[places], starts[first])
+    alike[own] = np.maximum(nearest, 0.0) @ share
+    return meaning, alike
 
 
 def _cosine(rows: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:

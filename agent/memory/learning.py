@@ -6,7 +6,8 @@ answer moves the weights along these steps, as far as it was better than the thu
     shift += RATE * (value - baseline) * offsets - DECAY * shift
 
 which follows the gradient of the expected value (Williams, 1992; Salimans et al., 2017), and falls back to the
-defaults where the thumbs say nothing. Each episode counts once.
+defaults where the thumbs say nothing. Of each answer the last thumb counts: what an earlier one has moved, as far
+as it has not decayed, is taken back first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from agent.memory.importance import BY_WORDS_ALONE, NAMES, Weights
@@ -28,7 +29,11 @@ SCALE = 0.2  # standard deviation of the steps, as a share of what is usual for 
 RATE = 0.01
 DECAY = 0.0005  # so that thumbs without any meaning lead nowhere: about 0.3 off the defaults in the long run
 BASELINE_RATE = 0.05
+MOST_OFFSET = 4.0  # standard deviations
 MOST_FACTOR = 3.0  # a weight stays within so many times its default
+MOST_SHIFT = MOST_FACTOR - 1.0
+BASELINE = "baseline"
+THUMB, TAKEN_BACK = "thumb", "taken back"
 LEARNED = tuple(name for name in NAMES if name not in ("corrected", "pinned"))  # what people asked for is theirs
 USUAL = {name: max(abs(value), 0.25) for name, value in asdict(Weights()).items()}
 
@@ -63,7 +68,11 @@ def shifted(weights: Weights, shift: dict[str, float]) -> Weights:
 
 def current(session: Session) -> State:
     """Return the state in force; version 0 is what nothing was learned of."""
-    row = session.scalar(sa.select(MemoryWeights).order_by(MemoryWeights.version.desc()).limit(1))
+    # Columns rather than a row of the mapper: this is asked for each answer.
+    columns = sa.select(
+        MemoryWeights.version, MemoryWeights.weights, MemoryWeights.baseline, MemoryWeights.num_votes
+    )
+    row = session.execute(columns.order_by(MemoryWeights.version.desc()).limit(1)).first()
     return State(row.version, row.weights, row.baseline, row.num_votes) if row else State(0, {}, 0.0, 0)
 
 
@@ -81,47 +90,94 @@ def draw(session: Session, *, has_vectors: bool, explores: bool, rng: random.Ran
 def step(state: State, offsets: dict[str, float], value: float) -> State:
     """Return the state after a thumb (-1 or 1) on an answer whose context was built with these steps."""
     size = RATE * (value - state.baseline)
-    most = MOST_FACTOR - 1.0
+    steps = {name: _within(offsets.get(name, 0.0), MOST_OFFSET) for name in LEARNED}
     shift = {
-        name: float(
-            np.clip((1.0 - DECAY) * state.shift.get(name, 0.0) + size * offsets.get(name, 0.0), -most, most)
-        )
+        name: _within((1.0 - DECAY) * state.shift.get(name, 0.0) + size * steps[name], MOST_SHIFT)
         for name in LEARNED
     }
-    baseline = state.baseline + BASELINE_RATE * (value - state.baseline)
+    baseline = _within(state.baseline + BASELINE_RATE * (value - state.baseline), 1.0)
     return State(state.version, shift, baseline, state.num_votes + 1)
 
 
-def learn(session: Session, episode_id: str, record: dict[str, Any] | None, value: int) -> bool:
-    """Take a thumb on an answer into account, within the caller's transaction; return whether it moved anything.
+def moved(before: State, after: State) -> dict[str, float]:
+    """Return what a step moved, besides the decay."""
+    change = {name: after.shift.get(name, 0.0) - (1.0 - DECAY) * before.shift.get(name, 0.0) for name in LEARNED}
+    return {**change, BASELINE: after.baseline - (1.0 - BASELINE_RATE) * before.baseline}
 
-    The first thumb on an answer counts; later ones, and the same one delivered again, do not.
-    """
-    offsets = (record or {}).get("drawn")
-    if not offsets or value not in (-1, 1):
-        return False
+
+def taken_back(state: State, change: dict[str, float], num_since: int) -> State:
+    """Return the state without what a step moved, so many steps ago."""
+    left = (1.0 - DECAY) ** num_since
+    shift = {
+        name: _within(state.shift.get(name, 0.0) - left * change.get(name, 0.0), MOST_SHIFT) for name in LEARNED
+    }
+    baseline = _within(state.baseline - (1.0 - BASELINE_RATE) ** num_since * change.get(BASELINE, 0.0), 1.0)
+    return State(state.version, shift, baseline, max(state.num_votes - 1, 0))
+
+
+def _within(value: float, most: float) -> float:
+    """Return a value within bounds; 0 for what is no number."""
+    return float(np.clip(value, -most, most)) if np.isfinite(value) else 0.0
+
+
+def lock(session: Session) -> None:
+    """Have the weights to oneself until the transaction ends: who waits reads what the one before has written."""
     lock_until_commit(session, "memory-weights")
-    state = current(session)
-    vote = insert(MemoryVote).values(episode_id=episode_id, value=value, version=state.version + 1)
-    if session.scalar(vote.on_conflict_do_nothing().returning(MemoryVote.episode_id)) is None:
+
+
+def learn(session: Session, episode_id: str, record: dict[str, Any] | None, value: int) -> bool:
+    """Have the thumb that stands on an answer count, in the caller's transaction; return whether anything moved.
+
+    Parameters
+    ----------
+    record
+        How the context of the answer was made.
+    value
+        -1 or 1; 0 where none stands, or nothing may be learned from it.
+    """
+    offsets = (record or {}).get("drawn") or {}
+    lock(session)
+    vote = session.get(MemoryVote, episode_id, populate_existing=True)
+    counted = vote.value if vote else 0
+    if value == counted or (value and not offsets):
         return False
-    _keep(session, step(state, {name: float(each) for name, each in offsets.items()}, value), "thumb")
+    if vote is not None and counted:
+        _take_back(session, vote)
+        vote.value, vote.moved = 0, None
+    if value:
+        before = current(session)
+        after = step(before, {name: float(each) for name, each in offsets.items()}, value)
+        vote = vote or MemoryVote(episode_id=episode_id)
+        vote.value, vote.moved = value, moved(before, after)
+        vote.version = _keep(session, after, THUMB)
+        session.add(vote)
+    session.flush()
     return True
+
+
+def _take_back(session: Session, vote: MemoryVote) -> None:
+    later = sa.select(MemoryWeights.version).where(MemoryWeights.version > vote.version)
+    is_reset = MemoryWeights.weights == sa.literal({}, JSONB)
+    # Of a thumb that an earlier version counted it is not known what it moved; a reset took all of them back.
+    if vote.moved and session.scalar(later.where(is_reset).limit(1)) is None:
+        thumbs = sa.select(sa.func.count()).select_from(later.where(MemoryWeights.reason == THUMB).subquery())
+        _keep(session, taken_back(current(session), vote.moved, session.scalar(thumbs) or 0), TAKEN_BACK)
 
 
 def reset(session: Session, reason: str) -> None:
     """Go back to the defaults, as a new version."""
-    lock_until_commit(session, "memory-weights")
+    lock(session)
     _keep(session, State(0, {}, 0.0, 0), reason)
 
 
-def _keep(session: Session, state: State, reason: str) -> None:
-    session.add(
-        MemoryWeights(
-            weights={name: round(value, 5) for name, value in state.shift.items()},
-            baseline=state.baseline,
-            num_votes=state.num_votes,
-            reason=reason,
-        )
+def _keep(session: Session, state: State, reason: str) -> int:
+    """Write a state as the one in force; return its version."""
+    row = MemoryWeights(
+        weights={name: round(value, 7) for name, value in state.shift.items()},
+        baseline=state.baseline,
+        num_votes=state.num_votes,
+        reason=reason,
     )
+    session.add(row)
     session.flush()
+    return row.version

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy.orm import Session
-
+from agent import metrics
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
 from agent.memory.counting import ByteCounter, Counter
@@ -108,6 +108,7 @@ class Remembering:
             Code ``context_length_exceeded``, where the question does not fit and may not be cut.
         """
         counter = self.counter()
+        started_s = time.perf_counter()
         system, earlier, last = divided(wanted.messages)
         question = str(last[0].get("content") or "")
         with transaction(self.sessions) as session:
@@ -115,21 +116,15 @@ class Remembering:
             if wanted.conversation is not None:
                 past = store.past(session, wanted.conversation, wanted.parent, question, self._vectors)
             known: list[tuple[str, str]] = []
-            if self._is_known(session, wanted):
-                known = [(memory.id, memory.text) for memory in facts.of_user(session, wanted.user)]
+            # Whoever sends all that is to be seen gets an answer to that, and to nothing else.
+            if wanted.conversation is not None and wanted.user != ANONYMOUS:
+                known = facts.known(session, wanted.user, by_default=self.settings.memory)
             drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
         if not past.chunks:
             past = store.Past(_chunks(earlier), len(earlier))
-        return self._built(wanted, counter, system, past, last, known, drawn)
-
-    def _is_known(self, session: Session, wanted: Wanted) -> bool:
-        """Tell whether what somebody said of themselves goes into their prompt.
-
-        Whoever sends all that is to be seen gets an answer to that, and to nothing else.
-        """
-        if wanted.conversation is None or wanted.user == ANONYMOUS:
-            return False
-        return facts.wants(session, wanted.user, by_default=self.settings.memory)
+        made = self._built(wanted, counter, system, past, last, known, drawn)
+        metrics.note_context(made.record, time.perf_counter() - started_s, is_whole=made.context is None)
+        return made
 
     def _built(
         self,

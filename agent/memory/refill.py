@@ -29,6 +29,10 @@ class Draft:
         Tokens of each piece as it stands; ``core`` without what is around its words.
     worth
         What each piece is worth.
+    content
+        The pieces that carry the text, the most worth per token first.
+    num_tokens
+        The tokens of the whole text.
     """
 
     text: str
@@ -37,12 +41,8 @@ class Draft:
     core: Sequence[int]
     worth: Sequence[float]
     content: Sequence[int]
+    num_tokens: int
     shortest: int = 1
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of the whole text."""
-        return sum(self.whole)
 
 
 def draft(text: str, counter: Counter, rarity: Mapping[str, float], wanted: Set[str], least_share: float) -> Draft:
@@ -59,21 +59,16 @@ def draft(text: str, counter: Counter, rarity: Mapping[str, float], wanted: Set[
     """
     analysis = analyse(text)
     pieces = analysis.pieces
-    as_they_stand = [text[piece.start : piece.end] for piece in pieces]
-    whole, core = counter.pieces(text, as_they_stand, [piece.core for piece in pieces])
-    worth = [
-        sum(rarity.get(stem, NO_RARITY) * (ASKED_WORTH if stem in wanted else 1.0) for stem in piece.stems)
-        + SPECIAL_WORTH * (piece.is_number + piece.is_name)
-        + NEGATION_WORTH * piece.is_negation
-        for piece in pieces
-    ]
-    content = [
-        at
-        for at, piece in enumerate(pieces)
-        if piece.core and (piece.stems or piece.is_number or piece.is_negation)
-    ]
-    content.sort(key=lambda at: -worth[at] / (core[at] + 1))
-    made = Draft(text, analysis, whole, core, worth, content)
+    whole, core = counter.pieces(text, pieces)
+    worth = [0.0] * len(pieces)
+    for at in analysis.carrying:
+        piece = pieces[at]
+        each = SPECIAL_WORTH * (piece.is_number + piece.is_name) + NEGATION_WORTH * piece.is_negation
+        for stem in piece.stems:
+            each += rarity.get(stem, NO_RARITY) * (ASKED_WORTH if stem in wanted else 1.0)
+        worth[at] = each
+    content = sorted(analysis.carrying, key=lambda at: -worth[at] / (core[at] + 1))
+    made = Draft(text, analysis, whole, core, worth, content, sum(whole))
     made.shortest = _shortest(made, least_share)
     return made
 
@@ -81,7 +76,7 @@ def draft(text: str, counter: Counter, rarity: Mapping[str, float], wanted: Set[
 def _shortest(drafted: Draft, share: float) -> int:
     """Return the tokens of the writing that keeps a share of the different words that carry the text."""
     pieces = drafted.analysis.pieces
-    needed = share * len({stem for at in drafted.content for stem in pieces[at].stems})
+    needed = share * len(drafted.analysis.different)
     seen: set[str] = set()
     size = 0
     for at in drafted.content:

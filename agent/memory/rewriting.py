@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 
 from agent.memory.context import Context, Kept, Message
 from agent.memory.counting import Counter
-from agent.memory.words import NEGATIONS, analyse
+from agent.memory.word_lists import NEGATIONS
+from agent.memory.words import analyse
 from infra.errors import EverloopError
 
 MAX_AT_ONCE = 4  # chunks of one context; each costs a short answer of the engine

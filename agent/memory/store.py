@@ -2,26 +2,24 @@
 
 Each turn stands on a line, at a depth: the number of turns before it. Whoever goes on from a turn that something
 follows already begins a line of their own, which remembers where it left. So the past of a turn is a few ranges of
-lines, and nobody walks from parent to parent. Where words stand is looked up in an index of the conversation.
+lines, and nobody walks from parent to parent. Where words stand :mod:`agent.memory.terms` knows. What a person
+corrected is there as they corrected it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from agent.memory import terms
 from agent.memory.importance import Chunk
 from agent.memory.vectors import WordVectors
-from agent.memory.words import analyse, stem
-from agent.tables import ConversationTerm, Line, Memory, TurnPlace
+from agent.tables import Line, Memory, TurnPlace
 from feedback.episodes import Recording
-from feedback.steps import goes_on
 from feedback.tables import Conversation
 from infra.db import among
 
@@ -31,26 +29,7 @@ OPENING_TURNS = 2  # and the first
 FOUND_TURNS = 24  # and those that have words of the question, or words near to them
 MAX_PINNED = 20
 MAX_FORKS = 200  # on the way back; what lies before more is not looked for
-TURNS_PER_TERM = 48  # the newest turns with a word that the index names
-MAX_TERMS = 160  # of one turn that go into the index
 
-MAX_TERM_CHARS = 64
-INDEX = sa.text(f"""
-    INSERT INTO conversation_terms (conversation_id, term, num_turns, turns)
-    SELECT :conversation, term, 1, ARRAY[CAST(:turn AS varchar)] FROM unnest(CAST(:terms AS varchar[])) AS term
-    ON CONFLICT (conversation_id, term) DO UPDATE SET
-        num_turns = conversation_terms.num_turns + 1,
-        turns = (conversation_terms.turns || excluded.turns)[
-            greatest(1, cardinality(conversation_terms.turns) + 2 - {TURNS_PER_TERM}):]
-""")
-FORGET = sa.text("""
-    UPDATE conversation_terms SET turns = array_remove(turns, CAST(:turn AS varchar)), num_turns = num_turns - 1
-    WHERE conversation_id = :conversation AND :turn = ANY(turns)
-""")
-LOOK_UP = sa.text("""
-    SELECT term, num_turns, turns FROM conversation_terms
-    WHERE conversation_id = :conversation AND term = ANY(CAST(:terms AS varchar[]))
-""")
 # LIMIT has each part read by its index, whatever the planner takes for the number of lines on the way.
 WAY = sa.text(f"""
     WITH RECURSIVE way AS (
@@ -75,11 +54,11 @@ WAY = sa.text(f"""
         (SELECT * FROM turn_places WHERE episode_id = ANY(CAST(:found AS varchar[])) LIMIT {2 * MOST_TURNS})
     ) AS place JOIN way ON place.line = way.line AND place.depth <= way.until
 """)
-TEXTS = sa.text("""
-    SELECT id, answer, coalesce((messages -> -1) ->> 'content', '') AS question,
-        EXISTS (SELECT FROM feedback WHERE feedback.episode_id = episodes.id AND feedback.kind = 'correction')
-            AS corrected
-    FROM episodes WHERE id = ANY(CAST(:ids AS varchar[]))
+TEXTS = sa.text(f"""
+    SELECT id, coalesce(corrected.text, answer) AS answer, coalesce((messages -> -1) ->> 'content', '') AS question,
+        corrected.text IS NOT NULL AS corrected
+    FROM episodes LEFT JOIN LATERAL ({terms.CORRECTION}) AS corrected ON true
+    WHERE id = ANY(CAST(:ids AS varchar[]))
 """)
 
 # The places of all turns of a conversation: of those that follow one turn, the first goes on with its line.
@@ -124,7 +103,7 @@ def place_all(session: Session, recordings: Iterable[Recording]) -> None:
     for recording in kept:
         if recording.conversation_id in known:
             _place(session, recording)
-            _index(session, recording)
+            terms.index(session, recording)
 
 
 def _place(session: Session, recording: Recording) -> None:
@@ -159,17 +138,6 @@ def _placed(session: Session, conversation: str, episode_id: str) -> TurnPlace |
     return place
 
 
-def _index(session: Session, recording: Recording) -> None:
-    if not recording.answer or not recording.messages or goes_on(recording.steps):
-        return
-    text = f"{recording.messages[-1].get('content') or ''}\n{recording.answer}"
-    # A word may be as long as a message; an index takes no row of that size, and nobody looks for one.
-    terms = sorted({stem for stem in analyse(text).stems if len(stem) <= MAX_TERM_CHARS})[:MAX_TERMS]
-    if terms:
-        values = {"conversation": recording.conversation_id, "turn": recording.episode_id, "terms": terms}
-        session.execute(INDEX, values)
-
-
 def forget_turn(session: Session, episode_id: str) -> None:
     """Take out what a deleted turn left: what was remembered of it, its words, its pin. Its place stays a place."""
     session.execute(sa.delete(Memory).where(Memory.episode_id == episode_id))
@@ -177,11 +145,7 @@ def forget_turn(session: Session, episode_id: str) -> None:
     if place is None:
         return
     place.pinned = False
-    session.execute(FORGET, {"conversation": place.conversation_id, "turn": episode_id})
-    nothing = sa.func.cardinality(ConversationTerm.turns) == 0
-    session.execute(
-        sa.delete(ConversationTerm).where(ConversationTerm.conversation_id == place.conversation_id, nothing)
-    )
+    terms.forget(session, place.conversation_id, episode_id)
 
 
 def past(
@@ -194,12 +158,18 @@ def past(
     parent
         The turn that the question follows; None for a first one.
     """
-    if parent is None or (last := _placed(session, conversation, parent)) is None:
+    if parent is None:
         return Past([], 0)
-    found = _find(session, conversation, question, vectors)
+    found = terms.find(session, conversation, question, vectors, MOST_TURNS)
     values = {"conversation": conversation, "parent": parent, "found": list(found)}
     places = {row.episode_id: row for row in session.execute(WAY, values)}
-    chosen = _chosen(places, found, last.depth)
+    if parent not in places:  # as an earlier version wrote it
+        _placed(session, conversation, parent)
+        places = {row.episode_id: row for row in session.execute(WAY, values)}
+    if parent not in places:
+        return Past([], 0)
+    last_depth = places[parent].depth
+    chosen = _chosen(places, found, last_depth)
     rows = {row.id: row for row in session.execute(TEXTS, {"ids": chosen})}
     chunks: list[Chunk] = []
     num_missed = 0
@@ -211,7 +181,7 @@ def past(
             chunks.append(Chunk("user", row.question, position=2 * place.depth, **marks))
             chunks.append(Chunk("assistant", row.answer, position=2 * place.depth + 1, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
-    return Past(chunks, max(2 * (last.depth + 1) - num_missed, len(chunks)))
+    return Past(chunks, max(2 * (last_depth + 1) - num_missed, len(chunks)))
 
 
 def _chosen(places: Mapping[str, Any], found: Mapping[str, float], last_depth: int) -> list[str]:
@@ -228,33 +198,6 @@ def _chosen(places: Mapping[str, Any], found: Mapping[str, float], last_depth: i
     chosen = dict.fromkeys([*sure, *best])
     room = max(MOST_TURNS + sum(places[turn].pinned for turn in chosen) - len(chosen), 0)
     return [*chosen, *[turn for turn in newest if turn not in chosen][:room]]
-
-
-def _find(session: Session, conversation: str, question: str, vectors: WordVectors | None) -> Mapping[str, float]:
-    """Return the turns that have words of the question, or words near to them, the best first."""
-    wanted = _wanted(question, vectors)
-    if not wanted:
-        return {}
-    rows = session.execute(LOOK_UP, {"conversation": conversation, "terms": list(wanted)}).all()
-    most = max((row.num_turns for row in rows), default=1)
-    scores: dict[str, float] = defaultdict(float)
-    for row in rows:
-        rarity = math.log(1.0 + 2.0 * most / row.num_turns)
-        for turn in row.turns:
-            scores[turn] += wanted[row.term] * rarity
-    # The id of a later turn is larger: of equals the newer.
-    order = sorted(scores, key=lambda turn: (scores[turn], turn), reverse=True)
-    return {turn: scores[turn] for turn in order[:MOST_TURNS]}
-
-
-def _wanted(question: str, vectors: WordVectors | None) -> dict[str, float]:
-    analysis = analyse(question)
-    wanted = dict.fromkeys(analysis.stems, 1.0)
-    words: Sequence[str] = list(dict.fromkeys(analysis.all_content))
-    for near in vectors.near(words) if vectors is not None else ():
-        for word, nearness in near:
-            wanted.setdefault(stem(word), nearness)
-    return wanted
 
 
 def pin(session: Session, conversation: str, episode_id: str, *, pinned: bool) -> bool:

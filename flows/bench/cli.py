@@ -272,3 +272,15 @@ def memory(
     from flows.bench.memory import measure
 
     report.print_fields(json_path, measure(load(), conversations, which, num, with_times=times))
+
+
+@app.command("memory-answers")
+def memory_answers(
+    num: Annotated[int, typer.Option("--num", min=1, help="How many questions.")] = 48,
+    budget: Annotated[int, typer.Option("--budget", min=64, help="Tokens of a prompt.")] = 512,
+    json_path: JsonPath = None,
+) -> None:
+    """Whether memory helps: the share of answers of the base model that have what was said long before."""
+    from flows.bench.memory_answers import answers
+
+    report.print_fields(json_path, answers(num, budget))

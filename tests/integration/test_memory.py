@@ -7,10 +7,11 @@ import random
 
 import pytest
 import sqlalchemy as sa
+from prometheus_client import REGISTRY
 
 import agent.tables  # noqa: F401 (so that the models are known)
 from agent.book import Asked, Book
-from agent.memory import facts, learning, store
+from agent.memory import facts, learning, store, terms
 from agent.memory.prompts import Remembering, Wanted
 from agent.tables import ConversationTerm, Line, Memory, MemoryVote, TurnPlace
 from agent.tools import protocol
@@ -252,8 +253,8 @@ def test_a_word_without_end_loses_no_answer(database):
     episode_id = talking(database, work)
     with database() as session:
         assert session.get(Episode, episode_id) is not None
-        terms = session.scalars(sa.select(ConversationTerm.term)).all()
-    assert "riddl" in terms and max(map(len, terms)) <= store.MAX_TERM_CHARS
+        found = session.scalars(sa.select(ConversationTerm.term)).all()
+    assert "riddl" in found and max(map(len, found)) <= terms.MAX_TERM_CHARS
 
 
 def test_what_cannot_be_found_again_is_kept_all_the_same(database, monkeypatch):
@@ -302,8 +303,8 @@ def test_a_deleted_turn_leaves_nothing_that_is_remembered(database):
         conversations.delete_turn(session, gone, USER)
         store.forget_turn(session, gone)
     with database() as session:
-        terms = set(session.scalars(sa.select(ConversationTerm.term)))
-        assert facts.of_user(session, USER) == [] and "newt" in terms and "walnut" not in terms
+        words = set(session.scalars(sa.select(ConversationTerm.term)))
+        assert facts.of_user(session, USER) == [] and "newt" in words and "walnut" not in words
         assert not session.get_one(TurnPlace, gone).pinned
 
 
@@ -374,3 +375,26 @@ def test_a_migrated_conversation_has_the_places_that_its_turns_would_have_been_g
         session.execute(sa.delete(Line))
         session.execute(sa.text(migration.PLACES))
         assert session.execute(PLACES_NOW).all() == before
+
+
+def told(made, name):
+    return REGISTRY.get_sample_value(f"{name}_count", {"kind": made}) or 0.0
+
+
+def test_contexts_are_counted_by_whether_all_of_it_fitted(database, base_model_dir):
+    names = ("everloop_memory_context_seconds", "everloop_memory_budget_used_ratio")
+    before = {(made, name): told(made, name) for made in ("whole", "chosen") for name in names}
+
+    async def work(talk):
+        parent = None
+        for number in range(30):
+            parent = await talk.say(f"Tell me of station number {number} and its trains, please.", parent=parent)
+        return talk, parent
+
+    talk, last = talking(database, work)
+    remembering(database, base_model_dir, memory_tokens=200).prompt(asked("What now?", talk, last))
+    maker = remembering(database, base_model_dir, memory_tokens=4000, max_model_tokens=8192)
+    maker.prompt(asked("What now?", talk, last))
+    maker.prompt(asked("What now?", talk, last))
+    grown = {key: told(*key) - count for key, count in before.items()}
+    assert grown == {(made, name): times for made, times in (("whole", 2.0), ("chosen", 1.0)) for name in names}

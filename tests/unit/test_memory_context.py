@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.memory.context import build, parts
+from agent.memory.context import build
 from agent.memory.counting import ByteCounter, Counter
 from agent.memory.importance import BY_WORDS_ALONE, Chunk, Weights
 from agent.memory.refill import draft, refill
+from agent.memory.splitting import parts
 from agent.memory.words import analyse
 from infra.errors import InvalidRequestError
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 
+import hypothesis.strategies as st
 import numpy as np
+import pytest
+from hypothesis import given, settings
 
 from agent.memory import learning
 from agent.memory.importance import NAMES, Weights
@@ -57,3 +60,41 @@ def test_a_weight_stays_within_its_bounds_and_pins_are_not_learned() -> None:
     weights, usual = state.weights(has_vectors=True), Weights()
     assert weights.pinned == usual.pinned and weights.corrected == usual.corrected
     assert weights.meaning > usual.meaning
+
+
+ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
+THUMB = st.tuples(st.dictionaries(st.sampled_from([*NAMES, "nonsense"]), ANYTHING), st.sampled_from([-1, 1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(THUMB, st.booleans()), max_size=60), st.integers(1, 40))
+def test_no_stream_of_thumbs_leads_out_of_bounds(stream, times) -> None:
+    state = State(0, {}, 0.0, 0)
+    for (offsets, value), is_undone in stream * times:
+        after = learning.step(state, offsets, value)
+        change = learning.moved(state, after)
+        state = learning.taken_back(after, change, 0) if is_undone else after
+    for has_vectors in (True, False):
+        importance = np.exp(np.clip(state.weights(has_vectors=has_vectors).vector(), 0, None).sum())
+        assert np.isfinite(importance), "all features at once"
+    assert all(abs(each) <= learning.MOST_SHIFT for each in state.shift.values())
+    assert abs(state.baseline) <= 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.floats(-4, 4), min_size=len(LEARNED)), st.sampled_from([-1, 1])), max_size=30),
+    st.lists(st.floats(-4, 4), min_size=len(LEARNED), max_size=len(LEARNED)),
+)
+def test_what_is_taken_back_leaves_the_decay_and_what_it_did_to_later_steps(later, own) -> None:
+    def play_later(state):
+        for offsets, value in later:
+            # The baseline says how surprising a thumb is; here all that comes later is as surprising in both.
+            state = learning.step(State(0, state.shift, 0.0, 0), dict(zip(LEARNED, offsets, strict=False)), value)
+        return state
+
+    start = State(0, {}, 0.0, 0)
+    after = learning.step(start, dict(zip(LEARNED, own, strict=True)), 1)
+    undone = learning.taken_back(play_later(after), learning.moved(start, after), len(later))
+    never = play_later(State(0, {}, 0.0, 0))
+    assert undone.shift == pytest.approx({**dict.fromkeys(undone.shift, 0.0), **never.shift}, abs=1e-9)
