@@ -75,7 +75,7 @@ def openai_messages(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "id": call["id"],
                 "type": "function",
-                "function": {"name": call["tool"], "arguments": _written(call["arguments"])},
+                "function": {"name": call["tool"], "arguments": written(call["arguments"])},
             }
             for call in told
         ]
@@ -99,6 +99,12 @@ def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else:
             found.append(dict(message))
     return found
+
+
+def handed_over(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the calls that the client was to make when the answer ended."""
+    calls = next((step["calls"] for step in reversed(steps) if "calls" in step), ())
+    return [call for call in calls if call["status"] == "handed_over"]
 
 
 def goes_on(steps: Sequence[Mapping[str, Any]]) -> bool:
@@ -125,5 +131,6 @@ def _parsed(arguments: str) -> Any:
         return arguments
 
 
-def _written(arguments: Any) -> str:
+def written(arguments: Any) -> str:
+    """Return the arguments of a call as the text that OpenAI's API has for them."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -125,7 +125,7 @@ def list_input_items(
     """List the messages that a response of yours answered, without what came before them."""
     with transaction(request.app.state.sessions) as session:
         row = place.readable(session, response_id, user)
-        found = items.of_turn(row.id, row.messages, "", row.status, items.num_input(row, whole=True))
+        found = items.asked(row, whole=True)
     if order == "desc":
         found.reverse()
     if after is not None:
