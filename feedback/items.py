@@ -9,7 +9,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from feedback import conversations, steps
+from feedback import conversations, episodes, steps
 from feedback.tables import Conversation, ConversationItem, Episode
 from infra.errors import ConflictError, NotFoundError
 from infra.ids import new_id
@@ -41,7 +41,7 @@ class Item:
 
 
 def messages(found: Iterable[Item]) -> list[dict[str, Any]]:
-    """Return items as messages of a chat; calls stand in the message of the assistant's that they were made with."""
+    """Return items as messages of a chat; calls stand in the assistant's message that they were made with."""
     said: list[dict[str, Any]] = []
     for item in found:
         if item.call_id is not None:
@@ -229,7 +229,7 @@ def page(
     conversations.own(session, conversation_id, user_id)
     descending = order == "desc"
     # Each turn has an item at least, so that many turns are enough: the one that `after` is of, and so many more.
-    turns = sa.select(Episode).where(Episode.conversation_id == conversation_id)
+    turns = sa.select(Episode).where(Episode.conversation_id == conversation_id, episodes.is_shown())
     own = sa.select(ConversationItem).where(ConversationItem.conversation_id == conversation_id)
     if after is not None:
         turn_id = f"ep_{after.split('_')[1]}"

@@ -107,9 +107,14 @@ def handed_over(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [call for call in calls if call["status"] == "handed_over"]
 
 
+def continued(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the answer that another goes on from; None where it begins with its question."""
+    return steps[0].get("continues") if steps else None
+
+
 def goes_on(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether an answer goes on from one that waited for a yes; its question was that one's."""
-    return bool(steps) and "continues" in steps[0]
+    """Tell whether an answer goes on from one that stopped before its end; its question was that one's."""
+    return continued(steps) is not None
 
 
 def is_ones_own(message: Mapping[str, Any]) -> bool:

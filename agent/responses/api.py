@@ -17,7 +17,7 @@ from agent.responses import place, view
 from agent.responses.events import events
 from agent.responses.schema import ResponseRequest
 from agent.turn import Turn
-from feedback import conversations, items
+from feedback import conversations, episodes, items
 from feedback.api import Limit
 from feedback.identity import CurrentUser, UserHeader, named
 from feedback.items_view import AfterItem, ItemPage, Order
@@ -96,8 +96,10 @@ def delete(response_id: CleanText, user: CurrentUser, request: Request) -> Delet
     """
     with transaction(request.app.state.sessions) as session:
         place.readable(session, response_id, user)
+        turn = episodes.same_turn(session, response_id)
         num_signals = conversations.delete_turn(session, response_id, user)
-        store.forget_turn(session, response_id)
+        for each in turn:
+            store.forget_turn(session, each)
     return DeletedResponse(id=response_id, num_signals_withdrawn=num_signals)
 
 
