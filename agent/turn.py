@@ -34,18 +34,22 @@ from infra.telemetry import tracing
 
 @dataclass(frozen=True, slots=True)
 class Waited:
-    """An episode that stopped for somebody's yes, to be gone on from.
+    """An episode that stopped before its end, for somebody's yes or because something broke, to be gone on from.
 
     Parameters
     ----------
     claim
-        Takes its calls to be made, for the episode of this name and once; returns which are allowed.
+        Takes its calls to be made, for the episode of this name and once; returns which are allowed. None where
+        there are none left to make.
+    may_learn
+        Whether it may be learned from; what goes on from it may be no more than that.
     """
 
     episode_id: str
     messages: list[dict[str, Any]]
     steps: list[dict[str, Any]]
-    claim: Callable[[str], Awaitable[dict[str, bool]]]
+    claim: Callable[[str], Awaitable[dict[str, bool]]] | None
+    may_learn: bool = True
 
 
 class Turn:
@@ -191,8 +195,8 @@ class Turn:
         return {**(self.body.noted or {}), **given} or None
 
     async def _resume(self, waited: Waited) -> None:
-        """Make the calls of another episode that are allowed now."""
-        allowed = await waited.claim(self.recording.episode_id)
+        """Take over the steps of another episode, and make those of its calls that are allowed now."""
+        allowed = await waited.claim(self.recording.episode_id) if waited.claim else {}
         await self.tools.resume(waited.episode_id, waited.steps, allowed)
         self.recording.finish_reason = self.tools.finish_reason
 
@@ -216,7 +220,8 @@ class Turn:
 
     def _may_learn(self, begun: Begun) -> bool:
         is_trial = begun.assignment.release.startswith(RUN_PREFIX)
-        return self.body.store and begun.may_learn and not is_trial
+        could_before = self.waited is None or self.waited.may_learn
+        return self.body.store and begun.may_learn and could_before and not is_trial
 
     def memory_headers(self) -> dict[str, str]:
         """Return the header that tells how much of what was said before the model saw."""
