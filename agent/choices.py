@@ -34,6 +34,10 @@ class Choices:
         begun = await self.first.assign()
         for turn in self.turns:
             turn.begun = begun
+        if len(self.turns) > 1:
+            prompted = await self.first.prompt()
+            for turn in self.turns:
+                turn.prompted = prompted
         await self._each(lambda turn: turn.begin())
 
     async def finish(self) -> None:

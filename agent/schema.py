@@ -275,6 +275,19 @@ class ChatRequest(Sampled):
             self.parent = parent
         return self
 
+    def own_messages(self, said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages, of all that were `said`, that are new with this request.
+
+        Who asks by chat completions sends all of them each time. Of what follows a turn that is known the question
+        alone is new, or the results of the calls that the turn ended with.
+        """
+        if (num_input := (self._noted or {}).get("num_input")) is not None:
+            return said[-num_input:]
+        if self.parent is None:
+            return said
+        num_results = next((at for at, each in enumerate(reversed(said)) if each["role"] != "tool"), len(said))
+        return said[-max(num_results, 1) :]
+
     @property
     def has_its_past(self) -> bool:
         """Whether all that was said before is among the messages, put there by the server itself."""

@@ -122,8 +122,10 @@ def delete(completion_id: CleanText, user: CurrentUser, request: Request) -> Del
     """Delete an answer of yours with its question, withdraw what was said of it, and have it taught no more."""
     with transaction(request.app.state.sessions) as session:
         _stored(session, completion_id, user)
+        turn = episodes.same_turn(session, completion_id)
         num_signals = conversations.delete_turn(session, completion_id, user)
-        store.forget_turn(session, completion_id)
+        for each in turn:
+            store.forget_turn(session, each)
     return DeletedCompletion(id=completion_id, num_signals_withdrawn=num_signals)
 
 

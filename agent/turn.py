@@ -7,16 +7,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from agent import metrics
 from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
-from agent.memory.prompts import Wanted
+from agent.prompting import Prompted, Prompter
 from agent.schema import ChatRequest, check_budget
 from agent.tools.protocol import Call, Reader
 from agent.tools.tool import Caller
@@ -25,7 +23,6 @@ from agent.tools.use import ToolUse
 from feedback import episodes
 from feedback.conversations import Place
 from feedback.episodes import Recording
-from feedback.steps import plain
 from infra.engine import LATEST, RUN_PREFIX
 from infra.engine_wire import EngineError
 from infra.errors import EverloopError, InvalidRequestError, NotFoundError, UnavailableError
@@ -37,18 +34,22 @@ from infra.telemetry import tracing
 
 @dataclass(frozen=True, slots=True)
 class Waited:
-    """An episode that stopped for somebody's yes, to be gone on from.
+    """An episode that stopped before its end, for somebody's yes or because something broke, to be gone on from.
 
     Parameters
     ----------
     claim
-        Takes its calls to be made, for the episode of this name and once; returns which are allowed.
+        Takes its calls to be made, for the episode of this name and once; returns which are allowed. None where
+        there are none left to make.
+    may_learn
+        Whether it may be learned from; what goes on from it may be no more than that.
     """
 
     episode_id: str
     messages: list[dict[str, Any]]
     steps: list[dict[str, Any]]
-    claim: Callable[[str], Awaitable[dict[str, bool]]]
+    claim: Callable[[str], Awaitable[dict[str, bool]]] | None
+    may_learn: bool = True
 
 
 class Turn:
@@ -107,7 +108,7 @@ class Turn:
         self._events: AsyncIterator[dict[str, Any]]
         self._stream: Any = None
         self._told: list[dict[str, Any]] = []
-        self._context: dict[str, Any] | None = None
+        self.prompted: Prompted | None = None
         self.has_begun = False
         self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
@@ -142,14 +143,11 @@ class Turn:
         begun = self.begun or await self.assign()
         assignment, self._key = begun.assignment, begun.key
         is_trial = assignment.release.startswith(RUN_PREFIX)
+        if self.prompted is None:
+            self.prompted = Prompted(self.waited.messages) if self.waited else await self.prompt()
+        prompted = self.prompted
         self.tools = self._tools(begun)
-        may_learn = self.body.store and begun.may_learn and not is_trial
-        sampling = self.body.sampling(self.settings.max_answer_tokens, self.index)
-        if self.waited:
-            messages = self.waited.messages
-        else:
-            made = await self._prompt(assignment.release, sampling["max_tokens"], explores=may_learn)
-            messages = self.tools.introduce(made)
+        self.tools.count = prompted.count or self.tools.count
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
             user_id=self.body.user,
@@ -158,13 +156,13 @@ class Turn:
             canary_id=assignment.canary_id,
             arm=assignment.arm,
             propensity=assignment.propensity,
-            messages=messages,
-            sampling=sampling,
-            learn=may_learn,
+            messages=prompted.messages,
+            sampling=self.body.sampling(self.settings.max_answer_tokens, self.index),
+            learn=self._may_learn(begun),
             conversation_id=self.body.conversation,
             parent_id=self.body.parent,
-            context=self._context,
-            request=self.body.noted,
+            context=prompted.context,
+            request=self._noted(prompted),
             steps=self.tools.steps,
         )
         tracing.note(
@@ -178,7 +176,7 @@ class Turn:
             if self.waited:
                 await self._resume(self.waited)
             if self.tools.stop is None:
-                await self._open(self.tools.prompt(messages))
+                await self._open(self.tools.prompt(prompted.messages))
             self.has_begun, self._is_closed = True, False
         except EverloopError as error:
             # Who met an arm that could not answer counts for it, too; and what tools have done is done.
@@ -192,9 +190,13 @@ class Turn:
                 await self._end()
             raise
 
+    def _noted(self, prompted: Prompted) -> dict[str, Any] | None:
+        given = {"given": prompted.given} if prompted.given else {}
+        return {**(self.body.noted or {}), **given} or None
+
     async def _resume(self, waited: Waited) -> None:
-        """Make the calls of another episode that are allowed now."""
-        allowed = await waited.claim(self.recording.episode_id)
+        """Take over the steps of another episode, and make those of its calls that are allowed now."""
+        allowed = await waited.claim(self.recording.episode_id) if waited.claim else {}
         await self.tools.resume(waited.episode_id, waited.steps, allowed)
         self.recording.finish_reason = self.tools.finish_reason
 
@@ -206,45 +208,24 @@ class Turn:
         caller = Caller(self.body.user, self.toolbox.sessions)
         return ToolUse(self.settings, self.body, offers, caller, self.must_end)
 
-    async def _prompt(self, release: str, max_answer_tokens: int, *, explores: bool) -> list[dict[str, Any]]:
-        """Return what the model is to see, and note how it was made."""
-        tools = self.tools
-        given = [message.model_dump(exclude_none=True) for message in self.body.messages]
-        messages = given if tools.is_native else plain(given)
-        remembering = self.book.remembering
-        wanted = Wanted(
-            self.body.user,
-            messages,
-            None if self.body.has_its_past else self.body.conversation,
-            self.body.parent,
-            max_answer_tokens,
-            truncate=self.body.truncation == "auto",
-            explores=explores,
-            tools=tools.told if tools.is_native else None,
-            introduction=tools.introduction,
-            reserved_tokens=tools.reserved_tokens,
-        )
-        if remembering is None or remembering.needs_nothing(wanted):
-            return messages
-        made = await anyio.to_thread.run_sync(remembering.prompt, wanted)
-        if self.settings.memory_refill == "model":
-            made = await made.written_by(partial(self._write_again, release), remembering.counter())
-        self._context = made.record
-        tools.count = remembering.counter().text
-        return made.messages
+    async def prompt(self) -> Prompted:
+        """Return what the model is to see; other choices of the same request take it over."""
+        begun = self.begun
+        assert begun is not None
+        max_tokens = self.body.sampling(self.settings.max_answer_tokens)["max_tokens"]
+        prompter = Prompter(self.book, self.fleet, self.settings)
+        tools = self._tools(begun)
+        release = begun.assignment.release
+        return await prompter.prompt(self.body, tools, release, max_tokens, explores=self._may_learn(begun))
 
-    async def _write_again(self, release: str, messages: list[dict[str, Any]], max_tokens: int) -> str:
-        """Have the release write a message again, shorter (:mod:`agent.memory.rewriting`)."""
-        payload = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
-        text = ""
-        async with self.fleet.stream_chat(release, payload, affinity=self.body.user, at_once=True) as events:
-            async for event in events:
-                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-        return text
+    def _may_learn(self, begun: Begun) -> bool:
+        is_trial = begun.assignment.release.startswith(RUN_PREFIX)
+        could_before = self.waited is None or self.waited.may_learn
+        return self.body.store and begun.may_learn and could_before and not is_trial
 
     def memory_headers(self) -> dict[str, str]:
         """Return the header that tells how much of what was said before the model saw."""
-        made = self._context
+        made = self.prompted.context if self.prompted else None
         if made is None:
             return {}
         used = {"kept": made["kept"], "earlier": made["earlier"], "memories": len(made["memories"])}

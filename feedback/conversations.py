@@ -225,7 +225,9 @@ def find_turns(session: Session, user_id: str, query: str, limit: int) -> list[T
     columns = (Episode.id, Episode.parent_id, sa.func.coalesce(_question, ""), Episode.answer, Episode.status)
     rest = (Episode.finish_reason, Episode.release, Episode.created_at)
     words = _sought(user_id, query)
-    found = sa.select(*columns, *rest).where(sa.func.numnode(words) > 0, _holds(user_id, words))
+    found = sa.select(*columns, *rest).where(
+        sa.func.numnode(words) > 0, _holds(user_id, words), episodes.is_shown()
+    )
     return [TurnRow(*row) for row in session.execute(found.order_by(Episode.id.desc()).limit(limit))]
 
 
@@ -288,7 +290,7 @@ def turns(
         Episode.created_at,
         _used,
         Episode.steps,
-    ).where(Episode.conversation_id == conversation_id)
+    ).where(Episode.conversation_id == conversation_id, episodes.is_shown())
     if before is not None:
         query = query.where(Episode.id < before)
     rows = session.execute(query.order_by(Episode.id.desc()).limit(limit)).all()
@@ -377,6 +379,7 @@ def delete(session: Session, conversation_id: str, user_id: str) -> Deletion:
 def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
     """Delete one answer with its question, as :func:`delete` does a conversation; return the signals withdrawn.
 
+    What it went on from after a yes is the same turn, and goes with it.
     What later turns were shown of it stays in them, until they or their conversation are deleted.
 
     Raises
@@ -388,7 +391,7 @@ def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
     episode = episodes.get(session, episode_id, user_id)
     if not episode.messages:
         raise episodes.not_found(episode_id)
-    return _delete_turns(session, user_id, [episode_id])
+    return _delete_turns(session, user_id, episodes.same_turn(session, episode_id))
 
 
 def _delete_turns(session: Session, user_id: str, own: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from feedback import conversations, items
 from feedback.api import Before, Limit
 from feedback.identity import NamedUser
-from feedback.items_view import AfterItem, ItemId, ItemPage, ItemView, Order
+from feedback.items_view import AfterItem, AnyItemView, ItemId, ItemPage, Order, shown
 from infra.access.gate import needs
 from infra.access.roles import Role
 from infra.db import transaction
@@ -232,10 +232,10 @@ def add_items(conversation_id: CleanText, body: NewItems, user: NamedUser, reque
 
 
 @router.get("/{conversation_id}/items/{item_id}")
-def get_item(conversation_id: CleanText, item_id: ItemId, user: NamedUser, request: Request) -> ItemView:
+def get_item(conversation_id: CleanText, item_id: ItemId, user: NamedUser, request: Request) -> AnyItemView:
     """Return a message of a conversation of yours."""
     with transaction(request.app.state.sessions) as session:
-        return ItemView.of(items.get(session, conversation_id, user, item_id))
+        return shown(items.get(session, conversation_id, user, item_id))
 
 
 @router.delete("/{conversation_id}/items/{item_id}")

@@ -9,9 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from feedback import tool_calls, users
+from feedback.steps import continued
 from feedback.tables import Conversation, Episode, SelfEvaluation
 from infra.db import among
 from infra.errors import NotFoundError
@@ -104,7 +105,7 @@ def record_many(
     for recording, created_at in _in_conversations(session, list(recordings)):
         written.append(recording)
         row = {name: getattr(recording, name) for name in COLUMNS}
-        row["id"] = recording.episode_id
+        row |= {"id": recording.episode_id, "continues": continued(recording.steps)}
         if created_at is not None:
             row["created_at"] = created_at
         rows.append(row)
@@ -168,7 +169,35 @@ def blanked() -> dict[str, Any]:
         "request": None,
         "conversation_id": None,
         "parent_id": None,
+        "continues": None,
     }
+
+
+def is_shown() -> sa.ColumnElement[bool]:
+    """Return the condition that an episode stands for its turn.
+
+    An answer that waited, or broke off, and went on as another is one turn with it. But where something else follows
+    it, it is a place that one comes from, and stays.
+    """
+    later, child = aliased(Episode), aliased(Episode)
+    went_on = sa.exists().where(later.continues == Episode.id)
+    is_followed = sa.exists().where(child.conversation_id == Episode.conversation_id, child.parent_id == Episode.id)
+    return sa.or_(~went_on, is_followed)
+
+
+def same_turn(session: Session, episode_id: str) -> list[str]:
+    """Return the ids of all answers that are one turn with this one: what it went on from, and as what."""
+    found = {episode_id}
+    latest = {episode_id}
+    while latest:
+        rows = session.execute(
+            sa.select(Episode.id, Episode.continues).where(
+                sa.or_(among(Episode.id, latest), among(Episode.continues, latest))
+            )
+        ).all()
+        latest = {each for row in rows for each in row if each is not None} - found
+        found |= latest
+    return sorted(found)
 
 
 def record_self_evaluation(session: Session, recording: Recording, p_good: float) -> bool:

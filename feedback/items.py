@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from feedback import conversations
+from feedback import conversations, episodes, steps
 from feedback.tables import Conversation, ConversationItem, Episode
 from infra.errors import ConflictError, NotFoundError
 from infra.ids import new_id
@@ -20,48 +20,124 @@ ANSWER = "out"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A message with an id that sorts by time: of a turn (its number in the turn, or ``out``), or one put in."""
+    """What was said once, with an id that sorts by time: of a turn (its number in the turn, or ``out``), or put in.
+
+    Parameters
+    ----------
+    role
+        ``system``, ``user``, ``assistant``, or ``tool`` for what a call of the client's returned.
+    call
+        The call that it is (``id``, ``name``, ``arguments`` as text), where the client was to make one.
+    call_id
+        The call that it is the result of.
+    """
 
     id: str
     role: str
     content: str
     is_complete: bool = True
-
-    @property
-    def message(self) -> dict[str, str]:
-        """The message as a model is shown it."""
-        return {"role": self.role, "content": self.content}
+    call: Mapping[str, str] | None = None
+    call_id: str | None = None
 
 
-def of_turn(
-    episode_id: str, messages: Sequence[dict[str, Any]], answer: str, status: str, num_input: int
-) -> list[Item]:
-    """Return the items of a turn: what was asked in it (the last `num_input` messages), and the answer."""
-    own = list(messages[-num_input:]) if num_input else []
-    items = [
-        Item(item_id(episode_id, f"{number:03}"), message["role"], str(message.get("content") or ""))
-        for number, message in enumerate(own)
-    ]
-    if answer:
-        items.append(Item(item_id(episode_id, ANSWER), "assistant", answer, status == "complete"))
-    return items
+def messages(found: Iterable[Item]) -> list[dict[str, Any]]:
+    """Return items as messages of a chat; calls stand in the assistant's message that they were made with."""
+    said: list[dict[str, Any]] = []
+    for item in found:
+        if item.call_id is not None:
+            said.append({"role": "tool", "tool_call_id": item.call_id, "content": item.content})
+            continue
+        if item.call is None:
+            said.append({"role": item.role, "content": item.content})
+            continue
+        if not said or said[-1]["role"] != "assistant":
+            said.append({"role": "assistant"})
+        function = {"name": item.call["name"], "arguments": item.call["arguments"]}
+        said[-1].setdefault("tool_calls", []).append(
+            {"id": item.call["id"], "type": "function", "function": function}
+        )
+    return said
+
+
+def given(
+    own: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]], *, expected: int
+) -> dict[str, Any] | None:
+    """Return what an episode keeps of a request whose words are not simply the last ones of the prompt.
+
+    Everloop adds to what was said (what it remembers, what tells of tools) and cuts it. Neither may come back as if
+    somebody had said so.
+
+    Parameters
+    ----------
+    own
+        What the request said, as it said it.
+    shown
+        What the model sees.
+    expected
+        How many of the last messages of the prompt a reader takes for what was said, unless told otherwise.
+
+    Returns
+    -------
+    dict | None
+        ``num_shown``, the messages at the end of the prompt that are as they were said, and ``first``, those before
+        them.
+    """
+    num_shown = 0
+    for ours, theirs in zip(reversed(own), reversed(shown), strict=False):
+        if ours != theirs:
+            break
+        num_shown += 1
+    if num_shown == len(own) == expected:
+        return None
+    return {"num_shown": num_shown, "first": list(own[: len(own) - num_shown])}
+
+
+def asked(row: Episode, *, whole: bool = False) -> list[Item]:
+    """Return what was asked in a turn, without what Everloop added to it.
+
+    Who asks by chat completions sends all of the messages each time: the last is the question. `whole` has them all
+    be new in a turn that follows none.
+    """
+    noted = row.request or {}
+    kept = noted.get("given")
+    is_first_chat = noted.get("num_input") is None and row.parent_id is None
+    if kept is not None:
+        own = [*kept["first"], *(row.messages[-kept["num_shown"] :] if kept["num_shown"] else ())]
+    else:
+        num = len(row.messages) if is_first_chat else int(noted.get("num_input") or 1)
+        own = list(row.messages[-num:])
+    if is_first_chat and not whole:
+        own = own[-1:]
+    found = [item for message in own for item in _of_message(message)]
+    return [replace(item, id=item_id(row.id, f"{number:03}")) for number, item in enumerate(found)]
+
+
+def _of_message(message: Mapping[str, Any]) -> Iterator[Item]:
+    content = str(message.get("content") or "")
+    if message["role"] == "tool":
+        yield Item("", "tool", content, call_id=message["tool_call_id"])
+        return
+    calls = message.get("tool_calls") or ()
+    if content or not calls:
+        yield Item("", message["role"], content)
+    for call in calls:
+        yield Item("", "assistant", "", call={"id": call["id"], **call["function"]})
+
+
+def answered(row: Episode) -> list[Item]:
+    """Return what a turn answered: a message, and the calls that the client was to make."""
+    found = []
+    if row.answer:
+        found.append(Item(item_id(row.id, ANSWER), "assistant", row.answer, row.status == "complete"))
+    for number, call in enumerate(steps.handed_over(row.steps), 1):
+        called = {"id": call["id"], "name": call["tool"], "arguments": steps.written(call["arguments"])}
+        found.append(Item(item_id(row.id, f"{ANSWER}{number:03}"), "assistant", "", call=called))
+    return found
 
 
 def item_id(episode_id: str, part: str) -> str:
     """Return the id of an item of a turn."""
     return f"msg_{episode_id.partition('_')[2]}_{part}"
-
-
-def num_input(row: Episode, *, whole: bool = False) -> int:
-    """Return how many of the messages that a model was shown were new in this turn.
-
-    Who asks by chat completions sends all of them each time: the last is the question. `whole` has them all be new
-    in a turn that follows none.
-    """
-    said = (row.request or {}).get("num_input")
-    if said is not None:
-        return int(said)
-    return len(row.messages) if whole and row.parent_id is None else 1
 
 
 def thread(session: Session, user_id: str, episode_id: str) -> list[Item]:
@@ -83,9 +159,7 @@ def thread(session: Session, user_id: str, episode_id: str) -> list[Item]:
 
 
 def _items(row: Episode, *, whole: bool = False) -> list[Item]:
-    return (
-        of_turn(row.id, row.messages, row.answer, row.status, num_input(row, whole=whole)) if row.messages else []
-    )
+    return [*asked(row, whole=whole), *answered(row)] if row.messages else []
 
 
 def latest_turn(session: Session, conversation_id: str) -> str | None:
@@ -108,7 +182,7 @@ def put_in(session: Session, conversation_id: str, after: str | None = None) -> 
     return [Item(row.id, row.role, row.content) for row in session.scalars(query.order_by(ConversationItem.id))]
 
 
-def add(session: Session, conversation_id: str, user_id: str, messages: Sequence[tuple[str, str]]) -> list[Item]:
+def add(session: Session, conversation_id: str, user_id: str, said: Sequence[tuple[str, str]]) -> list[Item]:
     """Put messages into a conversation, each a role and a text.
 
     Raises
@@ -117,7 +191,7 @@ def add(session: Session, conversation_id: str, user_id: str, messages: Sequence
         Code ``conversation_not_found``.
     """
     conversations.own(session, conversation_id, user_id)
-    items = [Item(new_id("msg"), role, content) for role, content in messages]
+    items = [Item(new_id("msg"), role, content) for role, content in said]
     # Ids of one millisecond are in no order: these must be.
     ids = sorted(item.id for item in items)
     items = [Item(each, item.role, item.content) for each, item in zip(ids, items, strict=True)]
@@ -155,7 +229,7 @@ def page(
     conversations.own(session, conversation_id, user_id)
     descending = order == "desc"
     # Each turn has an item at least, so that many turns are enough: the one that `after` is of, and so many more.
-    turns = sa.select(Episode).where(Episode.conversation_id == conversation_id)
+    turns = sa.select(Episode).where(Episode.conversation_id == conversation_id, episodes.is_shown())
     own = sa.select(ConversationItem).where(ConversationItem.conversation_id == conversation_id)
     if after is not None:
         turn_id = f"ep_{after.split('_')[1]}"

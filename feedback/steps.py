@@ -75,7 +75,7 @@ def openai_messages(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "id": call["id"],
                 "type": "function",
-                "function": {"name": call["tool"], "arguments": _written(call["arguments"])},
+                "function": {"name": call["tool"], "arguments": written(call["arguments"])},
             }
             for call in told
         ]
@@ -101,9 +101,20 @@ def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def handed_over(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the calls that the client was to make when the answer ended."""
+    calls = next((step["calls"] for step in reversed(steps) if "calls" in step), ())
+    return [call for call in calls if call["status"] == "handed_over"]
+
+
+def continued(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the answer that another goes on from; None where it begins with its question."""
+    return steps[0].get("continues") if steps else None
+
+
 def goes_on(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether an answer goes on from one that waited for a yes; its question was that one's."""
-    return bool(steps) and "continues" in steps[0]
+    """Tell whether an answer goes on from one that stopped before its end; its question was that one's."""
+    return continued(steps) is not None
 
 
 def is_ones_own(message: Mapping[str, Any]) -> bool:
@@ -125,5 +136,6 @@ def _parsed(arguments: str) -> Any:
         return arguments
 
 
-def _written(arguments: Any) -> str:
+def written(arguments: Any) -> str:
+    """Return the arguments of a call as the text that OpenAI's API has for them."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

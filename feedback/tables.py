@@ -102,9 +102,12 @@ class Episode(Base):
     steps: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, default=list, server_default="[]")
     # How it was asked for, beside messages and sampling: metadata, form of the answer, which API; null for none.
     request: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    # The answer that this one goes on from, after a yes or where that broke off: both are one turn.
+    continues: Mapped[str | None]
 
     __table_args__ = (
         sa.CheckConstraint("status IN ('complete', 'interrupted', 'failed')", name="status"),
+        sa.Index("ix_episodes_continues", "continues", postgresql_where=sa.text("continues IS NOT NULL")),
         sa.CheckConstraint("propensity > 0 AND propensity <= 1", name="propensity"),
         sa.Index("ix_episodes_user_id_id", "user_id", "id"),
         sa.Index("ix_episodes_conversation_id_id", "conversation_id", "id", postgresql_where=IN_CONVERSATION),

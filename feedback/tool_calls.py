@@ -147,7 +147,7 @@ def claim(session: Session, episode_id: str, user_id: str, continued_by: str) ->
             f"No call of {episode_id!r} waits for you.", code="episode_not_found", param="episode_id"
         )
     if rows[0].continued_by is not None:
-        raise ConflictError(f"It went on already, as {rows[0].continued_by}.", code="already_continued")
+        raise _went_on(session, rows[0].continued_by)
     statuses = {asked.status for asked in _asked(session, rows)}
     if "expired" in statuses:
         raise ConflictError("A call waited too long and is given up; ask again.", code="tool_call_expired")
@@ -159,6 +159,13 @@ def claim(session: Session, episode_id: str, user_id: str, continued_by: str) ->
         row.continued_by = continued_by
     session.flush()
     return {row.id: row.status == "approved" for row in rows}
+
+
+def _went_on(session: Session, as_: str) -> ConflictError:
+    why = f"It went on already, as {as_}."
+    if session.get(Episode, as_) is None:
+        why = f"It goes on just now, as {as_}. If no such answer comes, its process ended within a call: ask anew."
+    return ConflictError(f"{why} A call is made once.", code="already_continued")
 
 
 def choices(session: Session, user_ids: Iterable[str]) -> dict[str, dict[str, ToolLevel]]:

@@ -17,7 +17,7 @@ from agent.responses import place, view
 from agent.responses.events import events
 from agent.responses.schema import ResponseRequest
 from agent.turn import Turn
-from feedback import conversations, items
+from feedback import conversations, episodes, items
 from feedback.api import Limit
 from feedback.identity import CurrentUser, UserHeader, named
 from feedback.items_view import AfterItem, ItemPage, Order
@@ -96,8 +96,10 @@ def delete(response_id: CleanText, user: CurrentUser, request: Request) -> Delet
     """
     with transaction(request.app.state.sessions) as session:
         place.readable(session, response_id, user)
+        turn = episodes.same_turn(session, response_id)
         num_signals = conversations.delete_turn(session, response_id, user)
-        store.forget_turn(session, response_id)
+        for each in turn:
+            store.forget_turn(session, each)
     return DeletedResponse(id=response_id, num_signals_withdrawn=num_signals)
 
 
@@ -125,7 +127,7 @@ def list_input_items(
     """List the messages that a response of yours answered, without what came before them."""
     with transaction(request.app.state.sessions) as session:
         row = place.readable(session, response_id, user)
-        found = items.of_turn(row.id, row.messages, "", row.status, items.num_input(row, whole=True))
+        found = items.asked(row, whole=True)
     if order == "desc":
         found.reverse()
     if after is not None:

@@ -51,7 +51,7 @@ def find(
         conversation = row.conversation_id
     said = items.thread(session, user_id, previous) if previous is not None else []
     put = items.put_in(session, conversation) if conversation is not None else []
-    return Place(conversation, previous), [item.message for item in items.in_order(said, put)]
+    return Place(conversation, previous), items.messages(items.in_order(said, put))
 
 
 def readable(

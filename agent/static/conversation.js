@@ -28,8 +28,6 @@ export class Conversation {
   root = /** @type {import('./rest.js').Place} */ (new Fork());
   /** Places by the episode that leads there. @type {Map<string, import('./rest.js').Place>} */
   forks = new Map();
-  /** Turns that waited for a yes and went on as others. @type {Set<string>} */
-  continued = new Set();
   before = ''; // The earliest turn that is here, where there are earlier ones.
 
   /** @param {string} id Empty before the first message. @param {import('./turn.js').Page} page */
@@ -52,8 +50,6 @@ export class Conversation {
   add(rows) {
     const isFirst = this.root.turns.length === 0;
     for (const row of rows) {
-      for (const { continues } of row.steps) if (continues) this.continued.add(continues);
-      if (this.continued.has(row.id) && !this.forks.has(row.id)) continue; // What came of it stands in its place.
       const fork = this.forkAfter(row.parent_id ?? '');
       // What broke off and was tried again in its place is no version that anybody asked for.
       const isAgain = fork.turns.some(({ prompt }) => prompt === row.question);

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -15,19 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent.answers import completion
 from agent.api import chat_events
 from agent.exchange import choices_for, streamed, whole
-from agent.schema import ChatRequest, ClientTool, StreamOptions
+from agent.schema import ClientTool, StreamOptions
+from agent.tools import going_on
 from agent.tools.levels import LEVELS
 from agent.tools.tool import Tool
-from agent.turn import Waited
-from feedback import episodes, tool_calls
+from feedback import tool_calls
 from feedback.identity import NamedUser
-from feedback.tables import Episode
 from feedback.tool_calls import Status
 from infra.access.gate import SignedIn, needs
 from infra.access.roles import Role
-from infra.db import Sessions, transaction
+from infra.db import transaction
 from infra.errors import InvalidRequestError, NotFoundError
-from infra.settings import ASSISTANT_MODEL, ToolLevel
+from infra.settings import ToolLevel
 from infra.text import CleanText
 
 router = APIRouter(prefix="/v1", tags=["tools"], dependencies=[needs(Role.USER)])
@@ -172,60 +170,17 @@ def decide(tool_call_id: CleanText, body: Decision, user: NamedUser, request: Re
 async def go_on(
     episode_id: CleanText, body: ContinueRequest, user: NamedUser, caller: SignedIn, request: Request
 ) -> Response:
-    """Go on with an answer that stopped for your yes, once each of its calls is decided.
+    """Go on with an answer that stopped for your yes, once each of its calls is decided; or that broke off.
 
-    The calls that you allowed are made, the others are not, and the model is told. What comes is an answer as that
-    of ``/v1/chat/completions``, with an ``id`` of its own.
+    The calls that you allowed are made, the others are not, and the model is told. Where the answer broke off after
+    its calls had ended, they are not made again. What comes is an answer as that of ``/v1/chat/completions``, with
+    an ``id`` of its own; both are one turn.
     """
     state = request.app.state
-    episode = await anyio.to_thread.run_sync(_episode, state.sessions, episode_id, user)
-    waited = Waited(episode_id, episode.messages, episode.steps, partial(_claim, state.sessions, episode_id, user))
-    same = _request(episode, body, state.toolbox.tools)
+    stopped = await anyio.to_thread.run_sync(going_on.find, state.sessions, episode_id, user)
+    same = going_on.request_of(stopped.episode, state.toolbox.tools, body.model_dump(exclude_unset=True))
+    waited = going_on.waited(state.sessions, stopped)
     choices = await choices_for(same, caller, request, None, waited=waited)
     if not body.stream:
         return await whole(choices, caller, request, lambda: completion(choices.turns))
     return await streamed(choices, caller, request, chat_events(choices, body.stream_options or StreamOptions()))
-
-
-def _episode(sessions: Sessions, episode_id: str, user: str) -> Episode:
-    with transaction(sessions) as session:
-        episode = episodes.get(session, episode_id, user)
-        session.expunge(episode)
-        return episode
-
-
-async def _claim(sessions: Sessions, episode_id: str, user: str, continued_by: str) -> dict[str, bool]:
-    def claim() -> dict[str, bool]:
-        with transaction(sessions) as session:
-            return tool_calls.claim(session, episode_id, user, continued_by)
-
-    return await anyio.to_thread.run_sync(claim)
-
-
-def _request(episode: Episode, body: ContinueRequest, tools: Collection[str]) -> ChatRequest:
-    """Return the request that an episode answered, as far as it still matters."""
-    steps = [step for step in episode.steps if "calls" in step]
-    if not steps:
-        raise NotFoundError(
-            f"No call of {episode.id!r} waits for you.", code="episode_not_found", param="episode_id"
-        )
-    offered = [name for name in steps[-1]["offered"] if name in tools]  # an MCP server may be gone since
-    sampling = {name: value for name, value in episode.sampling.items() if name in ChatRequest.model_fields}
-    question = {"role": "user", "content": "-"}  # what the model sees is the episode's own prompt
-    return ChatRequest.model_validate(
-        {
-            **sampling,
-            "model": episode.release if episode.arm == "pinned" else ASSISTANT_MODEL,
-            "messages": [question],
-            "user": episode.user_id,
-            "store": not (episode.request or {}).get("unstored", False),
-            "conversation": episode.conversation_id,
-            "parent": episode.parent_id,
-            "stream": body.stream,
-            "stream_options": body.stream_options,
-            "tools": body.tools,
-            "server_tools": offered,
-            "response_format": (episode.request or {}).get("response_format"),
-            "metadata": (episode.request or {}).get("metadata"),
-        }
-    )
