@@ -176,8 +176,8 @@ def blanked() -> dict[str, Any]:
 def is_shown() -> sa.ColumnElement[bool]:
     """Return the condition that an episode stands for its turn.
 
-    An answer that waited, or broke off, and went on as another is one turn with it. But where something else follows
-    it, it is a place that one comes from, and stays.
+    An answer that waited, or broke off, and went on as another is one turn with it. But where something else
+    follows it, it is a place that one comes from, and stays.
     """
     later, child = aliased(Episode), aliased(Episode)
     went_on = sa.exists().where(later.continues == Episode.id)
