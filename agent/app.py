@@ -41,6 +41,7 @@ from agent.book import Book
 from agent.guard import Guard
 from agent.memory.prompts import Remembering
 from agent.request_headers import RequestHeaders
+from agent.responses.input import KINDS as ITEM_KINDS
 from agent.schema import ErrorEnvelope
 from agent.self_evaluation import SelfEvaluator
 from agent.serving import Server
@@ -227,6 +228,8 @@ def _field_path(location: tuple[str | int, ...]) -> list[str]:
     at = 2 if path[:1] == ["signals"] else 0
     if len(path) > at and path[at] in KINDS:
         del path[at]  # which signal of the union it was
+    if path[:1] == ["input"] and len(path) > 2 and path[2] in ITEM_KINDS:
+        del path[2]  # which item
     return path
 
 

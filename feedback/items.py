@@ -128,11 +128,18 @@ def answered(row: Episode) -> list[Item]:
     """Return what a turn answered: a message, and the calls that the client was to make."""
     found = []
     if row.answer:
-        found.append(Item(item_id(row.id, ANSWER), "assistant", row.answer, row.status == "complete"))
+        num_steps = sum("calls" in step for step in row.steps) - steps.ended_within(row)
+        own_id = item_id(row.id, answer_part(num_steps))
+        found.append(Item(own_id, "assistant", row.answer, row.status == "complete"))
     for number, call in enumerate(steps.handed_over(row.steps), 1):
         called = {"id": call["id"], "name": call["tool"], "arguments": steps.written(call["arguments"])}
-        found.append(Item(item_id(row.id, f"{ANSWER}{number:03}"), "assistant", "", call=called))
+        found.append(Item(item_id(row.id, f"{ANSWER}c{number:03}"), "assistant", "", call=called))
     return found
+
+
+def answer_part(num_steps: int) -> str:
+    """Return which part of a turn a message is that was said after so many steps; at last it is the answer."""
+    return f"{ANSWER}_{num_steps:02}" if num_steps else ANSWER
 
 
 def item_id(episode_id: str, part: str) -> str:

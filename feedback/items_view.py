@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from feedback.items import Item
 
-ITEM_ID = r"^msg_[0-9a-f]{32}(_[0-9]{3}|_out([0-9]{3})?)?$"
+ITEM_ID = r"^msg_[0-9a-f]{32}(_[0-9]{3}|_out(_[0-9]{2,3}|c[0-9]{3})?)?$"
 ItemId = Annotated[str, Path(pattern=ITEM_ID)]
 AfterItem = Annotated[str | None, Query(pattern=ITEM_ID, description="`last_id` of the page before.")]
 Order = Literal["asc", "desc"]

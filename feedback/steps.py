@@ -112,6 +112,15 @@ def continued(steps: Sequence[Mapping[str, Any]]) -> str | None:
     return steps[0].get("continues") if steps else None
 
 
+def ended_within(row: Any) -> bool:
+    """Tell whether an episode ended with a step: then its answer is what was said beside the calls."""
+    last = next((step for step in reversed(row.steps) if "calls" in step), None)
+    if last is None or last.get("carried"):
+        return False
+    said = (row.answer, len(row.token_ids), row.num_prompt_tokens)
+    return said == (last["text"], last.get("tokens"), last.get("prompt_tokens"))
+
+
 def goes_on(steps: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether an answer goes on from one that stopped before its end; its question was that one's."""
     return continued(steps) is not None

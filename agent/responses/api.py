@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -11,21 +12,24 @@ from pydantic import BaseModel
 
 from agent.answers import shown
 from agent.best_of import step_of
+from agent.choices import Choices
 from agent.exchange import choices_for, streamed, whole
 from agent.memory import store
 from agent.responses import place, view
 from agent.responses.events import events
-from agent.responses.schema import ResponseRequest
+from agent.responses.schema import FunctionTool, ResponseRequest
+from agent.tools import going_on
 from agent.turn import Turn
-from feedback import conversations, episodes, items
+from feedback import conversations, episodes, items, tool_calls
 from feedback.api import Limit
 from feedback.identity import CurrentUser, UserHeader, named
 from feedback.items_view import AfterItem, ItemPage, Order
 from infra.access.gate import SignedIn, needs
-from infra.access.roles import Role
+from infra.access.roles import Caller, Role
 from infra.db import transaction
 from infra.errors import InvalidRequestError
 from infra.parameters import UNSUPPORTED
+from infra.settings import ASSISTANT_MODEL
 from infra.text import CleanText
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"], dependencies=[needs(Role.USER)])
@@ -52,11 +56,44 @@ async def create(
         with transaction(request.app.state.sessions) as session:
             return place.find(session, user, named_conversation, body.previous_response_id)
 
+    said = body.approvals
     where, before = await anyio.to_thread.run_sync(look)
-    choices = await choices_for(body.as_chat(user, before, where), caller, request, x_everloop_user)
+    if said:
+        choices = await _go_on(body, said, where.parent, user, caller, request)
+    else:
+        choices = await choices_for(body.as_chat(user, before, where), caller, request, x_everloop_user)
     if body.stream:
         return await streamed(choices, caller, request, events(choices.first))
     return await whole(choices, caller, request, lambda: _answer(choices.first))
+
+
+async def _go_on(
+    body: ResponseRequest, said: Mapping[str, bool], waits: str | None, user: str, caller: Caller, request: Request
+) -> Choices:
+    """Say yes or no to the calls of a response, and go on with it (:mod:`agent.tools.going_on`)."""
+    state = request.app.state
+
+    def decide() -> going_on.Stopped:
+        with transaction(state.sessions) as session:
+            for call_id, approve in said.items():
+                asked = tool_calls.decide(session, call_id, user, approve=approve)
+                if waits not in episodes.same_turn(session, asked.episode_id):
+                    raise tool_calls.not_found(call_id)
+        return going_on.find(state.sessions, asked.episode_id, user)
+
+    stopped = await anyio.to_thread.run_sync(decide)
+    if body.model not in (ASSISTANT_MODEL, stopped.episode.release):
+        raise InvalidRequestError(
+            f"The answer that waits is {stopped.episode.release}'s: name {ASSISTANT_MODEL!r}, and it goes on.",
+            code=UNSUPPORTED,
+            param="model",
+        )
+    tools = body.tools or (stopped.episode.request or {}).get("tools") or ()
+    named = [tool if isinstance(tool, FunctionTool) else FunctionTool.model_validate(tool) for tool in tools]
+    how = {"stream": body.stream, "tools": [tool.as_chat() for tool in named] or None}
+    same = going_on.request_of(stopped.episode, state.toolbox.tools, how)
+    waited = going_on.waited(state.sessions, stopped)
+    return await choices_for(same, caller, request, None, waited=waited)
 
 
 def _answer(turn: Turn) -> dict[str, Any]:
@@ -65,9 +102,7 @@ def _answer(turn: Turn) -> dict[str, Any]:
     if chosen := step_of(recording.steps):
         answer["usage"]["best_of"] = shown(chosen)
     if turn.body.logprobs:
-        status = answer["status"]
-        said = view.message(recording.episode_id, recording.answer, status, turn.take_logprobs())
-        answer["output"] = [said] if recording.answer else []
+        answer["output"] = view.output(recording.episode_id, recording, turn.take_logprobs())
     return answer
 
 

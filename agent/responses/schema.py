@@ -5,31 +5,59 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
+from agent.responses.input import ApprovalItem, InputItem, as_messages, joined
 from agent.responses.place import Place
-from agent.schema import MAX_MESSAGES, ChatRequest, Sampled, User
+from agent.schema import MAX_MESSAGES, ChatRequest, Function, Sampled, User
 from agent.structured import ResponseFormat, for_engine
 from infra.errors import InvalidRequestError
-from infra.parameters import Content, Metadata, Only, OpenAIRequest, Speaker
+from infra.parameters import UNSUPPORTED, Metadata, Only, OpenAIRequest
 from infra.text import CleanText
 
 LOGPROBS = "message.output_text.logprobs"
+# What may be said of an answer that goes on after a yes; all else was said when it was asked for.
+GOING_ON = frozenset(
+    (
+        *("model", "input", "previous_response_id", "conversation", "stream", "stream_options", "tools"),
+        *("user", "safety_identifier"),
+    )
+)
 EpisodeId = Annotated[CleanText, Field(min_length=1, max_length=64)]
 
 
-class InputItem(OpenAIRequest):
-    """A message; also one of an earlier response, as it was returned."""
+class FunctionTool(Function):
+    """A function of the client's that the model may call."""
 
     only: ClassVar[Mapping[str, Only]] = {
-        "type": Only(("message",), "Only messages are read: send text, and no calls, files or references."),
-        "status": Only(("in_progress", "completed", "incomplete"), "Leave it out."),
-        "phase": Only(("commentary", "final_answer"), "Leave it out."),
+        "type": Only(("function",), "Send functions of yours; tools of the server are named in `server_tools`."),
+        "async": Only((False,), "A call is waited for; leave it out."),
+        "defer_loading": Only((False,), "All tools are told to the model; leave it out."),
+        "allowed_callers": Only((["direct"],), "The model alone calls; leave it out."),
+    }
+    refused: ClassVar[Mapping[str, str]] = {
+        "output_schema": "Outputs are text; say in `description` how to read them."
     }
 
-    role: Speaker
-    content: Content
-    id: str | None = Field(None, description="Not used.")
+    def as_chat(self) -> dict[str, Any]:
+        """Return it as a chat names a tool."""
+        return {"type": "function", "function": self.model_dump(exclude_none=True)}
+
+
+class FunctionChoice(OpenAIRequest):
+    """The tool that must be called: of the client's, or of the server's."""
+
+    only: ClassVar[Mapping[str, Only]] = {
+        "type": Only(("function",), 'Name one tool: {"type": "function", "name": …}, or send "required".')
+    }
+
+    name: CleanText = Field(min_length=1, max_length=64)
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[FunctionChoice, Tag("function")],
+    Discriminator(lambda given: "mode" if isinstance(given, str) else "function"),
+]
 
 
 class TextOptions(OpenAIRequest):
@@ -76,21 +104,18 @@ class ResponseRequest(Sampled):
         "background_options": "Nothing runs in the background; leave it out.",
         "context_management": "Contexts are not compacted on request; leave it out.",
         "image": "Only text is answered; leave it out.",
-        "max_tool_calls": "No tools are called here; leave it out.",
+        "max_tool_calls": "How many steps there are is the operator's to say; leave it out.",
         "moderation": "Nothing is moderated beside the answer; leave it out.",
         "prompt": "Prompts are not kept on the server: send `instructions` and `input`.",
         "prompt_cache_options": "Prompts are cached by what they begin with; leave it out.",
     }
     only: ClassVar[Mapping[str, Only]] = {
         "background": Only((False,), "Nothing runs in the background: stream, or wait for the answer."),
-        "parallel_tool_calls": Only((True, False), "true or false; it changes nothing while no tools are called."),
         "prompt_cache_retention": Only(("in_memory",), "Prompts are cached in memory only; leave it out."),
         "reasoning": Only(({"effort": "none"},), "The model does not reason apart from its answer; leave it out."),
         "service_tier": Only(("auto", "default"), 'There is one tier: "auto" or "default", or leave it out.'),
-        "tool_choice": Only(("auto", "none"), "No tools are called here; leave it out."),
-        "tools": Only(([],), "No tools are called here; leave them out."),
-        "truncation": Only(("disabled",), "Nothing is cut silently: send less, or begin a new conversation."),
     }
+    own: ClassVar[frozenset[str]] = frozenset({"server_tools"})
 
     input: Annotated[list[InputItem], BeforeValidator(_items), Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: CleanText | None = Field(
@@ -112,6 +137,51 @@ class ResponseRequest(Sampled):
     stream: bool = False
     stream_options: StreamOptions | None = None
     text: TextOptions | None = None
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=128)
+    tool_choice: Choice = "auto"
+    parallel_tool_calls: bool = True
+    server_tools: list[CleanText] | None = Field(
+        None,
+        max_length=128,
+        description="The server's tools that may be called; unset, all that are on for the user.",
+    )
+    truncation: Literal["auto", "disabled"] = Field(
+        "disabled", description="Whether a message that is too long is cut in its middle, or refused."
+    )
+
+    @property
+    def approvals(self) -> dict[str, bool]:
+        """What is said to calls that wait, by their ids.
+
+        Raises
+        ------
+        InvalidRequestError
+            Codes ``approvals_alone`` where there is more in the input, ``unsupported_parameter`` for what can no
+            longer be changed.
+        """
+        said = {item.approval_request_id: item.approve for item in self.input if isinstance(item, ApprovalItem)}
+        if not said:
+            return {}
+        if len(said) < len(self.input):
+            raise InvalidRequestError(
+                "A yes or a no goes alone, each once: send other items with the response after it.",
+                code="approvals_alone",
+                param="input",
+            )
+        if self.previous_response_id is None and self.conversation is None:
+            raise InvalidRequestError(
+                "Name the response that waits by `previous_response_id`.",
+                code="tool_call_not_found",
+                param="previous_response_id",
+            )
+        fixed = sorted(name for name in self.model_fields_set - GOING_ON if getattr(self, name) is not None)
+        if fixed:
+            raise InvalidRequestError(
+                "What comes after a yes is the same answer, as it was asked for: leave it out.",
+                code=UNSUPPORTED,
+                param=fixed[0],
+            )
+        return said
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -120,14 +190,23 @@ class ResponseRequest(Sampled):
         noted = {
             "metadata": self.metadata,
             "response_format": form,
-            "instructions": self.instructions is not None,
+            "instructions": self.instructions,
             "unstored": not self.store,
+            "tools": [{"type": "function", **tool.model_dump()} for tool in self.tools],
+            "tool_choice": self._choice if self.tool_choice != "auto" else None,
+            "one_call": not self.parallel_tool_calls,
+            "truncation": self.truncation if self.truncation != "disabled" else None,
         }
         return {
             "api": "responses",
-            "num_input": len(self.input),
+            "num_input": len(as_messages(self.input)),
             **{name: value for name, value in noted.items() if value},
         }
+
+    @property
+    def _choice(self) -> Any:
+        choice = self.tool_choice
+        return choice if isinstance(choice, str) else {"type": "function", "name": choice.name}
 
     def as_chat(self, user: str, before: Sequence[dict[str, Any]], place: Place) -> ChatRequest:
         """Return the same as a request of a chat.
@@ -145,8 +224,7 @@ class ResponseRequest(Sampled):
             Param ``input``.
         """
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        own = [item.model_dump(include={"role", "content"}) for item in self.input]
-        messages = [*system, *before, *own]
+        messages = [*system, *joined(before, as_messages(self.input))]
         if len(messages) > MAX_MESSAGES:
             raise InvalidRequestError(
                 f"With what was said before these are {len(messages)} messages; {MAX_MESSAGES} are taken. Begin "
@@ -154,6 +232,8 @@ class ResponseRequest(Sampled):
                 code="context_length_exceeded",
                 param="input",
             )
+        choice = self.tool_choice
+        named = choice if isinstance(choice, str) else {"type": "function", "function": {"name": choice.name}}
         wants_logprobs = LOGPROBS in self.include or self.top_logprobs > 0
         try:
             chat = ChatRequest.model_validate(
@@ -170,7 +250,11 @@ class ResponseRequest(Sampled):
                     "logprobs": wants_logprobs,
                     "top_logprobs": self.top_logprobs,
                     "conversation": place.conversation,
-                    "tool_choice": "none",  # an answer that waits for a yes has no form in a response
+                    "tools": [tool.as_chat() for tool in self.tools] or None,
+                    "tool_choice": named,
+                    "parallel_tool_calls": self.parallel_tool_calls,
+                    "server_tools": self.server_tools,
+                    "truncation": self.truncation,
                     "response_format": for_engine(self.text.format) if self.text else None,
                 }
             )

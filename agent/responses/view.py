@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from agent.tools.levels import BUILT_IN
 from feedback import items
+from feedback.steps import continued, ended_within, written
 
 STATUS = {"complete": "completed", "failed": "failed", "interrupted": "cancelled"}
 
@@ -24,6 +26,7 @@ class Answered(Protocol):
     request: dict[str, Any] | None
     conversation_id: str | None
     parent_id: str | None
+    steps: list[dict[str, Any]]
 
 
 def response(episode_id: str, created_at_s: int, row: Answered, **changes: Any) -> dict[str, Any]:
@@ -38,23 +41,23 @@ def response(episode_id: str, created_at_s: int, row: Answered, **changes: Any) 
         "background": False,
         "error": error("server_error", "The answer broke off.") if status == "failed" else None,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-        "instructions": row.messages[0]["content"] if request.get("instructions") else None,
+        "instructions": _instructions(row),
         "max_output_tokens": row.sampling.get("max_tokens"),
         "model": row.release,
-        "output": [message(episode_id, row.answer, status)] if row.answer else [],
-        "parallel_tool_calls": True,
-        "previous_response_id": row.parent_id,
+        "output": output(episode_id, row),
+        "parallel_tool_calls": not request.get("one_call", False),
+        "previous_response_id": continued(row.steps) or row.parent_id,
         "conversation": {"id": row.conversation_id} if row.conversation_id else None,
         "reasoning": None,
         "service_tier": "default",
         "store": not request.get("unstored", False),
         "temperature": row.sampling.get("temperature"),
         "text": {"format": text_format(request.get("response_format"))},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": request.get("tool_choice", "auto"),
+        "tools": request.get("tools", []),
         "top_p": row.sampling.get("top_p"),
-        "truncation": "disabled",
-        "usage": usage(row.num_prompt_tokens, len(row.token_ids)),
+        "truncation": request.get("truncation", "disabled"),
+        "usage": usage(*_spent(row)),
         "metadata": request.get("metadata") or {},
         **changes,
     }
@@ -67,13 +70,85 @@ def status_of(row: Answered) -> str:
     return STATUS[row.status]
 
 
+def _instructions(row: Answered) -> str | None:
+    said = (row.request or {}).get("instructions")
+    if said is True:  # an earlier version kept no more than that there were some
+        return str(row.messages[0]["content"])
+    return said or None
+
+
+def _spent(row: Answered) -> tuple[int, int]:
+    """Return the tokens that were read and written, in all steps of the answer itself."""
+    own = [step for step in row.steps if "calls" in step and not step.get("carried")]
+    read, written = (sum(step.get(name, 0) for step in own) for name in ("prompt_tokens", "tokens"))
+    if ended_within(row):
+        return read, written
+    return read + row.num_prompt_tokens, written + len(row.token_ids)
+
+
+def output(
+    episode_id: str, row: Answered, logprobs: Sequence[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return what was answered: what the steps said and called, and the answer.
+
+    Of an answer that goes on from another only what is new.
+    """
+    found = []
+    steps = [step for step in row.steps if "calls" in step]
+    is_within = ended_within(row)
+    for number, step in enumerate(steps):
+        is_last = number == len(steps) - 1
+        if step.get("carried") and not (is_last or not steps[number + 1].get("carried")):
+            continue
+        if step["text"] and not step.get("carried"):
+            told = logprobs if is_last and is_within else None
+            found.append(message(episode_id, step["text"], "completed", told, num_steps=number))
+        found += calls(step)
+    if row.answer and not is_within:
+        found.append(message(episode_id, row.answer, status_of(row), logprobs, num_steps=len(steps)))
+    return found
+
+
+def calls(step: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the calls of a step as the items that the official client knows; none of those that were not made.
+
+    What the client is to call is a ``function_call``; what waits for a yes an ``mcp_approval_request``; what the
+    server called an ``mcp_call``, whether the tool is built in or an MCP server's.
+    """
+    shown = [_call(call) for call in step["calls"]]
+    return [each for each in shown if each is not None]
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    named = {"name": call["tool"], "arguments": written(call["arguments"])}
+    if call["source"] == "client":
+        if call["status"] != "handed_over":
+            return None
+        own = {"id": f"fc_{call['id'].partition('_')[2]}", "call_id": call["id"], "status": "completed"}
+        return {"type": "function_call", **own, **named}
+    if call["status"] == "skipped":
+        return None
+    named |= {"id": call["id"], "server_label": "everloop" if call["source"] == BUILT_IN else call["source"]}
+    if call["status"] == "pending":
+        return {"type": "mcp_approval_request", **named}
+    error = call["error"]
+    return {
+        "type": "mcp_call",
+        **named,
+        "status": "completed" if error is None else "failed",
+        "output": call["result"],
+        "error": None if error is None else {"type": "mcp_tool_execution_error", "content": error},
+        "approval_request_id": call["id"] if call["level"] == "ask" else None,
+    }
+
+
 def message(
-    episode_id: str, text: str, status: str, logprobs: Sequence[dict[str, Any]] | None = None
+    episode_id: str, text: str, status: str, logprobs: Sequence[dict[str, Any]] | None = None, *, num_steps: int = 0
 ) -> dict[str, Any]:
-    """Return the message that a response says; nothing of it yet where `text` is empty."""
+    """Return the message that a response says after so many steps; nothing of it yet where `text` is empty."""
     shown = status if status in ("in_progress", "completed") else "incomplete"
     return {
-        "id": items.item_id(episode_id, items.ANSWER),
+        "id": items.item_id(episode_id, items.answer_part(num_steps)),
         "type": "message",
         "role": "assistant",
         "status": shown,

@@ -264,7 +264,7 @@ class ToolUse:
             For the id of each call that waited, what was said of it.
         """
         self.steps += [{"continues": episode_id}]
-        self.steps += [copy.deepcopy(dict(step)) for step in steps if "calls" in step]
+        self.steps += [{**copy.deepcopy(dict(step)), "carried": True} for step in steps if "calls" in step]
         self._num_carried = len(self.steps)
         self.forced = None
         waited = [call for call in self.steps[-1]["calls"] if call["id"] in allowed]

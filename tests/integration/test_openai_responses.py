@@ -266,7 +266,7 @@ WRONG = [
     ({"conversation": "cv_none"}, "conversation_not_found", "conversation"),
     ({"conversation": "cv_x", "previous_response_id": "ep_x"}, "two_places", "previous_response_id"),
     ({"background": True}, "unsupported_parameter", "background"),
-    ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+    ({"truncation": "perhaps"}, "invalid_request", "truncation"),
     ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools"),
     ({"include": ["reasoning.encrypted_content"]}, "invalid_request", "include"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "invalid_request", "text"),

@@ -8,6 +8,8 @@ from feedback import users
 from feedback.tables import Episode
 from tests.scripted_engine import ScriptedEngine, api_on
 
+NO_TOOLS = {"server_tools": []}  # which would be told of in this request, too
+
 
 @pytest.fixture
 def engine():
@@ -45,14 +47,14 @@ def test_a_response_after_a_chats_first_turn_has_none_of_everloops_own_words_in_
     told = shown(engine)[0]
     assert told[0] == "system" and "herons" in told[1] and "<tools>" in told[1]
     for place in ({"previous_response_id": first["id"]}, {"conversation": talk}):
-        client.responses.create(model="everloop", input="Two.", **place)
+        client.responses.create(model="everloop", input="Two.", extra_body=NO_TOOLS, **place)
         assert shown(engine)[:3] == [("user", "One."), ("assistant", "You said: One."), ("user", "Two.")]
 
 
 def test_a_system_message_of_the_clients_is_carried_as_it_was_sent(http, client, engine, database):
     first = chat(http, ("system", "Echo."), ("user", "One."))
     assert "<tools>" in shown(engine)[0][1]
-    client.responses.create(model="everloop", input="Two.", previous_response_id=first["id"])
+    client.responses.create(model="everloop", input="Two.", previous_response_id=first["id"], extra_body=NO_TOOLS)
     assert shown(engine)[:2] == [("system", "Echo."), ("user", "One.")]
     listed = client.responses.input_items.list(first["id"], order="asc")
     assert [(item.role, item.content[0].text) for item in listed] == [("system", "Echo."), ("user", "One.")]
