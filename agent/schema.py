@@ -300,6 +300,7 @@ class ChatRequest(Sampled):
             return self._noted
         form = for_engine(self.response_format)
         noted = {"metadata": self.metadata, "response_format": form, "unstored": not self.store}
+        noted["one_call"] = not self.parallel_tool_calls
         return {name: value for name, value in noted.items() if value} or None
 
 

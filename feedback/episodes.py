@@ -180,23 +180,23 @@ def is_shown() -> sa.ColumnElement[bool]:
     follows it, it is a place that one comes from, and stays.
     """
     later, child = aliased(Episode), aliased(Episode)
-    went_on = sa.exists().where(later.continues == Episode.id)
+    went_on = sa.exists().where(later.continues == Episode.id, later.user_id == Episode.user_id)
     is_followed = sa.exists().where(child.conversation_id == Episode.conversation_id, child.parent_id == Episode.id)
     return sa.or_(~went_on, is_followed)
 
 
 def same_turn(session: Session, episode_id: str) -> list[str]:
-    """Return the ids of all answers that are one turn with this one: what it went on from, and as what."""
+    """Return the ids of all answers that are one turn with this one, of its user: what came before it and after."""
+    own = Episode.user_id == sa.select(Episode.user_id).where(Episode.id == episode_id).scalar_subquery()
     found = {episode_id}
-    latest = {episode_id}
-    while latest:
-        rows = session.execute(
-            sa.select(Episode.id, Episode.continues).where(
-                sa.or_(among(Episode.id, latest), among(Episode.continues, latest))
-            )
-        ).all()
-        latest = {each for row in rows for each in row if each is not None} - found
-        found |= latest
+    asked: set[str] = set()
+    while latest := found - asked:
+        asked |= latest
+        near = sa.or_(
+            among(Episode.continues, latest),
+            Episode.id.in_(sa.select(Episode.continues).where(among(Episode.id, latest))),
+        )
+        found |= set(session.scalars(sa.select(Episode.id).where(own, near)))
     return sorted(found)
 
 

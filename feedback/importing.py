@@ -276,7 +276,7 @@ def _recording(line: Line, said: dict[str, bool | None], learn_by_default: bool)
         arm=ARM,
         propensity=1.0,
         messages=[message.model_dump() for message in line.episode.messages],
-        steps=line.episode.steps,
+        steps=[{name: value for name, value in step.items() if name != "continues"} for step in line.episode.steps],
         sampling={},
         learn=line.episode.learn and (learn_by_default if consent is None else consent),
         answer=line.episode.answer,

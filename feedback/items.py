@@ -265,7 +265,7 @@ def get(session: Session, conversation_id: str, user_id: str, wanted: str) -> It
     row = session.get(ConversationItem, wanted)
     if row is not None and row.conversation_id == conversation_id:
         return Item(row.id, row.role, row.content)
-    turn = session.get(Episode, f"ep_{wanted.split('_')[1]}" if wanted.count("_") == 2 else "")
+    turn = session.get(Episode, f"ep_{wanted.split('_')[1]}" if wanted.count("_") >= 2 else "")
     if turn is not None and turn.conversation_id == conversation_id:
         for item in _items(turn):
             if item.id == wanted:

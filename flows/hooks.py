@@ -39,8 +39,8 @@ def heeding_cancellation(sessions: Sessions, flow_run_id: str | None) -> Iterato
                         if ended.wait(ASK_EVERY_S):
                             return
                 with sessions.begin() as session:
-                    request_cancel_of_flow(session, str(flow_run_id))
-                return
+                    if request_cancel_of_flow(session, str(flow_run_id)) is not None:
+                        return  # else the run is about to begin, or to be taken over
             except (httpx.HTTPError, PrefectException, *DATABASE_AWAY) as error:
                 log.warning("could not look whether %s was cancelled: %s", flow_run_id, type(error).__name__)
 

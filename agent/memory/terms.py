@@ -16,7 +16,6 @@ from agent.memory.vectors import WordVectors
 from agent.memory.words import analyse, stem
 from agent.tables import ConversationTerm
 from feedback.episodes import Recording
-from feedback.steps import goes_on
 from feedback.tables import Conversation, Episode
 from infra.db import among
 
@@ -53,7 +52,7 @@ CORRECTION = """
 """
 # Whoever deletes the turn waits for this, or this finds it without words.
 NOW = sa.text(f"""
-    SELECT id, conversation_id, steps, coalesce((messages -> -1) ->> 'content', '') AS question,
+    SELECT id, conversation_id, coalesce((messages -> -1) ->> 'content', '') AS question,
         coalesce(({CORRECTION}), answer) AS answer
     FROM episodes WHERE id = ANY(CAST(:ids AS varchar[])) AND conversation_id IS NOT NULL ORDER BY id FOR SHARE
 """)
@@ -61,7 +60,7 @@ NOW = sa.text(f"""
 
 def index(session: Session, recording: Recording) -> None:
     """Index the words of a turn that was just written."""
-    if recording.answer and recording.messages and not goes_on(recording.steps):
+    if recording.answer and recording.messages:
         found = _terms(str(recording.messages[-1].get("content") or ""), recording.answer)
         _add(session, str(recording.conversation_id), recording.episode_id, found)
 
@@ -73,7 +72,7 @@ def index_again(session: Session, episode_ids: Collection[str]) -> None:
     locked = sa.select(Conversation.id).where(Conversation.id.in_(named)).order_by(Conversation.id)
     kept = set(session.scalars(locked.with_for_update(key_share=True)))
     for row in session.execute(NOW, {"ids": sorted(set(episode_ids))}).all():
-        if row.conversation_id in kept and not goes_on(row.steps):
+        if row.conversation_id in kept:
             found = _terms(row.question, row.answer) if row.answer else []
             forget(session, row.conversation_id, row.id, but=found)
             _add(session, row.conversation_id, row.id, found)

@@ -79,15 +79,16 @@ async def _go_on(
                 asked = tool_calls.decide(session, call_id, user, approve=approve)
                 if waits not in episodes.same_turn(session, asked.episode_id):
                     raise tool_calls.not_found(call_id)
+            release = episodes.get(session, asked.episode_id, user).release
+            if body.model not in (ASSISTANT_MODEL, release):  # before anything is decided
+                raise InvalidRequestError(
+                    f"The answer that waits is {release}'s: name {ASSISTANT_MODEL!r}, and it goes on.",
+                    code=UNSUPPORTED,
+                    param="model",
+                )
         return going_on.find(state.sessions, asked.episode_id, user)
 
     stopped = await anyio.to_thread.run_sync(decide)
-    if body.model not in (ASSISTANT_MODEL, stopped.episode.release):
-        raise InvalidRequestError(
-            f"The answer that waits is {stopped.episode.release}'s: name {ASSISTANT_MODEL!r}, and it goes on.",
-            code=UNSUPPORTED,
-            param="model",
-        )
     tools = body.tools or (stopped.episode.request or {}).get("tools") or ()
     named = [tool if isinstance(tool, FunctionTool) else FunctionTool.model_validate(tool) for tool in tools]
     how = {"stream": body.stream, "tools": [tool.as_chat() for tool in named] or None}

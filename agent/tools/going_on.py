@@ -110,6 +110,7 @@ def request_of(episode: Episode, tools: Collection[str], how: Mapping[str, Any])
             "messages": [question],
             "user": episode.user_id,
             "store": not noted.get("unstored", False),
+            "parallel_tool_calls": not noted.get("one_call", False),
             "conversation": episode.conversation_id,
             "server_tools": [name for name in steps[-1]["offered"] if name in tools],
             "response_format": noted.get("response_format"),

@@ -188,6 +188,13 @@ def _schedules(prefect_url: str, headers: dict[str, str]) -> Finding:
         asked = httpx.post(
             f"{prefect_url}/flow_runs/count", json=waiting, timeout=TIMEOUT_S, trust_env=False, headers=headers
         )
+        if asked.status_code in (401, 403):
+            return Finding(
+                "schedules",
+                "warn",
+                "Prefect asks for a password that is not known here",
+                "Set EVERLOOP_PREFECT_AUTH.",
+            )
         number = int(asked.raise_for_status().json())
     except (httpx.HTTPError, ValueError) as error:
         return Finding("schedules", "warn", f"Prefect does not tell them ({type(error).__name__})", "See its log.")

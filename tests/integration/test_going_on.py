@@ -156,3 +156,42 @@ def test_several_answers_have_their_context_made_once(house, ann, database, monk
     chat(ann, conversation=talk, n=3, server_tools=[])
     assert len(made) == 1 and len({json.dumps([row.messages, row.context]) for row in rows(database)}) == 1
     assert len(rows(database)) == 3
+
+
+def test_a_turn_is_one_persons_whatever_an_episode_names(house, ann, database):
+    house.app.state.fleet = Scripted(call("mine", n=7), "Mine.")
+    first = chat(ann)["id"]
+    bob, _ = house.program(house.account("Bob", Role.USER))
+    headers = {"Authorization": bob.headers["Authorization"]}
+    body = {"model": "everloop", "messages": [{"role": "user", "content": "I?"}], "server_tools": []}
+    other = house.inside.post("/v1/chat/completions", json=body, headers=headers).json()["id"]
+    with database.begin() as session:  # as a file could have it
+        session.execute(sa.update(Episode).where(Episode.id == other).values(continues=first))
+    with database() as session:
+        assert episodes.same_turn(session, other) == [other] and episodes.same_turn(session, first) == [first]
+        shown = session.scalars(sa.select(Episode.id).where(episodes.is_shown())).all()
+        assert {first, other} <= set(shown)
+    assert house.inside.delete(f"/v1/responses/{other}", headers=headers).status_code == 200
+    assert next(row for row in rows(database) if row.id == first).messages
+
+
+def test_every_item_that_is_listed_can_be_fetched(house, ann):
+    house.app.state.fleet = Scripted("I ask. " + call("mine", n=7), "It is seven.")
+    talk = ann("POST", "/v1/conversations", {}).json()["id"]
+    first = chat(ann, conversation=talk)["id"]
+    approve(ann)
+    assert go_on(ann, first).status_code == 200
+    listed = ann("GET", f"/v1/conversations/{talk}/items?order=asc").json()["data"]
+    assert any("_out_" in item["id"] for item in listed)
+    for item in listed:
+        assert ann("GET", f"/v1/conversations/{talk}/items/{item['id']}").json() == item
+        assert code(ann("DELETE", f"/v1/conversations/{talk}/items/{item['id']}")) == (409, "item_of_a_turn")
+
+
+def test_what_goes_on_makes_one_call_at_a_time_where_that_was_wished(house, ann):
+    house.app.state.fleet = Scripted(call("mine", n=7), call("mine", n=8) + call("mine", n=9), "Done.")
+    first = chat(ann, parallel_tool_calls=False)["id"]
+    approve(ann)
+    assert go_on(ann, first).status_code == 200
+    waits = ann("GET", "/v1/tool_calls?status=pending").json()["data"]
+    assert [each["arguments"] for each in waits] == [{"n": 8}]

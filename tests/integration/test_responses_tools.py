@@ -175,6 +175,16 @@ def test_a_call_that_asks_goes_on_after_a_yes(house, client, ask, stream, databa
     assert prompt(house) == [("user", "Well?"), ("assistant", "It is seven."), ("user", "Thanks.")]
 
 
+def test_a_refused_request_decides_nothing(house, client, ask):
+    house.app.state.fleet = Scripted(call("mine", n=7), "As you wish.")
+    first = ask(extra_body={"server_tools": ["mine"]})
+    yes = {"type": "mcp_approval_response", "approval_request_id": first.output[0].id, "approve": True}
+    with pytest.raises(openai.BadRequestError, match="goes on"):
+        client.responses.create(model="r9-of-others", previous_response_id=first.id, input=[yes])
+    ask(previous_response_id=first.id, input=[{**yes, "approve": False}])
+    assert house.made == []
+
+
 def test_a_no_is_told_to_the_model(house, client, ask):
     house.app.state.fleet = Scripted(call("mine", n=7), "As you wish.")
     first = ask(extra_body={"server_tools": ["mine"]})
