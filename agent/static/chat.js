@@ -307,7 +307,10 @@ onpopstate = () => void open(addressed(), false);
 document.onvisibilitychange = () => document.visibilityState === 'visible' && void talks.read();
 const typed = draft.value; // Whoever was faster than this script is typing.
 void open(addressed(), false);
-if (typed) draft.value = typed;
+if (typed) {
+  draft.value = typed;
+  saveDraft();
+}
 document.body.classList.remove('starting');
 refresh();
 void talks.read();
