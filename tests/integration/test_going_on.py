@@ -4,32 +4,22 @@ import json
 
 import pytest
 import sqlalchemy as sa
-from fastapi.testclient import TestClient
 
 from agent.memory.prompts import Remembering
-from agent.tools.tool import Tool
 from feedback import conversations, episodes
 from feedback.tables import Episode
 from infra.access.roles import Role
 from infra.engine_wire import EngineError
-from tests.integration.test_access import House, code
+from tests.integration.asking_house import asking_house
+from tests.integration.test_access import code
 from tests.scripted import Scripted, call
 
-PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}}
 BROKEN = EngineError("The engine is gone.")
 
 
 @pytest.fixture
 def house(database, tmp_path):
-    house = House(database, tmp_path, tool_levels={"mine": "ask"}, self_evaluation=False, max_model_tokens=4096)
-    made = house.made = []
-
-    async def run(caller, arguments):
-        made.append(arguments["n"])
-        return f"the result of {arguments['n']}"
-
-    with TestClient(house.app, raise_server_exceptions=False) as house.inside:
-        house.app.state.toolbox.own["mine"] = Tool("mine", "Does it.", PARAMETERS, run)
+    with asking_house(database, tmp_path) as house:
         yield house
 
 

@@ -5,7 +5,6 @@ import json
 import openai
 import pytest
 import sqlalchemy as sa
-from fastapi.testclient import TestClient
 from openai.types.responses import (
     Response,
     ResponseFunctionToolCall,
@@ -16,29 +15,19 @@ from openai.types.responses import (
 from openai.types.responses.response_output_item import McpApprovalRequest, McpCall
 from pydantic import TypeAdapter
 
-from agent.tools.tool import Tool
 from feedback.tables import Episode
 from infra.access.roles import Role
 from infra.engine_wire import EngineError
-from tests.integration.test_access import House
+from tests.integration.asking_house import PARAMETERS, asking_house
 from tests.scripted import Scripted, call
 
-PARAMETERS = {"type": "object", "properties": {"n": {"type": "integer"}}}
 WEATHER = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
 @pytest.fixture
 def house(database, tmp_path):
-    house = House(database, tmp_path, tool_levels={"mine": "ask"}, self_evaluation=False, max_model_tokens=4096)
-    made = house.made = []
-
-    async def run(caller, arguments):
-        made.append(arguments["n"])
-        return f"the result of {arguments['n']}"
-
-    with TestClient(house.app, raise_server_exceptions=False) as house.inside:
-        house.app.state.toolbox.own["mine"] = Tool("mine", "Does it.", PARAMETERS, run)
+    with asking_house(database, tmp_path) as house:
         yield house
 
 
