@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from agent.memory import store
 from agent.responses.place import readable
-from feedback import conversations, episodes, users
+from feedback import episodes, users
 from feedback.api import Limit
 from feedback.identity import CurrentUser, NamedUser
 from feedback.items_view import Order
@@ -122,10 +122,7 @@ def delete(completion_id: CleanText, user: CurrentUser, request: Request) -> Del
     """Delete an answer of yours with its question, withdraw what was said of it, and have it taught no more."""
     with transaction(request.app.state.sessions) as session:
         _stored(session, completion_id, user)
-        turn = episodes.same_turn(session, completion_id)
-        num_signals = conversations.delete_turn(session, completion_id, user)
-        for each in turn:
-            store.forget_turn(session, each)
+        num_signals = store.delete_turn(session, completion_id, user)
     return DeletedCompletion(id=completion_id, num_signals_withdrawn=num_signals)
 
 

@@ -376,11 +376,18 @@ def delete(session: Session, conversation_id: str, user_id: str) -> Deletion:
     return Deletion(len(turn_ids), num_signals)
 
 
-def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
-    """Delete one answer with its question, as :func:`delete` does a conversation; return the signals withdrawn.
+def delete_turn(session: Session, episode_id: str, user_id: str) -> tuple[list[str], int]:
+    """Delete one answer with its question, as :func:`delete` does a conversation.
 
     What it went on from after a yes is the same turn, and goes with it.
     What later turns were shown of it stays in them, until they or their conversation are deleted.
+
+    Returns
+    -------
+    list of str
+        Ids of all answers that went.
+    int
+        Signals that were withdrawn.
 
     Raises
     ------
@@ -391,7 +398,8 @@ def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
     episode = episodes.get(session, episode_id, user_id)
     if not episode.messages:
         raise episodes.not_found(episode_id)
-    return _delete_turns(session, user_id, episodes.same_turn(session, episode_id))
+    turn = episodes.same_turn(session, episode_id)
+    return turn, _delete_turns(session, user_id, turn)
 
 
 def _delete_turns(session: Session, user_id: str, own: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from agent.memory import terms
 from agent.memory.importance import Chunk
 from agent.memory.vectors import WordVectors
 from agent.tables import Line, Memory, TurnPlace
+from feedback import conversations
 from feedback.episodes import Recording
 from feedback.tables import Conversation
 from infra.db import among
@@ -136,6 +137,20 @@ def _placed(session: Session, conversation: str, episode_id: str) -> TurnPlace |
         session.expire_all()
         place = session.get(TurnPlace, episode_id)
     return place
+
+
+def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
+    """Delete a turn of a person with all that was remembered of it; return the signals withdrawn.
+
+    Raises
+    ------
+    NotFoundError
+        Code ``episode_not_found``.
+    """
+    gone, num_signals = conversations.delete_turn(session, episode_id, user_id)
+    for each in gone:
+        forget_turn(session, each)
+    return num_signals
 
 
 def forget_turn(session: Session, episode_id: str) -> None:

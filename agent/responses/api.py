@@ -20,7 +20,7 @@ from agent.responses.events import events
 from agent.responses.schema import FunctionTool, ResponseRequest
 from agent.tools import going_on
 from agent.turn import Turn
-from feedback import conversations, episodes, items, tool_calls
+from feedback import episodes, items, tool_calls
 from feedback.api import Limit
 from feedback.identity import CurrentUser, UserHeader, named
 from feedback.items_view import AfterItem, ItemPage, Order
@@ -80,7 +80,7 @@ async def _go_on(
                 if waits not in episodes.same_turn(session, asked.episode_id):
                     raise tool_calls.not_found(call_id)
             release = episodes.get(session, asked.episode_id, user).release
-            if body.model not in (ASSISTANT_MODEL, release):  # before anything is decided
+            if body.model not in (ASSISTANT_MODEL, release):  # and nothing is decided
                 raise InvalidRequestError(
                     f"The answer that waits is {release}'s: name {ASSISTANT_MODEL!r}, and it goes on.",
                     code=UNSUPPORTED,
@@ -132,10 +132,7 @@ def delete(response_id: CleanText, user: CurrentUser, request: Request) -> Delet
     """
     with transaction(request.app.state.sessions) as session:
         place.readable(session, response_id, user)
-        turn = episodes.same_turn(session, response_id)
-        num_signals = conversations.delete_turn(session, response_id, user)
-        for each in turn:
-            store.forget_turn(session, each)
+        num_signals = store.delete_turn(session, response_id, user)
     return DeletedResponse(id=response_id, num_signals_withdrawn=num_signals)
 
 
