@@ -35,7 +35,7 @@ class Choices:
         for turn in self.turns:
             turn.begun = begun
         if len(self.turns) > 1:
-            prompted = await self.first.prompt()
+            prompted = await self.first.prompt(begun)
             for turn in self.turns:
                 turn.prompted = prompted
         await self._each(lambda turn: turn.begin())

@@ -143,10 +143,11 @@ class Turn:
         begun = self.begun or await self.assign()
         assignment, self._key = begun.assignment, begun.key
         is_trial = assignment.release.startswith(RUN_PREFIX)
-        if self.prompted is None:
-            self.prompted = Prompted(self.waited.messages) if self.waited else await self.prompt()
-        prompted = self.prompted
         self.tools = self._tools(begun)
+        if self.prompted is None:
+            waited = self.waited
+            self.prompted = Prompted(waited.messages) if waited else await self.prompt(begun, self.tools)
+        prompted = self.prompted
         self.tools.count = prompted.count or self.tools.count
         self.recording = Recording(
             episode_id=episodes.new_episode_id(),
@@ -208,14 +209,11 @@ class Turn:
         caller = Caller(self.body.user, self.toolbox.sessions)
         return ToolUse(self.settings, self.body, offers, caller, self.must_end)
 
-    async def prompt(self) -> Prompted:
+    async def prompt(self, begun: Begun, tools: ToolUse | None = None) -> Prompted:
         """Return what the model is to see; other choices of the same request take it over."""
-        begun = self.begun
-        assert begun is not None
         max_tokens = self.body.sampling(self.settings.max_answer_tokens)["max_tokens"]
         prompter = Prompter(self.book, self.fleet, self.settings)
-        tools = self._tools(begun)
-        release = begun.assignment.release
+        tools, release = tools or self._tools(begun), begun.assignment.release
         return await prompter.prompt(self.body, tools, release, max_tokens, explores=self._may_learn(begun))
 
     def _may_learn(self, begun: Begun) -> bool:
