@@ -128,7 +128,7 @@ def answered(row: Episode) -> list[Item]:
     """Return what a turn answered: a message, and the calls that the client was to make."""
     found = []
     if row.answer:
-        num_steps = sum("calls" in step for step in row.steps) - steps.ended_within(row)
+        num_steps = len(steps.with_calls(row.steps)) - steps.ended_within(row)
         own_id = item_id(row.id, answer_part(num_steps))
         found.append(Item(own_id, "assistant", row.answer, row.status == "complete"))
     for number, call in enumerate(steps.handed_over(row.steps), 1):

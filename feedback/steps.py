@@ -101,10 +101,35 @@ def marked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def handed_over(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+# What the calls of a step are before something has come of them.
+UNDER_WAY = ("waiting", "running")
+
+
+def with_calls(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the steps themselves, without the entries that tell where they begin and why they end."""
+    return [step for step in steps if "calls" in step]
+
+
+def last_step(steps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the step that began last; None before the first."""
+    return next((step for step in reversed(steps) if "calls" in step), None)
+
+
+def last_calls(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the calls of the last step."""
+    last = last_step(steps)
+    return last["calls"] if last else []
+
+
+def handed_over(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the calls that the client was to make when the answer ended."""
-    calls = next((step["calls"] for step in reversed(steps) if "calls" in step), ())
-    return [call for call in calls if call["status"] == "handed_over"]
+    return [call for call in last_calls(steps) if call["status"] == "handed_over"]
+
+
+def spent(steps: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the tokens that steps read, and those that they wrote, without those that another answer had taken."""
+    own = [step for step in steps if not step.get("carried")]
+    return sum(step.get("prompt_tokens", 0) for step in own), sum(step.get("tokens", 0) for step in own)
 
 
 def continued(steps: Sequence[Mapping[str, Any]]) -> str | None:
@@ -114,7 +139,7 @@ def continued(steps: Sequence[Mapping[str, Any]]) -> str | None:
 
 def ended_within(row: Any) -> bool:
     """Tell whether an episode ended with a step: then its answer is what was said beside the calls."""
-    last = next((step for step in reversed(row.steps) if "calls" in step), None)
+    last = last_step(row.steps)
     if last is None or last.get("carried"):
         return False
     said = (row.answer, len(row.token_ids), row.num_prompt_tokens)

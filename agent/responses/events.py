@@ -10,6 +10,7 @@ from typing import Any
 from agent.exchange import sse
 from agent.responses import view
 from agent.turn import Turn
+from feedback.steps import UNDER_WAY, with_calls
 from infra.errors import EverloopError
 
 IN_PROGRESS: dict[str, Any] = {
@@ -19,7 +20,6 @@ IN_PROGRESS: dict[str, Any] = {
     "output": [],
     "usage": None,
 }
-RUNS = ("waiting", "running")
 
 
 async def events(turn: Turn) -> AsyncIterator[str]:
@@ -48,7 +48,7 @@ class _Stream:
         self.recording = turn.recording
         self._numbers = count()
         self._num_items = 0
-        self._num_steps = sum("calls" in step for step in self.recording.steps)
+        self._num_steps = len(with_calls(self.recording.steps))
         self._text: str | None = None  # of the message that is being said, if one is
         self._told: list[dict[str, Any]] = []
 
@@ -63,7 +63,7 @@ class _Stream:
         new = self.turn.take_logprobs()
         for step in self.turn.take_news():
             yield from self._end_message("completed")
-            if step.get("carried") or not any(call["status"] in RUNS for call in step["calls"]):
+            if step.get("carried") or not any(call["status"] in UNDER_WAY for call in step["calls"]):
                 self._num_steps += not step.get("carried")
                 for item in view.calls(step):
                     yield from self._call(item)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from agent.tools.levels import BUILT_IN
 from feedback import items
-from feedback.steps import continued, ended_within, written
+from feedback.steps import continued, ended_within, spent, with_calls, written
 
 STATUS = {"complete": "completed", "failed": "failed", "interrupted": "cancelled"}
 
@@ -79,11 +79,10 @@ def _instructions(row: Answered) -> str | None:
 
 def _spent(row: Answered) -> tuple[int, int]:
     """Return the tokens that were read and written, in all steps of the answer itself."""
-    own = [step for step in row.steps if "calls" in step and not step.get("carried")]
-    read, written = (sum(step.get(name, 0) for step in own) for name in ("prompt_tokens", "tokens"))
+    read, wrote = spent(row.steps)
     if ended_within(row):
-        return read, written
-    return read + row.num_prompt_tokens, written + len(row.token_ids)
+        return read, wrote
+    return read + row.num_prompt_tokens, wrote + len(row.token_ids)
 
 
 def output(
@@ -94,7 +93,7 @@ def output(
     Of an answer that goes on from another only what is new.
     """
     found = []
-    steps = [step for step in row.steps if "calls" in step]
+    steps = with_calls(row.steps)
     is_within = ended_within(row)
     for number, step in enumerate(steps):
         is_last = number == len(steps) - 1

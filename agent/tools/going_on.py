@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from agent.schema import ChatRequest
 from agent.turn import Waited
 from feedback import episodes, tool_calls
+from feedback.steps import last_calls, with_calls
 from feedback.tables import Episode
 from infra.db import Sessions, transaction
 from infra.errors import ConflictError, NotFoundError
@@ -45,7 +46,7 @@ def find(sessions: Sessions, episode_id: str, user: str) -> Stopped:
         named = episodes.get(session, episode_id, user)
         last = _last(session, named)
         session.expunge(last)
-    statuses = {call["status"] for call in _last_calls(last)}
+    statuses = {call["status"] for call in last_calls(last.steps)}
     if last is named and "pending" in statuses:
         return Stopped(last, waits=True)
     if last.status != "complete" and statuses and not statuses & {"pending", "handed_over"}:
@@ -68,10 +69,6 @@ def _last(session: Session, episode: Episode) -> Episode:
         if found is None:
             return episode
         episode = found
-
-
-def _last_calls(episode: Episode) -> list[dict[str, Any]]:
-    return next((step["calls"] for step in reversed(episode.steps) if "calls" in step), [])
 
 
 def waited(sessions: Sessions, stopped: Stopped) -> Waited:
@@ -99,7 +96,6 @@ def request_of(episode: Episode, tools: Collection[str], how: Mapping[str, Any])
     how
         What differs: fields of a chat's request.
     """
-    steps = [step for step in episode.steps if "calls" in step]
     noted = episode.request or {}
     sampling = {name: value for name, value in episode.sampling.items() if name in ChatRequest.model_fields}
     question = {"role": "user", "content": "-"}  # what the model sees is the episode's own prompt
@@ -112,7 +108,7 @@ def request_of(episode: Episode, tools: Collection[str], how: Mapping[str, Any])
             "store": not noted.get("unstored", False),
             "parallel_tool_calls": not noted.get("one_call", False),
             "conversation": episode.conversation_id,
-            "server_tools": [name for name in steps[-1]["offered"] if name in tools],
+            "server_tools": [name for name in with_calls(episode.steps)[-1]["offered"] if name in tools],
             "response_format": noted.get("response_format"),
             "metadata": noted.get("metadata"),
             **how,

@@ -71,7 +71,6 @@ class ToolUse:
         self.finish_reason: str | None = None
         self._closing: str | None = None  # why the next generation is the last, and has no tools
         self._num_invalid = 0
-        self._num_carried = 0  # entries that another episode began with
         self._deadline_s = time.monotonic() + settings.tool_max_s
 
     @property
@@ -153,26 +152,24 @@ class ToolUse:
     @property
     def spent(self) -> tuple[int, int]:
         """Tokens that the steps of this turn read, and those that they wrote; without those gone on from."""
-        own = self.steps[self._num_carried :]
-        return sum(step.get("prompt_tokens", 0) for step in own), sum(step.get("tokens", 0) for step in own)
+        return said.spent(self.steps)
 
     @property
     def last_step(self) -> dict[str, Any] | None:
         """The step that began last; None before the first."""
-        return next((step for step in reversed(self.steps) if "calls" in step), None)
+        return said.last_step(self.steps)
 
     @property
     def handed_over(self) -> list[Entry]:
         """The calls with which the turn ended: the client's to make, or to be allowed."""
-        calls = self.last_step["calls"] if self.last_step else []
-        return [call for call in calls if call["status"] in ("handed_over", "pending")]
+        return [call for call in said.last_calls(self.steps) if call["status"] in ("handed_over", "pending")]
 
     def take(self, text: str, calls: Sequence[Call], num_tokens: int, num_prompt_tokens: int) -> None:
         """Begin a step: note what a generation called."""
         entries = [self._entry(call) for call in calls[:MAX_CALLS]]
         for entry in entries[1:] if not self.body.parallel_tool_calls else ():
             entry["status"], entry["error"] = "skipped", "One call at a time; the first was made."
-        number = 1 + sum("calls" in step for step in self.steps)
+        number = 1 + len(said.with_calls(self.steps))
         self.steps.append(
             {
                 "step": number,
@@ -224,7 +221,7 @@ class ToolUse:
             self.stop = "out_of_tokens"
         elif self._num_invalid > MAX_INVALID:
             self._close("invalid_calls")
-        elif sum("calls" in step for step in self.steps) >= self.settings.tool_max_steps:
+        elif len(said.with_calls(self.steps)) >= self.settings.tool_max_steps:
             self._close("max_steps")
         if self.stop is not None:
             self.finish_reason = "length"
@@ -253,9 +250,7 @@ class ToolUse:
         if work.done() and not work.cancelled():
             work.result()  # what fails here is a mistake of ours: a call's own failure is in its entry
 
-    async def resume(
-        self, episode_id: str, steps: Sequence[Mapping[str, Any]], allowed: Mapping[str, bool]
-    ) -> None:
+    async def resume(self, episode_id: str, steps: Sequence[dict[str, Any]], allowed: Mapping[str, bool]) -> None:
         """Go on where another episode waited: make the calls that are allowed now.
 
         Parameters
@@ -264,8 +259,7 @@ class ToolUse:
             For the id of each call that waited, what was said of it.
         """
         self.steps += [{"continues": episode_id}]
-        self.steps += [{**copy.deepcopy(dict(step)), "carried": True} for step in steps if "calls" in step]
-        self._num_carried = len(self.steps)
+        self.steps += [{**copy.deepcopy(dict(step)), "carried": True} for step in said.with_calls(steps)]
         self.forced = None
         waited = [call for call in self.steps[-1]["calls"] if call["id"] in allowed]
         granted = []
@@ -285,7 +279,7 @@ class ToolUse:
         """Note why the steps are over."""
         for step in self.steps:
             for call in step.get("calls", ()):
-                if call["status"] in ("waiting", "running"):
+                if call["status"] in said.UNDER_WAY:
                     call["status"], call["error"] = "interrupted", call["error"] or "Given up before it ended."
         if (self.last_step or self.cut_off) and "stop" not in (self.steps or [{}])[-1]:
             answered = self._closing or ("cut_off" if self.cut_off else "answered")

@@ -106,7 +106,7 @@ async def _ask_all(settings: Settings, prompts: Mapping[str, Sequence[list[Messa
         return str(response.json()["choices"][0]["message"]["content"])
 
     found = {}
-    url, headers = settings.need("engine_url"), {"Authorization": f"Bearer {settings.engine_key}"}
+    url, headers = settings.need("engine_url"), settings.engine_credentials
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=300.0, trust_env=False) as client:
         for way, each in prompts.items():
             found[way] = list(await asyncio.gather(*(ask(client, messages) for messages in each)))
