@@ -276,7 +276,7 @@ def _recording(line: Line, said: dict[str, bool | None], learn_by_default: bool)
         arm=ARM,
         propensity=1.0,
         messages=[message.model_dump() for message in line.episode.messages],
-        steps=[{name: value for name, value in step.items() if name != "continues"} for step in line.episode.steps],
+        steps=[step for step in line.episode.steps if "continues" not in step],  # ids are made anew
         sampling={},
         learn=line.episode.learn and (learn_by_default if consent is None else consent),
         answer=line.episode.answer,

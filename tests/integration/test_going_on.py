@@ -6,6 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from agent.memory.prompts import Remembering
+from agent.memory.words import stem
+from agent.tables import ConversationTerm
 from feedback import conversations, episodes
 from feedback.tables import Episode
 from infra.access.roles import Role
@@ -185,3 +187,14 @@ def test_what_goes_on_makes_one_call_at_a_time_where_that_was_wished(house, ann)
     assert go_on(ann, first).status_code == 200
     waits = ann("GET", "/v1/tool_calls?status=pending").json()["data"]
     assert [each["arguments"] for each in waits] == [{"n": 8}]
+
+
+def test_an_answer_that_went_on_is_found_by_its_words(house, ann, database):
+    house.app.state.fleet = Scripted("I ask. " + call("mine", n=7), "Seven herons.")
+    talk = ann("POST", "/v1/conversations", {}).json()["id"]
+    first = chat(ann, conversation=talk)["id"]
+    approve(ann)
+    last = go_on(ann, first).json()["id"]
+    with database() as session:
+        found = session.scalars(sa.select(ConversationTerm.turns).where(ConversationTerm.term == stem("herons")))
+        assert found.all() == [[last]]

@@ -91,3 +91,16 @@ def test_an_export_has_the_steps_and_can_be_imported(recorded, database, tmp_pat
     assert import_file(database, copy, Settings(home=tmp_path)).rejected == 1
     with database() as session:
         assert session.scalars(sa.select(ToolCall)).all() == []
+
+
+def test_what_an_imported_answer_went_on_from_is_left_behind(recorded, database, tmp_path):
+    file, copy = tmp_path / "all.jsonl", tmp_path / "copy.jsonl"
+    before = recorded(STEPS)
+    episode = recorded([{"continues": before.id}, *STEPS])
+    export_file(database, file, "jsonl", Selection())
+    line = next(row for row in map(json.loads, file.read_text().splitlines()) if row.get("id") == episode.id)
+    copy.write_text(json.dumps({**line, "id": "another"}))
+    assert import_file(database, copy, Settings(home=tmp_path)).rejected == 0
+    with database() as session:
+        [imported] = session.scalars(sa.select(Episode).where(Episode.arm == "imported"))
+        assert imported.continues is None and imported.steps == STEPS
