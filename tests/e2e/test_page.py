@@ -213,10 +213,10 @@ def test_reasons_and_a_comment_say_why_and_are_taken_back_with_the_thumb(page, s
 
 def test_what_is_typed_before_the_script_is_there_is_a_draft(page):
     held = []
-    page.route("**/static/chat.js", held.append)
+    page.route("**/static/chat.js", lambda route: held.append(route))
     page.reload(wait_until="commit")
     page.locator("textarea#prompt").fill("Faster than the script")
-    wait_until(lambda: page.evaluate("1") and held, timeout_s=10)
+    wait_until(lambda: page.evaluate("1") and held, timeout_s=10)  # whoever evaluates has events come in
     held[0].continue_()
     expect(page.locator("#send")).to_be_enabled()
     assert page.evaluate("localStorage.getItem('everloop.draft')") == "Faster than the script"

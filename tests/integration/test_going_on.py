@@ -189,7 +189,7 @@ def test_what_goes_on_makes_one_call_at_a_time_where_that_was_wished(house, ann)
     assert [each["arguments"] for each in waits] == [{"n": 8}]
 
 
-def test_an_answer_that_went_on_is_found_by_its_words(house, ann, database):
+def test_an_answer_that_went_on_is_found_by_its_words_until_it_is_deleted(house, ann, database):
     house.app.state.fleet = Scripted("I ask. " + call("mine", n=7), "Seven herons.")
     talk = ann("POST", "/v1/conversations", {}).json()["id"]
     first = chat(ann, conversation=talk)["id"]
@@ -198,3 +198,6 @@ def test_an_answer_that_went_on_is_found_by_its_words(house, ann, database):
     with database() as session:
         found = session.scalars(sa.select(ConversationTerm.turns).where(ConversationTerm.term == stem("herons")))
         assert found.all() == [[last]]
+    assert ann("DELETE", f"/v1/responses/{last}").status_code == 200
+    with database() as session:  # nothing of either answer is left to be found
+        assert session.scalars(sa.select(ConversationTerm.term)).all() == []
