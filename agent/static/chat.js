@@ -312,5 +312,6 @@ if (typed) {
   saveDraft();
 }
 document.body.classList.remove('starting');
+for (const button of document.querySelectorAll('.new-chat, #open-talks')) button.removeAttribute('disabled');
 refresh();
 void talks.read();

@@ -85,5 +85,6 @@ form.onsubmit = (/** @type {SubmitEvent} */ event) => {
     await show();
   });
 };
+find(form, 'button', HTMLButtonElement).disabled = false;
 
 void attempt(show);

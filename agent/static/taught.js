@@ -180,6 +180,7 @@ async function forget() {
 }
 
 forgetButton.onclick = () => sure.showModal();
+forgetButton.disabled = false;
 sure.onclose = async () => {
   if (sure.returnValue !== 'yes') return;
   sure.returnValue = '';

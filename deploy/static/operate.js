@@ -37,6 +37,11 @@ const KEEP = {
     !(node instanceof HTMLCanvasElement || (name === 'open' && node instanceof HTMLDetailsElement)),
 };
 
+/** A button that only the script can answer comes disabled, so that no press is lost on it. @param {Document} page */
+function enable(page) {
+  for (const button of page.querySelectorAll('#main button')) button.removeAttribute('disabled');
+}
+
 /** Reads the page anew, and changes what has changed in it; tells whether it could. */
 async function refresh() {
   try {
@@ -45,6 +50,7 @@ async function refresh() {
     if (!response.ok) return false;
     const page = new DOMParser().parseFromString(await response.text(), 'text/html');
     const main = find(page, '#main', HTMLElement);
+    enable(page);
     Idiomorph.morph(find(document, '#main', HTMLElement), main, {
       morphStyle: 'outerHTML', restoreFocus: true, callbacks: KEEP,
     });
@@ -126,4 +132,5 @@ dress();
 listen(refresh);
 compare();
 verify();
+enable(document);
 follow();

@@ -401,3 +401,29 @@ def test_what_is_not_there_is_a_page_that_says_so(page, go, stack, problems):
     go("/operate/releases/nothing-of-that-name")
     expect(page.locator("body")).to_contain_text("There is no release")
     problems.clear()
+
+
+PAGES = [
+    "/",
+    "/taught",
+    "/memory",
+    "/account",
+    "/login",
+    "/operate/audit",
+    "/operate/releases/{0}",
+    "/operate/compare?a={0}&b=base",
+]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_button_can_be_pressed_before_the_script_that_answers_it(page, go, stack, release, problems, path):
+    page.route("**/*.js", lambda route: route.abort())
+    go(path.format(release))
+    pressed_for_nothing = page.locator("button:visible:enabled:not([aria-disabled])").evaluate_all(
+        "all => all.filter((b) => !b.form?.hasAttribute('action')).map((b) => b.textContent.trim())"
+    )
+    assert pressed_for_nothing == []
+    page.unroute("**/*.js")
+    problems.clear()  # that no script came
+    go(path.format(release))
+    expect(page.locator("main button:visible:enabled").first).to_be_visible()

@@ -18,6 +18,8 @@ WEATHER = {
     "function": {"name": "weather", "description": "Forecast.", "parameters": PARAMETERS},
 }
 NAMED = {"type": "function", "function": {"name": "weather"}}
+# A call that is cut off is none: the longest expression that the calculator takes fits.
+FORCED = {"max_tokens": 640, "temperature": 0.0}
 
 
 def test_a_forced_call_of_the_clients_fits_its_schema(stack):
@@ -32,8 +34,7 @@ def test_a_forced_call_of_the_clients_fits_its_schema(stack):
 
 def test_a_forced_tool_of_the_servers_is_called_and_the_answer_goes_on(stack):
     options = {"server_tools": ["date_time"]}
-    forced = {"tool_choice": "required", "max_tokens": 64, "temperature": 0.0}
-    answer = stack.ask("Which day is it?", extra_body=options, **forced)
+    answer = stack.ask("Which day is it?", tool_choice="required", extra_body=options, **FORCED)
     step, *others, stop = answer.choices[0].model_extra["steps"]
     (call,) = step["calls"]
     assert call["tool"] == "date_time" and call["status"] in ("ok", "error")
@@ -47,7 +48,7 @@ def test_a_forced_tool_of_the_servers_is_called_and_the_answer_goes_on(stack):
 def test_a_forced_tool_streams(stack):
     options = {"server_tools": ["calculator"], "stream_options": {"include_usage": True, "include_steps": True}}
     choice = {"type": "function", "function": {"name": "calculator"}}
-    stream = stack.ask("What is 6 times 7?", stream=True, tool_choice=choice, extra_body=options, max_tokens=48)
+    stream = stack.ask("What is 6 times 7?", stream=True, tool_choice=choice, extra_body=options, **FORCED)
     chunks = list(stream)
     steps = [chunk.model_extra["step"] for chunk in chunks if "step" in (chunk.model_extra or {})]
     assert [step["calls"][0]["tool"] for step in steps][:2] == ["calculator", "calculator"]

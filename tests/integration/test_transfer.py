@@ -25,6 +25,7 @@ from infra.errors import ConflictError, InvalidRequestError
 from infra.ids import new_id
 from infra.stack import embedded
 from infra.tables import OutboxRow
+from reward.tables import RewardScore, RewardUpdate
 from tests.conftest import EVERLOOP, wait_until
 
 ASKED = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "answer": "Because of the air."}
@@ -156,7 +157,7 @@ def test_an_imported_answer_and_its_thumb_teach_the_reward_model(stack, tmp_path
     line = {
         **ASKED,
         "answer": text,
-        "user": "tester",
+        "user": new_id("u"),
         "created_at": "2024-05-01T12:00:00Z",
         "id": f"outside-{new_id('x')}",
         "signals": [{"kind": "thumb", "value": 1}],
@@ -169,11 +170,21 @@ def test_an_imported_answer_and_its_thumb_teach_the_reward_model(stack, tmp_path
     assert (episode.status, episode.release) == ("complete", "imported")
     assert episode.created_at == datetime(2024, 5, 1, 12, tzinfo=UTC)
 
+    # What it believes of the answer then depends on all that other tests have said: only the step is asked of.
     def learned():
-        score = stack.http.get(f"/v1/episodes/{episode.id}").json()["score"]
-        return score and score["update_seq"] > 0 and score["p_good"] > 0.5
+        with stack.sessions() as session:
+            of_it = sa.select(RewardUpdate).join(Feedback, Feedback.id == RewardUpdate.feedback_id)
+            return session.scalar(of_it.where(Feedback.episode_id == episode.id))
 
-    wait_until(learned, what="the imported thumb taught nothing")
+    step = wait_until(learned, what="the imported thumb taught nothing")
+    assert (step.action, step.verdict) == ("add", 1.0) and step.precision > 0
+
+    def shown():
+        with stack.sessions() as session:
+            score = session.get(RewardScore, episode.id)
+            return score and score.update_seq >= step.seq
+
+    wait_until(shown, what="the answer was not scored anew")
 
 
 def test_good_lines_are_imported_and_each_bad_one_is_named(database, tmp_path):
