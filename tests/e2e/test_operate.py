@@ -247,13 +247,14 @@ def test_what_people_said_is_found_read_judged_and_excluded(page, go, stack):
         re.compile("Judged bad by somebody [0-9a-f]{8}: it says nothing"), timeout=10_000
     )
     shoot(page, "operate-context")
+    with stack.sessions() as session:
+        probe = session.query(GoldProbe).filter_by(episode_id=episode).one().id
+    wait_until(lambda: last_action(probe) == "add", what="nothing was learned of what an operator judged")
     page.get_by_role("button", name="Exclude", exact=True).click()
     decide(page, "it was a test", "exclude")
     expect(page.locator("main")).to_contain_text("excluded by an operator", timeout=10_000)
     wait_until(lambda: last_action(thumb) == "remove", what="what was learned from it stayed")
-    with stack.sessions() as session:
-        probe = session.query(GoldProbe).filter_by(episode_id=episode).one().id
-    assert last_action(probe) == "remove", "what an operator judged of it stayed"
+    wait_until(lambda: last_action(probe) == "remove", what="what an operator judged of it stayed")
     receipt = wait_until(
         lambda: (
             (r := stack.http.get(f"/v1/feedback/{thumb}/receipt", headers={"X-Everloop-User": user}).json())[
