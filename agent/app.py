@@ -39,6 +39,7 @@ import reward.api
 from agent.best_of import BestOf
 from agent.book import Book
 from agent.guard import Guard
+from agent.memory.encoding import reading
 from agent.memory.prompts import Remembering
 from agent.request_headers import RequestHeaders
 from agent.responses.input import KINDS as ITEM_KINDS
@@ -127,11 +128,12 @@ def build_app(settings: Settings) -> FastAPI:
             app.state.fleet = fleet
             evaluator = SelfEvaluator(app.state.sessions, fleet, settings)
             async with (
+                reading(app.state.sessions, settings) as encoding,
                 Intake(app.state.sessions).running() as app.state.intake,
                 Book(
                     app.state.sessions,
                     settings.learn_by_default,
-                    Remembering(app.state.sessions, settings),
+                    Remembering(app.state.sessions, settings, encoding),
                     settings.memory,
                 ).running() as app.state.book,
                 Toolbox(settings, app.state.sessions).running() as app.state.toolbox,

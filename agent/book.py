@@ -103,11 +103,14 @@ class Book:
     async def end(self, recording: Recording, key: SubjectKey) -> bool:
         """Write an episode and its event; return False where its user was forgotten meanwhile."""
         try:
-            return await self._endings.give((recording, key))
+            is_written = await self._endings.give((recording, key))
         except UnavailableError as error:
             if error.code != users.IN_FLUX:
                 raise
-            return await anyio.to_thread.run_sync(self._end_alone, recording, key)
+            is_written = await anyio.to_thread.run_sync(self._end_alone, recording, key)
+        if is_written and self.remembering is not None:
+            self.remembering.written(recording)
+        return is_written
 
     def _begin_alone(self, asked: Asked) -> Begun:
         with transaction(self.sessions) as session:

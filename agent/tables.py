@@ -55,6 +55,18 @@ class ConversationTerm(Base):
     turns: Mapped[list[str]] = mapped_column(ARRAY(sa.String))
 
 
+class TurnVector(Base):
+    """The vector of what was asked in a turn, or answered; null where there are no words."""
+
+    __tablename__ = "turn_vectors"
+
+    episode_id: Mapped[str] = mapped_column(primary_key=True)
+    is_answer: Mapped[bool] = mapped_column(primary_key=True)
+    conversation_id: Mapped[str] = mapped_column(sa.ForeignKey("conversations.id", ondelete="CASCADE"), index=True)
+    encoder: Mapped[str]
+    embedding: Mapped[list[float] | None] = mapped_column(ARRAY(sa.REAL))
+
+
 class Memory(Base):
     """What somebody said of themselves, or asked to be remembered, with the turn in which they did."""
 

@@ -179,6 +179,11 @@ class Settings(BaseSettings):
         description="Who shortens what was said: its sentences and words are chosen, or the model writes it anew.",
     )
 
+    memory_encoder: Literal["off", "sentence"] = Field(
+        "off",
+        description="Whose embeddings find what was said in other words; needs the extension `vector` (pgvector).",
+    )
+
     self_evaluation: bool = Field(True, description="Ask the model after each answer whether it was good.")
     best_of: int = Field(
         1, ge=1, le=8, description="Answers to choose from where the first is weak; 1 is off. Not for streams."

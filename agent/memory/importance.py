@@ -45,6 +45,8 @@ class Chunk:
         Id of the turn that it is of; None where the client sent it.
     position
         Number of its message in the conversation, the oldest is 0.
+    nearness
+        To the question, as the encoder finds it (cosine); None where it has not read both.
     """
 
     role: str
@@ -53,6 +55,7 @@ class Chunk:
     position: int = 0
     pinned: bool = False
     corrected: bool = False
+    nearness: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Weights:
     by_user: float = 0.15
     corrected: float = 0.5
     pinned: float = 10.0
+    sentence: float = 0.0
 
     def vector(self) -> NDArray[np.float64]:
         """Return the weights as an array, in the order of the features."""
@@ -89,7 +93,16 @@ class Weights:
 
 # Where no vectors are at hand, words must do all of it.
 BY_WORDS_ALONE = Weights(relevance=1.4, meaning=0.0, alike=0.2, replies=1.5, surprisal=0.3)
+# Where the encoder has read question and past, it tells better what belongs together.
+BY_SENTENCES = Weights(meaning=0.0, sentence=10.0)
 NAMES = tuple(field.name for field in fields(Weights))
+
+
+def defaults(*, has_vectors: bool, has_sentences: bool = False) -> Weights:
+    """Return the weights for what is at hand: words, their vectors, those of sentences."""
+    if has_sentences:
+        return BY_SENTENCES
+    return Weights() if has_vectors else BY_WORDS_ALONE
 
 
 class Bag:
@@ -184,6 +197,7 @@ def features(
         "by_user": np.array([chunk.role == "user" for chunk in chunks], float),
         "corrected": np.array([chunk.corrected for chunk in chunks], float),
         "pinned": np.array([chunk.pinned for chunk in chunks], float),
+        "sentence": _nearness(chunks),
     }
     return np.stack([columns[name] for name in NAMES], axis=1)
 
@@ -277,6 +291,15 @@ def _surprisal(bag: Bag) -> NDArray[np.float64]:
     """How much a chunk says that the others do not: the rarity of its words in all, saturating."""
     total = np.array([sum(map(bag.rarity.__getitem__, tally)) for tally in bag.tallies])
     return total / (total + 20.0)
+
+
+def _nearness(chunks: Sequence[Chunk]) -> NDArray[np.float64]:
+    """How near chunks are by the encoder; what it has not read yet is as near as the others are in the mean."""
+    known = np.array([np.nan if chunk.nearness is None else max(chunk.nearness, 0.0) for chunk in chunks], float)
+    missing = np.isnan(known)
+    if not missing.all():
+        known[missing] = known[~missing].mean()
+    return np.asarray(np.nan_to_num(known), np.float64)
 
 
 def _saturated(counts: Sequence[int]) -> NDArray[np.float64]:

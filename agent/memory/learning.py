@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from agent.memory.importance import BY_WORDS_ALONE, NAMES, Weights
+from agent.memory.importance import BY_SENTENCES, NAMES, Weights
 from agent.tables import MemoryVote, MemoryWeights
 from infra.db import lock_until_commit
 
@@ -35,7 +35,7 @@ MOST_SHIFT = MOST_FACTOR - 1.0
 BASELINE = "baseline"
 THUMB, TAKEN_BACK = "thumb", "taken back"
 LEARNED = tuple(name for name in NAMES if name not in ("corrected", "pinned"))  # what people asked for is theirs
-USUAL = {name: max(abs(value), 0.25) for name, value in asdict(Weights()).items()}
+USUAL = {name: max(abs(value), abs(getattr(BY_SENTENCES, name)), 0.25) for name, value in asdict(Weights()).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class State:
     baseline: float
     num_votes: int
 
-    def weights(self, *, has_vectors: bool) -> Weights:
-        """Return the weights: the defaults, and what was learned."""
-        return shifted(Weights() if has_vectors else BY_WORDS_ALONE, self.shift)
+    def weights(self, defaults: Weights) -> Weights:
+        """Return the weights: the defaults of what is at hand, and what was learned."""
+        return shifted(defaults, self.shift)
 
 
 def shifted(weights: Weights, shift: dict[str, float]) -> Weights:
@@ -76,14 +76,19 @@ def current(session: Session) -> State:
     return State(row.version, row.weights, row.baseline, row.num_votes) if row else State(0, {}, 0.0, 0)
 
 
-def draw(session: Session, *, has_vectors: bool, explores: bool, rng: random.Random | None = None) -> Draw:
-    """Return the weights for a context; where it `explores`, a random step off those in force."""
+def draw(session: Session, defaults: Weights, *, explores: bool, rng: random.Random | None = None) -> Draw:
+    """Return the weights for a context; where it `explores`, a random step off those in force.
+
+    Parameters
+    ----------
+    defaults
+        The weights that suit what is at hand: words, their vectors, those of sentences.
+    """
     state = current(session)
     if not explores:
-        return Draw(state.version, state.weights(has_vectors=has_vectors), {})
+        return Draw(state.version, state.weights(defaults), {})
     offsets = {name: round((rng or random).gauss(0.0, 1.0), 3) for name in LEARNED}
     tried = {name: state.shift.get(name, 0.0) + SCALE * offsets.get(name, 0.0) for name in NAMES}
-    defaults = Weights() if has_vectors else BY_WORDS_ALONE
     return Draw(state.version, shifted(defaults, tried), offsets)
 
 

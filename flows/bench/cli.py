@@ -266,12 +266,13 @@ def memory(
     ] = "held_out",
     num: Annotated[int, typer.Option("--num", min=1, help="Without a file: how many conversations.")] = 16,
     times: Annotated[bool, typer.Option(help="Also how long a context takes, out of PostgreSQL.")] = True,
+    encoder: Annotated[bool, typer.Option(help="With `memory_encoder` on: sentences are read by a model.")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """What was said and is asked for: how much of it is in the context, beside simpler ways, and how soon."""
     from flows.bench.memory import measure
 
-    report.print_fields(json_path, measure(load(), conversations, which, num, with_times=times))
+    report.print_fields(json_path, measure(load(), conversations, which, num, with_times=times, encoder=encoder))
 
 
 @app.command("memory-answers")

@@ -12,13 +12,15 @@ import numpy as np
 
 from agent.memory.context import Message, build
 from agent.memory.counting import Counter
-from agent.memory.importance import BY_WORDS_ALONE, K1, B, Chunk, Weights
+from agent.memory.importance import K1, B, Chunk, Weights, defaults
 from agent.memory.vectors import WordVectors, of_settings
 from flows.bench import memory_conversations
 from flows.bench.memory_time import build_ms
 from infra.errors import InvalidRequestError
 from infra.settings import Settings
 from infra.stack import embedded
+from reward.embedding import Embedder
+from reward.embedding_wire import MAX_TEXT_CHARS
 
 BUDGETS = (256, 512, 1024)
 ENOUGH = 0.6  # of the content words of a turn
@@ -148,6 +150,23 @@ class Case:
         return found
 
 
+class Read:
+    """Texts as the sentence encoder reads them, each once."""
+
+    def __init__(self, settings: Settings, conversations: Sequence[dict[str, Any]]) -> None:
+        turns = [turn["text"] for row in conversations for turn in row["turns"]]
+        asked = [question["question"] for row in conversations for question in row["questions"]]
+        encoder = Embedder(settings, num_threads=2).load()
+        texts = list(dict.fromkeys(text[:MAX_TEXT_CHARS] for text in [*turns, *asked] if text.strip()))
+        self._rows = dict(zip(texts, encoder.embedded(texts), strict=True))
+
+    def nearness(self, question: str, texts: Sequence[str]) -> list[float | None]:
+        """Return how near texts are to a question (cosine)."""
+        asked = self._rows.get(question[:MAX_TEXT_CHARS])
+        rows = [self._rows.get(text[:MAX_TEXT_CHARS]) for text in texts]
+        return [None if asked is None or row is None else float(row @ asked) for row in rows]
+
+
 def _role(turn: dict[str, Any]) -> str:
     return "assistant" if turn["role"] in ("assistant", "bot", "system") else "user"
 
@@ -209,9 +228,14 @@ def uniform(case: Case, budget: int) -> list[Message]:
     return best
 
 
-def ours(case: Case, budget: int, weights: Weights, vectors: WordVectors | None) -> list[Message]:
+def ours(
+    case: Case, budget: int, weights: Weights, vectors: WordVectors | None, read: Read | None = None
+) -> list[Message]:
     """Return what the assistant would see."""
-    chunks = [Chunk(_role(turn), turn["text"], turn["id"], at) for at, turn in enumerate(case.turns)]
+    near = read.nearness(case.question, [turn["text"] for turn in case.turns]) if read else [None] * len(case.turns)
+    chunks = [
+        Chunk(_role(turn), turn["text"], turn["id"], at, nearness=near[at]) for at, turn in enumerate(case.turns)
+    ]
     return build(chunks, case.question, budget, weights, case.counter, vectors=vectors).messages
 
 
@@ -221,6 +245,7 @@ def recall(
     vectors: WordVectors | None,
     weights: Weights,
     methods: Sequence[str] = BASELINES,
+    read: Read | None = None,
 ) -> dict[str, Any]:
     """Measure all ways on all questions.
 
@@ -232,7 +257,7 @@ def recall(
     """
     known = {"fifo": fifo, "bm25": bm25, "uniform": uniform}
     ways: dict[str, Method] = {name: known[name] for name in methods}
-    ways["recall"] = lambda case, budget: ours(case, budget, weights, vectors)
+    ways["recall"] = lambda case, budget: ours(case, budget, weights, vectors, read)
     cases = [
         Case(conversation["turns"], question, counter)
         for conversation in conversations
@@ -282,9 +307,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    settings: Settings, path: Path | None, which: str, num: int, *, with_times: bool = True
+    settings: Settings, path: Path | None, which: str, num: int, *, with_times: bool = True, encoder: bool = False
 ) -> dict[str, Any]:
     """Measure recall and time; the conversations are those of a file, or our own."""
+    settings = settings.model_copy(update={"memory_encoder": "sentence" if encoder else "off"})
     if path is None and which not in ("tune", "held_out"):
         raise InvalidRequestError(f"There is no set {which!r}: use held_out or tune.", code="set_unknown")
     rows = (
@@ -293,8 +319,9 @@ def measure(
     if settings.base_model is None and not settings.base_model_dir.exists():
         embedded.prepare_base_model(settings)
     counter, vectors = Counter(settings.base_model_dir), of_settings(settings)
-    result = {"file": path.name if path else which, "vectors": vectors is not None}
-    result |= recall(rows, counter, vectors, Weights() if vectors else BY_WORDS_ALONE)
+    result = {"file": path.name if path else which, "vectors": vectors is not None, "encoder": encoder}
+    weights = defaults(has_vectors=vectors is not None, has_sentences=encoder)
+    result |= recall(rows, counter, vectors, weights, read=Read(settings, rows) if encoder else None)
     if with_times:
         texts = [turn["text"] for row in rows for turn in row["turns"] if turn["text"].strip()]
         questions = [question["question"] for row in rows for question in row["questions"]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from agent.memory.context import Message
 from agent.memory.counting import Counter
-from agent.memory.importance import BY_WORDS_ALONE, Candidates, Chunk, Weights, features
+from agent.memory.importance import Candidates, Chunk, defaults, features
 from agent.memory.vectors import WordVectors, of_settings
 from deploy.gates import wilson_interval
 from flows.bench import memory_conversations
@@ -70,7 +70,7 @@ def answers(num: int, budget: int) -> dict[str, Any]:
 
 
 def _prompt(way: str, case: Case, budget: int, vectors: WordVectors | None) -> list[Message]:
-    weights = Weights() if vectors else BY_WORDS_ALONE
+    weights = defaults(has_vectors=vectors is not None)
     if way == "memory":
         return ours(case, budget, weights, vectors)
     if way == "fifo":

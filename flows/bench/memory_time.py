@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
+import httpx
 import numpy as np
+import sqlalchemy as sa
+import uvicorn
 
 from agent.memory import store
+from agent.memory.encoding import Encoding
 from agent.memory.prompts import Remembering, Wanted
 from feedback import conversations, episodes, users
 from feedback.episodes import Recording
@@ -18,6 +25,11 @@ from infra.db import Sessions, connect, transaction
 from infra.settings import Settings
 from infra.stack import embedded
 from infra.stack.database import database_alone
+from infra.stack.parts import LOOPBACK
+from infra.stack.ports import free_port
+from reward.embedding import Embedder
+from reward.scoring import Scorer
+from reward.server import build
 
 USER = "bench"
 BUDGET = 1024
@@ -42,9 +54,12 @@ def build_ms(settings: Settings, texts: Sequence[str], questions: Sequence[str])
         ``build_ms_100`` and ``build_ms_10000``: medians over turns that alternate between the two conversations,
         reading from the database included; ``build_ratio``.
     """
-    with _database() as sessions:
-        memory = Remembering(sessions, settings.model_copy(update={"memory_tokens": BUDGET}))
+    settings = settings.model_copy(update={"memory_tokens": BUDGET})
+    with _database(settings) as sessions, _encoding(sessions, settings) as encoding:
+        memory = Remembering(sessions, settings, encoding)
         lasts = {length: _talk(sessions, texts, length) for length in LENGTHS}
+        if encoding is not None:
+            _read(sessions, encoding, [conversation for conversation, _ in lasts.values()])
         times: dict[int, list[float]] = {length: [] for length in LENGTHS}
         for number in range(-6, ROUNDS):  # the first few warm up
             for length, (conversation, parent) in lasts.items():
@@ -57,11 +72,57 @@ def build_ms(settings: Settings, texts: Sequence[str], questions: Sequence[str])
     return {**found, "build_ratio": round(found[f"build_ms_{LENGTHS[1]}"] / found[f"build_ms_{LENGTHS[0]}"], 2)}
 
 
+def _read(sessions: Sessions, encoding: Encoding, conversations: Sequence[str]) -> None:
+    """Have all turns read, as they are while people chat."""
+    for conversation in conversations:
+        while encoding.read(conversation, most_rounds=1000):
+            pass
+    with transaction(sessions) as session:
+        session.execute(sa.text("ANALYZE turn_vectors"))  # as the server does by itself, sooner or later
+
+
 @contextmanager
-def _database() -> Iterator[Sessions]:
+def _encoding(sessions: Sessions, settings: Settings) -> Iterator[Encoding | None]:
+    """Run the sentence model as the reward worker does: in a process of its own, at the lowest priority."""
+    if settings.memory_encoder == "off":
+        yield None
+        return
+    with ExitStack() as held:
+        port = free_port(None, "reward_port", held)
+    worker = multiprocessing.get_context("spawn").Process(target=_serve, args=[settings, port], daemon=True)
+    worker.start()
+    try:
+        url = f"http://{LOOPBACK}:{port}"
+        while not _answers(f"{url}/healthz"):
+            time.sleep(0.1)
+            if not worker.is_alive():
+                raise RuntimeError("The process with the sentence model has ended; see above.")
+        at_worker = settings.model_copy(update={"reward_url": url})
+        with Encoding(sessions, at_worker).running() as encoding:
+            yield encoding
+    finally:
+        worker.terminate()
+        worker.join()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=1.0).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _serve(settings: Settings, port: int) -> None:
+    os.nice(10)
+    application = build(cast(Scorer, None), Embedder(settings, num_threads=1))  # nobody asks for scores
+    uvicorn.run(application, host=LOOPBACK, port=port, log_config=None, access_log=False)
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Sessions]:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="everloop-bench-")))
-        alone = stack.enter_context(database_alone(Settings(home=home)))
+        alone = stack.enter_context(database_alone(Settings(home=home, memory_encoder=settings.memory_encoder)))
         embedded.migrate(alone)
         sessions = connect(alone.need("database_url"))
         stack.callback(sessions.kw["bind"].dispose)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import httpx
 import psycopg
 
+from infra import pgvector
 from infra.doctor.findings import Finding, Verdict
 from infra.settings import Settings
 from infra.stack.parts import LOOPBACK
@@ -77,6 +78,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
             version, theirs_s, has_tables = row
             ours_s = (sent_s + time.time()) / 2
             found = connection.execute("SELECT version_num FROM alembic_version").fetchone() if has_tables else None
+            has_index = pgvector.is_ready(connection)
     except psycopg.OperationalError as error:
         why = str(error).strip().splitlines()[0].replace(dsn, "…")
         yield Finding(
@@ -84,6 +86,8 @@ def check_database(settings: Settings) -> Iterator[Finding]:
         )
         return
     yield _migrated(version, found[0] if found else None)
+    if settings.memory_encoder != "off":
+        yield _indexed(has_index)
     yield _clock("database", theirs_s - ours_s)
 
 
@@ -96,6 +100,15 @@ def _migrated(version: str, at: str | None) -> Finding:
         return Finding("database", "warn", told, "Use the version of Everloop that made them.")
     told = f"PostgreSQL {version}; its tables are {f'of {at}' if at else 'not there'}, {head} is wanted"
     return Finding("database", "fail", told, "`everloop up` migrates it.")
+
+
+def _indexed(has_index: bool) -> Finding:
+    if has_index:
+        return Finding("pgvector", "ok", "turns are found by what they say")
+    told = "memory_encoder is on, and the database has no index of vectors: words alone find what was said"
+    return Finding(
+        "pgvector", "warn", told, "Start with `everloop up`, or run `everloop migrate` on your database."
+    )
 
 
 def newest_migration() -> str:

@@ -21,6 +21,7 @@ import psutil
 import psycopg
 from sqlalchemy import make_url
 
+from infra import pgvector
 from infra.access import accounts, keys, sessions
 from infra.access.roles import Role
 from infra.db import connect, transaction
@@ -242,7 +243,8 @@ def migrate(settings: Settings, patience_s: float = 0.0) -> None:
     Raises
     ------
     SetupError
-        Code ``database_unavailable`` where it cannot be connected to for `patience_s`.
+        Code ``database_unavailable`` where it cannot be connected to for `patience_s`, or as
+        :func:`infra.pgvector.prepare` says.
     """
     from alembic import command
 
@@ -262,6 +264,7 @@ def migrate(settings: Settings, patience_s: float = 0.0) -> None:
                 ) from error
             time.sleep(0.5)
     command.upgrade(alembic_config(settings), "head")
+    pgvector.prepare(settings)
 
 
 def alembic_config(settings: Settings) -> Any:

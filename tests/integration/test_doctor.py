@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
+from infra import pgvector
 from infra.doctor import findings, services
 from infra.doctor.findings import Finding
 from infra.settings import Settings
@@ -149,6 +150,18 @@ def test_tables_of_an_earlier_version_fail_and_the_newest_do_not(database, tmp_p
     with database.begin() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     assert next(iter(services.check_database(settings))).verdict == "warn"
+
+
+def test_an_encoder_without_its_index_is_told(database, tmp_path):
+    url = database.kw["bind"].url.render_as_string(hide_password=False)
+    settings = Settings(home=tmp_path, database_url=url, memory_encoder="sentence")
+
+    def found():
+        return next(each for each in services.check_database(settings) if each.name == "pgvector")
+
+    assert found().verdict == "warn" and "everloop migrate" in found().advice
+    pgvector.prepare(settings)
+    assert found().verdict == "ok"
 
 
 def test_a_clock_that_is_off_is_told(database, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from infra.errors import IntegrityError, InvalidRequestError
+from infra.sentence_model import directory
+from infra.settings import Settings
 from infra.weights import base_model_digest
 from reward.base_model_encoder import CONTENT_SCALE, BaseModelEncoder
 from reward.encoder import MAX_ANSWER_TOKENS
-from reward.sentence_encoder import SentenceEncoder, wheel_dir
+from reward.sentence_encoder import SentenceEncoder
 
 LAYER = 22
 SKY = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -33,7 +36,10 @@ ROUNDING = {"base": 0.015, "sentence": 1e-5}
 
 @pytest.fixture(scope="module")
 def encoders(base_model_dir):
-    return {"base": BaseModelEncoder(base_model_dir, LAYER), "sentence": SentenceEncoder(wheel_dir())}
+    return {
+        "base": BaseModelEncoder(base_model_dir, LAYER),
+        "sentence": SentenceEncoder(directory(Settings(home=Path()))),
+    }
 
 
 @pytest.fixture(scope="module", params=["base", "sentence"])
@@ -169,7 +175,9 @@ def test_a_prompt_that_is_too_long_is_seen_from_its_end(encoders):
 def test_embeddings_are_those_of_the_library(encoders):
     encoder = encoders["sentence"]
     texts = [answer for _, answer in ANSWERS]
-    expected = SentenceTransformer(str(wheel_dir()), device="cpu").encode(texts, show_progress_bar=False)
+    expected = SentenceTransformer(str(directory(Settings(home=Path()))), device="cpu").encode(
+        texts, show_progress_bar=False
+    )
     np.testing.assert_allclose(part(encoder, encoder.encode(ANSWERS), "content"), expected, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agent.memory.context import build
 from agent.memory.counting import ByteCounter, Counter
-from agent.memory.importance import BY_WORDS_ALONE, Chunk, Weights
+from agent.memory.importance import BY_SENTENCES, BY_WORDS_ALONE, NAMES, Candidates, Chunk, Weights, features
 from agent.memory.refill import draft, refill
 from agent.memory.splitting import parts
 from agent.memory.words import analyse
@@ -42,6 +42,7 @@ texts = st.one_of(
         st.sampled_from(["I", "live", "in", "Oslo.", "My", "cat", "is", "4471", "Why?", *NASTY]), min_size=1
     ).map(" ".join),
 )
+nearnesses = st.none() | st.floats(-1.0, 1.0)
 turns = st.lists(st.tuples(st.sampled_from(("user", "assistant")), texts), max_size=30)
 
 
@@ -51,14 +52,20 @@ def counter(base_model_dir: Path) -> Counter:
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(turns, texts, st.integers(20, 400), st.booleans())
+@given(turns, texts, st.integers(20, 400), st.booleans(), st.lists(nearnesses, min_size=30, max_size=30))
 def test_a_context_is_never_a_token_over_its_budget(
-    counter: Counter, said: list[tuple[str, str]], question: str, budget: int, with_system: bool
+    counter: Counter,
+    said: list[tuple[str, str]],
+    question: str,
+    budget: int,
+    with_system: bool,
+    near: list[float | None],
 ) -> None:
-    chunks = [Chunk(role, text, f"t{at}", at) for at, (role, text) in enumerate(said)]
+    chunks = [Chunk(role, text, f"t{at}", at, nearness=near[at]) for at, (role, text) in enumerate(said)]
     system = [{"role": "system", "content": "Be brief."}] if with_system else []
+    weights = BY_WORDS_ALONE if near[0] is None else BY_SENTENCES
     try:
-        context = build(chunks, question, budget, BY_WORDS_ALONE, counter, system=system)
+        context = build(chunks, question, budget, weights, counter, system=system)
     except InvalidRequestError as error:
         assert error.code == "context_length_exceeded"
         assert counter.prompt([*system, {"role": "user", "content": question}]) > budget
@@ -173,3 +180,13 @@ def test_a_shortened_sentence_does_not_say_the_opposite(counter: Counter, text: 
     drafted = draft(text, counter, {}, set(), 0.8)
     written, _ = refill(drafted, max(drafted.shortest, 4), counter)
     assert {"don't", "not", "No"} & set(written.split()), written
+
+
+def test_what_the_encoder_has_not_read_is_as_near_as_the_rest_in_the_mean() -> None:
+    def nearness(*values: float | None) -> list[float]:
+        chunks = [Chunk("user", "Hello.", str(at), at, nearness=value) for at, value in enumerate(values)]
+        return list(features(Candidates.of(chunks), "Hi?")[:, NAMES.index("sentence")])
+
+    assert nearness(0.2, None, 0.6, -0.4) == pytest.approx([0.2, 0.8 / 3, 0.6, 0.0])
+    assert nearness(None, None) == [0.0, 0.0]
+    assert nearness() == []

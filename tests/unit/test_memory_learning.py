@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from agent.memory import learning
-from agent.memory.importance import NAMES, Weights
+from agent.memory.importance import BY_SENTENCES, BY_WORDS_ALONE, NAMES, Weights
 from agent.memory.learning import LEARNED, SCALE, State
 
 VOTES = 6000
@@ -57,7 +57,7 @@ def test_a_weight_stays_within_its_bounds_and_pins_are_not_learned() -> None:
         state = learning.step(state, dict.fromkeys(NAMES, 3.0), 1)
         state = State(0, state.shift, -1.0, 0)  # as if it never got used to it
     assert max(state.shift.values()) <= learning.MOST_FACTOR - 1.0
-    weights, usual = state.weights(has_vectors=True), Weights()
+    weights, usual = state.weights(Weights()), Weights()
     assert weights.pinned == usual.pinned and weights.corrected == usual.corrected
     assert weights.meaning > usual.meaning
 
@@ -74,8 +74,8 @@ def test_no_stream_of_thumbs_leads_out_of_bounds(stream, times) -> None:
         after = learning.step(state, offsets, value)
         change = learning.moved(state, after)
         state = learning.taken_back(after, change, 0) if is_undone else after
-    for has_vectors in (True, False):
-        importance = np.exp(np.clip(state.weights(has_vectors=has_vectors).vector(), 0, None).sum())
+    for defaults in (Weights(), BY_WORDS_ALONE, BY_SENTENCES):
+        importance = np.exp(np.clip(state.weights(defaults).vector(), 0, None).sum())
         assert np.isfinite(importance), "all features at once"
     assert all(abs(each) <= learning.MOST_SHIFT for each in state.shift.values())
     assert abs(state.baseline) <= 1.0

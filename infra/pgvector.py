@@ -1,0 +1,87 @@
+"""The index of turns' vectors, by which what was said in other words is found: PostgreSQL's extension ``vector``.
+
+The table is everybody's (it holds plain arrays); extension and index are made only where the encoder is on, so that
+a PostgreSQL without the extension serves whoever does not ask for it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import psycopg
+from psycopg import sql
+
+from infra import sentence_model
+from infra.errors import SetupError
+from infra.settings import Settings
+
+log = logging.getLogger("everloop.infra")
+EXTENSION, INDEX = "vector", "ix_turn_vectors_embedding"
+
+
+def prepare(settings: Settings) -> None:
+    """Make extension and index for the encoder of the settings; drop the index where there is none. Safe to repeat.
+
+    Vectors of another number of dimensions are deleted: they are made anew as their conversations go on.
+
+    Raises
+    ------
+    SetupError
+        Code ``pgvector_missing`` where PostgreSQL does not have the extension, or its user may not make it.
+    """
+    with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
+        if settings.memory_encoder == "off":
+            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(INDEX)))
+            return
+        try:
+            connection.execute(sql.SQL("CREATE EXTENSION IF NOT EXISTS {}").format(sql.Identifier(EXTENSION)))
+        except (
+            psycopg.errors.UndefinedFile,
+            psycopg.errors.FeatureNotSupported,
+            psycopg.errors.InsufficientPrivilege,
+        ) as error:
+            why = str(error).strip().splitlines()[0]
+            raise SetupError(
+                f"EVERLOOP_MEMORY_ENCODER is {settings.memory_encoder}, and PostgreSQL cannot make the extension "
+                f"vector ({why}). Install pgvector there (Debian: postgresql-NN-pgvector), have its owner run "
+                "CREATE EXTENSION vector, or set the encoder to off.",
+                code="pgvector_missing",
+            ) from error
+        _index(connection, sentence_model.dim(settings))
+
+
+def is_there(settings: Settings) -> bool:
+    """Tell whether the database of the settings has the index; also False where it does not answer."""
+    try:
+        with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
+            return is_ready(connection)
+    except psycopg.OperationalError:
+        return False
+
+
+def is_ready(connection: psycopg.Connection) -> bool:
+    """Tell whether a database has the index."""
+    found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
+    return bool(found and found[0])
+
+
+def _dsn(settings: Settings) -> str:
+    return settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+
+
+def _index(connection: psycopg.Connection, dim: int) -> None:
+    wanted = f"vector({dim})"
+    found = connection.execute("SELECT indexdef FROM pg_indexes WHERE indexname = %s", [INDEX]).fetchone()
+    if found and wanted in found[0]:
+        return
+    connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(INDEX)))
+    others = "SELECT EXISTS (SELECT FROM turn_vectors WHERE cardinality(embedding) <> %s)"
+    found = connection.execute(others, [dim]).fetchone()
+    if found and found[0]:
+        connection.execute("TRUNCATE turn_vectors")  # an index is built over rows that were just deleted, too
+        log.info("the vectors are of another encoder: they are made anew as conversations go on")
+    connection.execute(
+        sql.SQL("CREATE INDEX {} ON turn_vectors USING hnsw ((embedding::{}) vector_cosine_ops)").format(
+            sql.Identifier(INDEX), sql.SQL(wanted)
+        )
+    )

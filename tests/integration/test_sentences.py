@@ -1,0 +1,224 @@
+"""What was said in other words is found: the real sentence model over HTTP, and pgvector in a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psycopg
+import pytest
+import sqlalchemy as sa
+import uvicorn
+
+from agent.memory import sentences, store
+from agent.memory.encoding import Encoding, reading
+from agent.memory.prompts import ENCODER_AWAY, Remembering
+from agent.tables import TurnVector
+from feedback import conversations, erasure
+from infra import pgvector
+from infra.errors import SetupError
+from infra.settings import Settings
+from reward import server
+from reward.embedding import Embedder
+from tests.conftest import wait_until
+from tests.integration.test_memory import USER, asked, remembering, talking
+from tests.integration.test_memory_feedback import consume, said_of
+
+NUM_TURNS = 80
+SAID = "My old man runs a bakery in Porto."
+QUESTION = "What does my father do for a living?"
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """The address of the sentence model, as the reward worker offers it."""
+    config = uvicorn.Config(
+        server.build(None, Embedder(Settings(home=Path("unused")), num_threads=1)), port=0, log_config=None
+    )
+    served = uvicorn.Server(config)
+    served.install_signal_handlers = lambda: None
+    thread = threading.Thread(target=served.run, daemon=True)
+    thread.start()
+    wait_until(lambda: served.started)
+    port = served.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    served.should_exit = True
+    thread.join()
+
+
+def settings_of(database, base_model_dir, **fields):
+    url = database.kw["bind"].url.render_as_string(hide_password=False)
+    named = {"home": base_model_dir.parent.parent, "base_model": str(base_model_dir), "database_url": url}
+    return Settings(**{**named, "memory_encoder": "sentence", "memory_tokens": 300, **fields})
+
+
+@pytest.fixture
+def encoding(database, base_model_dir, worker):
+    settings = settings_of(database, base_model_dir, reward_url=worker)
+    pgvector.prepare(settings)
+    with Encoding(database, settings, patience_s=10.0).running() as encoding:
+        encoding.settings = settings
+        yield encoding
+
+
+@pytest.fixture
+def talk(database, encoding):
+    """A long conversation in which a birth was told long ago; and its last turn."""
+
+    async def work(talk):
+        turns = [None]
+        for number in range(NUM_TURNS):
+            said = (SAID, "How lovely!") if number == 10 else (f"Tell me of station {number}.", "It is fine.")
+            turns.append(await talk.say(*said, parent=turns[-1]))
+        return talk, turns[11], turns[-1]
+
+    found = talking(database, work)
+    while encoding.read(found[0].conversation, most_rounds=100):
+        pass
+    return found
+
+
+def rows(database):
+    with database() as session:
+        return session.execute(sa.select(TurnVector.episode_id, TurnVector.embedding)).all()
+
+
+def test_what_was_said_in_other_words_is_in_the_context(database, base_model_dir, encoding, talk):
+    conversation, _, last = talk
+    wanted = asked(QUESTION, conversation, last)
+    without = remembering(database, base_model_dir, memory_tokens=300).prompt(wanted)
+    assert "bakery" not in str(without.messages), "words alone would do, so nothing is shown here"
+    made = Remembering(database, encoding.settings, encoding).prompt(wanted)
+    assert "bakery" in str(made.messages)
+    assert made.record["used"] <= made.record["budget"] and "notes" not in made.record
+    best = max(made.record["chunks"], key=lambda chunk: chunk["importance"])
+    assert best["features"]["sentence"] > 0.2
+    assert len(made.context.builder.chunks) <= 2 * store.MOST_TURNS
+
+
+def test_turns_are_read_once_they_are_written(database, encoding):
+    async def work(talk):
+        talk.book.remembering = Remembering(database, encoding.settings, encoding)
+        return await talk.say("I keep bees.", "What fun!")
+
+    turn = talking(database, work)
+    found = wait_until(lambda: rows(database))
+    assert [row.episode_id for row in found] == [turn, turn]
+    assert all(np.linalg.norm(row.embedding) == pytest.approx(1.0, abs=1e-4) for row in found)
+
+
+@pytest.mark.parametrize("how", ["turn deleted", "conversation deleted", "forgotten"])
+def test_no_vector_outlives_its_words(database, encoding, talk, how):
+    conversation, told, _ = talk
+    with database() as session:
+        read = sentences.missing(session, conversation.conversation, "another encoder", 200)
+        vectors = dict(session.execute(sa.select(TurnVector.episode_id, TurnVector.embedding)).all())
+    with database.begin() as session:
+        if how == "turn deleted":
+            store.delete_turn(session, told, USER)
+        elif how == "conversation deleted":
+            conversations.delete(session, conversation.conversation, USER)
+        else:
+            erasure.forget(session, USER, "retrain-required")
+    # Whoever was reading them then writes no more than what still stands.
+    with database.begin() as session:
+        late = [each for turn in read for each in (vectors[turn.turn],) * 2]
+        assert sentences.keep(session, "sentence", read, late) == (NUM_TURNS - 1 if how == "turn deleted" else 0)
+    left = {row.episode_id for row in rows(database)}
+    assert told not in left and len(left) == (NUM_TURNS - 1 if how == "turn deleted" else 0)
+    if how == "turn deleted":
+        with database() as session:
+            missing = sentences.missing(session, conversation.conversation, "a third encoder", 200)
+        assert told not in {words.turn for words in missing}, "it is looked for again and again"
+
+
+def test_a_corrected_answer_is_found_by_what_it_should_have_said(database, encoding, talk):
+    conversation, told, last = talk
+    consume(database, said_of(database, told, "correction", text="The ferry to Marstrand leaves at noon."))
+    assert told not in {row.episode_id for row in rows(database)}, "the old answer is still found"
+    encoding.read(conversation.conversation, most_rounds=1)
+    wanted = asked("When does the boat sail?", conversation, last)
+    assert "Marstrand" in str(Remembering(database, encoding.settings, encoding).prompt(wanted).messages)
+
+
+def test_without_an_encoder_words_do_what_they_can_in_time(database, base_model_dir, encoding, talk):
+    conversation, _, last = talk
+    away = Encoding(database, settings_of(database, base_model_dir, reward_url="http://127.0.0.1:9"))
+    memory = Remembering(database, encoding.settings, away)
+    memory.prompt(asked("Warm up?", conversation, last))
+    started_s = time.monotonic()
+    made = memory.prompt(asked("Tell me of station 7 again.", conversation, last))
+    assert time.monotonic() - started_s < 2.0
+    assert "station 7 " in str(made.messages) and made.record["notes"] == [ENCODER_AWAY]
+
+
+def test_an_encoder_that_takes_too_long_is_not_waited_for(database, base_model_dir, encoding, talk, monkeypatch):
+    conversation, _, last = talk
+    monkeypatch.setattr("reward.client.embed", lambda client, texts: time.sleep(3.0))
+    slow = Encoding(database, encoding.settings, patience_s=0.05)
+    started_s = time.monotonic()
+    assert slow.ask("Hello?").result() is None
+    assert time.monotonic() - started_s < 1.0
+    made = Remembering(database, encoding.settings, slow).prompt(asked(QUESTION, conversation, last))
+    assert made.record["notes"] == [ENCODER_AWAY]
+
+
+def test_turns_that_nobody_read_are_read_when_the_conversation_goes_on(database, base_model_dir, encoding):
+    async def work(talk):
+        away = Encoding(database, settings_of(database, base_model_dir, reward_url="http://127.0.0.1:9"))
+        with away.running():
+            talk.book.remembering = Remembering(database, encoding.settings, away)
+            first = await talk.say("I keep bees.", "What fun!")
+        talk.book.remembering = Remembering(database, encoding.settings, encoding)
+        return {first, await talk.say("And goats.", "Both?", parent=first)}
+
+    both = talking(database, work)
+    wait_until(lambda: {row.episode_id for row in rows(database)} == both)
+
+
+def test_a_database_without_the_extension_is_refused_by_name(database, base_model_dir, monkeypatch):
+    monkeypatch.setattr(pgvector, "EXTENSION", "no_such_extension")
+    settings = settings_of(database, base_model_dir)
+    with pytest.raises(SetupError, match="postgresql-NN-pgvector") as refused:
+        pgvector.prepare(settings)
+    assert refused.value.code == "pgvector_missing"
+    with psycopg.connect(settings.database_url.replace("+psycopg", "")) as connection:
+        assert not pgvector.is_ready(connection)
+
+
+def test_an_api_on_a_database_without_the_index_goes_by_words(database, base_model_dir):
+    async def opened():
+        async with reading(database, settings_of(database, base_model_dir)) as encoding:
+            return encoding
+
+    assert asyncio.run(opened()) is None
+
+
+def test_vectors_of_another_size_give_way_and_off_leaves_no_index(
+    database, base_model_dir, encoding, talk, monkeypatch
+):
+    settings = encoding.settings
+    dsn = settings.database_url.replace("+psycopg", "")
+    pgvector.prepare(settings)
+    assert len(rows(database)) == 2 * NUM_TURNS
+    monkeypatch.setattr("infra.sentence_model.dim", lambda settings: 8)
+    pgvector.prepare(settings)
+    assert rows(database) == []
+    with psycopg.connect(dsn) as connection:
+        assert pgvector.is_ready(connection)
+    pgvector.prepare(settings.model_copy(update={"memory_encoder": "off"}))
+    with psycopg.connect(dsn) as connection:
+        assert not pgvector.is_ready(connection)
+
+
+def test_the_reward_worker_reads_texts(stack):
+    with httpx.Client(base_url=stack.settings.reward_url, timeout=60.0) as client:
+        found = client.post("/v1/embeddings", json={"texts": [SAID, QUESTION, "Trains are late."]}).json()
+        one, other, third = np.array(found["vectors"])
+        assert np.linalg.norm(one) == pytest.approx(1.0, abs=1e-4) and one @ other > one @ third + 0.1
+        assert client.post("/v1/embeddings", json={"texts": []}).status_code == 422
+        assert client.post("/v1/embeddings", json={"texts": ["a"] * 65}).status_code == 422
