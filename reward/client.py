@@ -37,8 +37,8 @@ async def score(client: httpx.AsyncClient, body: ScoreRequest, timeout_s: float 
     return ScoreBatch.model_validate(response.json())
 
 
-def embed(client: httpx.Client, texts: Sequence[str]) -> Embedded:
-    """Return the vectors of texts, within the client's own time.
+def embed(client: httpx.Client, texts: Sequence[str], timeout_s: float) -> Embedded:
+    """Return the vectors of texts.
 
     Raises
     ------
@@ -46,7 +46,9 @@ def embed(client: httpx.Client, texts: Sequence[str]) -> Embedded:
         Code ``reward_unavailable`` where it does not answer in time, or what it refused with.
     """
     try:
-        response = client.post("/v1/embeddings", json=EmbedRequest(texts=list(texts)).model_dump())
+        response = client.post(
+            "/v1/embeddings", json=EmbedRequest(texts=list(texts)).model_dump(), timeout=timeout_s
+        )
     except httpx.TransportError as error:
         raise _unavailable() from error
     if response.status_code != 200:

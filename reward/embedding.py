@@ -10,8 +10,6 @@ from infra.settings import Settings
 from reward.embedding_wire import MAX_TEXT_CHARS, Embedded
 from reward.sentence_encoder import SentenceEncoder
 
-AT_ONCE = 2  # texts; a question waits for no more of somebody else's
-
 
 class Embedder:
     """Embeds texts; safe to call from several threads. The model is loaded when it is first needed.
@@ -51,9 +49,6 @@ class Embedder:
         Raises as :meth:`load` does.
         """
         encoder = self.load()
-        vectors: list[list[float]] = []
-        for start in range(0, len(texts), AT_ONCE):
-            with self._lock:
-                rows = encoder.embedded([text[:MAX_TEXT_CHARS] for text in texts[start : start + AT_ONCE]])
-            vectors += rows.tolist()
-        return Embedded(encoder=encoder.name, vectors=vectors)
+        with self._lock:
+            rows = encoder.embedded([text[:MAX_TEXT_CHARS] for text in texts])
+        return Embedded(encoder=encoder.name, vectors=rows.tolist())

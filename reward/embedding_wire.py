@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infra.text import CleanText
 
-MAX_TEXTS = 64
-MAX_TEXT_CHARS = 8_000  # about seven of the model's windows
+MAX_TEXTS = 8  # so that nobody waits long for somebody else's
+MAX_TEXT_CHARS = 4_000  # about four of the model's windows
 
 
 class EmbedRequest(BaseModel):

@@ -13,7 +13,7 @@ as it has not decayed, is taken back first.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,9 @@ class State:
 
 
 def shifted(weights: Weights, shift: dict[str, float]) -> Weights:
-    """Return weights moved by multiples of what is usual for each."""
-    return Weights(**{name: value + USUAL[name] * shift.get(name, 0.0) for name, value in asdict(weights).items()})
+    """Return weights moved by multiples of what is usual for each; what is not at hand, and weighs 0, stays so."""
+    moved = {name: value + USUAL[name] * shift.get(name, 0.0) for name, value in asdict(weights).items() if value}
+    return replace(weights, **moved)
 
 
 def current(session: Session) -> State:
@@ -87,7 +88,7 @@ def draw(session: Session, defaults: Weights, *, explores: bool, rng: random.Ran
     state = current(session)
     if not explores:
         return Draw(state.version, state.weights(defaults), {})
-    offsets = {name: round((rng or random).gauss(0.0, 1.0), 3) for name in LEARNED}
+    offsets = {name: round((rng or random).gauss(0.0, 1.0), 3) for name in LEARNED if getattr(defaults, name)}
     tried = {name: state.shift.get(name, 0.0) + SCALE * offsets.get(name, 0.0) for name in NAMES}
     return Draw(state.version, shifted(defaults, tried), offsets)
 

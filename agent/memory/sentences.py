@@ -31,6 +31,9 @@ MISSING = sa.text("""
 """)
 
 
+WORDS = sa.text(terms.READ)
+
+
 @dataclass(frozen=True, slots=True)
 class Sentence:
     """A text as an encoder reads it: a vector of length 1."""
@@ -128,7 +131,7 @@ def forget(session: Session, turns: Collection[str]) -> None:
 
 
 def _words(session: Session, turns: Sequence[str]) -> list[Words]:
-    rows = {row.id: row for row in session.execute(terms.NOW, {"ids": list(turns)})}
+    rows = {row.id: row for row in session.execute(WORDS, {"ids": list(turns)})}
     found = (rows[turn] for turn in turns if turn in rows)
     return [
         Words(row.id, row.conversation_id, row.question if row.answer else "", row.answer or "") for row in found

@@ -9,6 +9,7 @@ corrected is there as they corrected it.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from feedback.episodes import Recording
 from feedback.tables import Conversation
 from infra.db import among
 
+log = logging.getLogger("everloop.agent")
 MOST_TURNS = 50  # that are looked at for one context, pinned ones besides
 RECENT_TURNS = 24  # of these the newest, whatever is asked
 OPENING_TURNS = 2  # and the first
@@ -158,12 +160,12 @@ def delete_turn(session: Session, episode_id: str, user_id: str) -> int:
 def forget_turn(session: Session, episode_id: str) -> None:
     """Take out what a deleted turn left: what was remembered of it, its words, its pin. Its place stays a place."""
     session.execute(sa.delete(Memory).where(Memory.episode_id == episode_id))
+    sentences.forget(session, [episode_id])
     place = session.get(TurnPlace, episode_id)
     if place is None:
         return
     place.pinned = False
     terms.forget(session, place.conversation_id, episode_id)
-    sentences.forget(session, [episode_id])
 
 
 def past(
@@ -186,9 +188,8 @@ def past(
     if parent is None:
         return Past([], 0)
     found = list(terms.find(session, conversation, question, vectors, MOST_TURNS))
-    asked = encoded()
-    if asked is not None:
-        found = _by_turns(sentences.find(session, conversation, asked, MOST_TURNS), found)
+    asked, nearest = _nearest(session, conversation, encoded())
+    found = _by_turns(nearest, found)
     values = {"conversation": conversation, "parent": parent, "found": found[: 2 * MOST_TURNS]}
     places = {row.episode_id: row for row in session.execute(WAY, values)}
     if parent not in places:  # as an earlier version wrote it
@@ -213,6 +214,18 @@ def past(
                 chunks.append(Chunk(role, text, position=position, nearness=nearness, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
     return Past(chunks, max(2 * (last_depth + 1) - num_missed, len(chunks)))
+
+
+def _nearest(session: Session, conversation: str, asked: Sentence | None) -> tuple[Sentence | None, Sequence[str]]:
+    """Return what is asked, and the turns that are nearest to it; None where the database cannot tell."""
+    if asked is None:
+        return None, []
+    try:
+        with session.begin_nested():
+            return asked, sentences.find(session, conversation, asked, MOST_TURNS)
+    except (sa.exc.ProgrammingError, sa.exc.DataError) as error:  # the extension has gone, or is another
+        log.error("the database finds nothing by vectors, see `everloop doctor`: %s", error.orig)
+        return None, []
 
 
 def _by_turns(some: Sequence[str], others: Sequence[str]) -> list[str]:

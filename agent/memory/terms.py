@@ -50,12 +50,13 @@ CORRECTION = """
         AND feedback.kind = 'correction' AND feedback.slot = episodes.id
     ORDER BY feedback.seq DESC LIMIT 1
 """
-# Whoever deletes the turn waits for this, or this finds it without words.
-NOW = sa.text(f"""
+READ = f"""
     SELECT id, conversation_id, coalesce((messages -> -1) ->> 'content', '') AS question,
         coalesce(({CORRECTION}), answer) AS answer
-    FROM episodes WHERE id = ANY(CAST(:ids AS varchar[])) AND conversation_id IS NOT NULL ORDER BY id FOR SHARE
-""")
+    FROM episodes WHERE id = ANY(CAST(:ids AS varchar[])) AND conversation_id IS NOT NULL ORDER BY id
+"""
+# Whoever deletes the turn waits for this, or this finds it without words.
+NOW = sa.text(f"{READ} FOR SHARE")
 
 
 def index(session: Session, recording: Recording) -> None:

@@ -97,8 +97,7 @@ def _encoding(sessions: Sessions, settings: Settings) -> Iterator[Encoding | Non
             time.sleep(0.1)
             if not worker.is_alive():
                 raise RuntimeError("The process with the sentence model has ended; see above.")
-        at_worker = settings.model_copy(update={"reward_url": url})
-        with Encoding(sessions, at_worker).running() as encoding:
+        with Encoding(sessions, url).running() as encoding:
             yield encoding
     finally:
         worker.terminate()

@@ -87,7 +87,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
         return
     yield _migrated(version, found[0] if found else None)
     if settings.memory_encoder != "off":
-        yield _indexed(has_index)
+        yield _indexed(settings, has_index)
     yield _clock("database", theirs_s - ours_s)
 
 
@@ -102,13 +102,14 @@ def _migrated(version: str, at: str | None) -> Finding:
     return Finding("database", "fail", told, "`everloop up` migrates it.")
 
 
-def _indexed(has_index: bool) -> Finding:
+def _indexed(settings: Settings, has_index: bool) -> Finding:
+    on = "memory_encoder is on, and words alone find what was said"
+    if settings.reward_url is None:
+        return Finding("pgvector", "warn", f"{on}: there is no reward worker", "Set EVERLOOP_REWARD_URL.")
     if has_index:
         return Finding("pgvector", "ok", "turns are found by what they say")
-    told = "memory_encoder is on, and the database has no index of vectors: words alone find what was said"
-    return Finding(
-        "pgvector", "warn", told, "Start with `everloop up`, or run `everloop migrate` on your database."
-    )
+    advice = "Run `everloop migrate`, and start the API anew; `everloop up` does both for its own."
+    return Finding("pgvector", "warn", f"{on}: the database has no index of vectors", advice)
 
 
 def newest_migration() -> str:

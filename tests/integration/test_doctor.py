@@ -154,14 +154,15 @@ def test_tables_of_an_earlier_version_fail_and_the_newest_do_not(database, tmp_p
 
 def test_an_encoder_without_its_index_is_told(database, tmp_path):
     url = database.kw["bind"].url.render_as_string(hide_password=False)
-    settings = Settings(home=tmp_path, database_url=url, memory_encoder="sentence")
+    settings = Settings(home=tmp_path, database_url=url, memory_encoder="sentence", reward_url="http://reward")
 
-    def found():
+    def found(settings=settings):
         return next(each for each in services.check_database(settings) if each.name == "pgvector")
 
     assert found().verdict == "warn" and "everloop migrate" in found().advice
     pgvector.prepare(settings)
     assert found().verdict == "ok"
+    assert "reward worker" in found(settings.model_copy(update={"reward_url": None})).told
 
 
 def test_a_clock_that_is_off_is_told(database, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 import uvicorn
 
 from agent.memory import sentences, store
-from agent.memory.encoding import Encoding, reading
+from agent.memory.encoding import MOST_LATE, Encoding, reading
 from agent.memory.prompts import ENCODER_AWAY, Remembering
 from agent.tables import TurnVector
 from feedback import conversations, erasure
@@ -60,7 +60,7 @@ def settings_of(database, base_model_dir, **fields):
 def encoding(database, base_model_dir, worker):
     settings = settings_of(database, base_model_dir, reward_url=worker)
     pgvector.prepare(settings)
-    with Encoding(database, settings, patience_s=10.0).running() as encoding:
+    with Encoding(database, worker, patience_s=10.0).running() as encoding:
         encoding.settings = settings
         yield encoding
 
@@ -147,7 +147,7 @@ def test_a_corrected_answer_is_found_by_what_it_should_have_said(database, encod
 
 def test_without_an_encoder_words_do_what_they_can_in_time(database, base_model_dir, encoding, talk):
     conversation, _, last = talk
-    away = Encoding(database, settings_of(database, base_model_dir, reward_url="http://127.0.0.1:9"))
+    away = Encoding(database, "http://127.0.0.1:9")
     memory = Remembering(database, encoding.settings, away)
     memory.prompt(asked("Warm up?", conversation, last))
     started_s = time.monotonic()
@@ -158,8 +158,8 @@ def test_without_an_encoder_words_do_what_they_can_in_time(database, base_model_
 
 def test_an_encoder_that_takes_too_long_is_not_waited_for(database, base_model_dir, encoding, talk, monkeypatch):
     conversation, _, last = talk
-    monkeypatch.setattr("reward.client.embed", lambda client, texts: time.sleep(3.0))
-    slow = Encoding(database, encoding.settings, patience_s=0.05)
+    monkeypatch.setattr("reward.client.embed", lambda client, texts, timeout_s: time.sleep(3.0))
+    slow = Encoding(database, "http://127.0.0.1:9", patience_s=0.05)
     started_s = time.monotonic()
     assert slow.ask("Hello?").result() is None
     assert time.monotonic() - started_s < 1.0
@@ -169,7 +169,7 @@ def test_an_encoder_that_takes_too_long_is_not_waited_for(database, base_model_d
 
 def test_turns_that_nobody_read_are_read_when_the_conversation_goes_on(database, base_model_dir, encoding):
     async def work(talk):
-        away = Encoding(database, settings_of(database, base_model_dir, reward_url="http://127.0.0.1:9"))
+        away = Encoding(database, "http://127.0.0.1:9")
         with away.running():
             talk.book.remembering = Remembering(database, encoding.settings, away)
             first = await talk.say("I keep bees.", "What fun!")
@@ -191,11 +191,89 @@ def test_a_database_without_the_extension_is_refused_by_name(database, base_mode
 
 
 def test_an_api_on_a_database_without_the_index_goes_by_words(database, base_model_dir):
-    async def opened():
-        async with reading(database, settings_of(database, base_model_dir)) as encoding:
+    async def opened(**fields):
+        async with reading(database, settings_of(database, base_model_dir, **fields)) as encoding:
             return encoding
 
-    assert asyncio.run(opened()) is None
+    assert asyncio.run(opened(reward_url="http://127.0.0.1:9")) is None
+    pgvector.prepare(settings_of(database, base_model_dir))
+    assert asyncio.run(opened(reward_url="http://127.0.0.1:9")) is not None
+    assert asyncio.run(opened()) is None, "there is no reward worker"
+    assert asyncio.run(opened(reward_url="http://127.0.0.1:9", memory_encoder="off")) is None
+
+
+def test_a_database_that_loses_the_extension_leaves_words(database, encoding, talk):
+    conversation, _, last = talk
+    with database.begin() as session:
+        session.execute(sa.text("DROP EXTENSION vector CASCADE"))
+    made = Remembering(database, encoding.settings, encoding).prompt(asked("Station 7 again?", conversation, last))
+    assert "station 7." in str(made.messages)
+
+
+def test_a_pgvector_that_is_too_old_is_refused(database, base_model_dir, encoding, monkeypatch):
+    monkeypatch.setattr(pgvector, "LEAST_VERSION", (99, 0))
+    with pytest.raises(SetupError, match=r"needs 99\.0 or later") as refused:
+        pgvector.prepare(encoding.settings)
+    assert refused.value.code == "pgvector_missing"
+    assert pgvector.is_lacking(encoding.settings)
+
+
+def test_after_several_late_answers_nobody_is_asked_for_a_while(database, monkeypatch):
+    asked = []
+
+    def late(client, texts, timeout_s):
+        asked.append(texts)
+        time.sleep(0.3)
+
+    monkeypatch.setattr("reward.client.embed", late)
+    slow = Encoding(database, "http://127.0.0.1:9", patience_s=0.02)
+    assert [slow.ask(f"{number}?").result() for number in range(MOST_LATE)] == [None] * MOST_LATE
+    started_s = time.monotonic()
+    assert slow.ask("Once more?").result() is None and slow.ask("And more?").is_in_vain
+    assert time.monotonic() - started_s < 0.02 and len(asked) == MOST_LATE
+
+
+def test_an_answer_of_another_shape_ends_no_reader(database, encoding, talk, monkeypatch):
+    conversation, _, _ = talk
+    with database.begin() as session:
+        session.execute(sa.delete(TurnVector))
+    monkeypatch.setattr("reward.client.embed", lambda client, texts, timeout_s: {}["vectors"])
+    encoding.written(conversation.conversation)
+    time.sleep(0.5)
+    monkeypatch.undo()
+    encoding.written(conversation.conversation)
+    wait_until(lambda: len(rows(database)) == 2 * NUM_TURNS)
+
+
+def test_somebody_is_forgotten_while_their_turns_are_read(database, encoding):
+    """Whoever reads and whoever forgets lock conversations before turns: neither ends the other."""
+
+    async def work(talk):
+        turns = [None]
+        for number in range(40):
+            turns.append(await talk.say(f"I keep {number} bees.", "What fun!", parent=turns[-1]))
+        return talk
+
+    conversation = talking(database, work).conversation
+    with database() as session:
+        read = sentences.missing(session, conversation, "one", 40)
+    failed = []
+
+    def write():
+        for _ in range(60):
+            try:
+                with database.begin() as session:
+                    sentences.keep(session, "one", read, [[0.1] * 384] * 80)
+            except sa.exc.DBAPIError as error:
+                failed.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    time.sleep(0.1)
+    with database.begin() as session:
+        erasure.forget(session, USER, "retrain-required")
+    writer.join()
+    assert failed == [] and rows(database) == []
 
 
 def test_vectors_of_another_size_give_way_and_off_leaves_no_index(
@@ -221,4 +299,4 @@ def test_the_reward_worker_reads_texts(stack):
         one, other, third = np.array(found["vectors"])
         assert np.linalg.norm(one) == pytest.approx(1.0, abs=1e-4) and one @ other > one @ third + 0.1
         assert client.post("/v1/embeddings", json={"texts": []}).status_code == 422
-        assert client.post("/v1/embeddings", json={"texts": ["a"] * 65}).status_code == 422
+        assert client.post("/v1/embeddings", json={"texts": ["a"] * 9}).status_code == 422
