@@ -86,7 +86,8 @@ def test_processes_of_one_consumer_share_the_partitions_and_hand_them_over(log):
                 second.send_signal(signal.SIGTERM)
                 assert second.wait(10) == 0
                 wait_until(lambda: working(log, name, "shared", [third.pid]), 10, "no hand-over")
-                wait_until(lambda: len(log.applied(name, "shared")) >= len(ids) > 200, what="not all applied")
+                there = max(len(ids), 200)  # one process alone may not keep up with what comes after
+                wait_until(lambda: len(log.applied(name, "shared")) >= there, 60, what="not all applied")
     with process("tests.faults.tally", name, QUICK):
         wait_until(lambda: len(log.applied(name, "shared")) >= len(ids), what="not all applied")
     assert_each_once_in_order(log.applied(name, "shared"), ids)
