@@ -55,6 +55,11 @@ def connect(database_url: str, *, pool_size: int = 5) -> Sessions:
     return sessionmaker(engine, expire_on_commit=False)
 
 
+def plain_dsn(database_url: str) -> str:
+    """Return the address of a database as psycopg alone takes it, without SQLAlchemy's name of a driver."""
+    return database_url.replace("postgresql+psycopg://", "postgresql://")
+
+
 @contextmanager
 def transaction(sessions: Sessions) -> Iterator[Session]:
     """Open a transaction; a database that is away becomes a 503 that says so."""

@@ -12,6 +12,7 @@ import psycopg
 from psycopg import sql
 
 from infra import sentence_model
+from infra.db import plain_dsn
 from infra.errors import SetupError
 from infra.settings import Settings
 
@@ -31,7 +32,7 @@ def prepare(settings: Settings) -> None:
         Code ``pgvector_missing`` where PostgreSQL does not have the extension, has one that is too old, or its user
         may not make it.
     """
-    with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
+    with psycopg.connect(plain_dsn(settings.need("database_url")), connect_timeout=5) as connection:
         if settings.memory_encoder == "off":
             connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(INDEX)))
             return
@@ -61,7 +62,7 @@ def prepare(settings: Settings) -> None:
 def is_lacking(settings: Settings) -> bool:
     """Tell whether the database of the settings has no index; one that does not answer is not said to lack it."""
     try:
-        with psycopg.connect(_dsn(settings), connect_timeout=5) as connection:
+        with psycopg.connect(plain_dsn(settings.need("database_url")), connect_timeout=5) as connection:
             return not is_ready(connection)
     except psycopg.OperationalError:
         return False
@@ -76,10 +77,6 @@ def is_ready(connection: psycopg.Connection) -> bool:
 def _version(connection: psycopg.Connection) -> tuple[int, ...]:
     found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = %s", [EXTENSION]).fetchone()
     return tuple(map(int, found[0].split("."))) if found else ()
-
-
-def _dsn(settings: Settings) -> str:
-    return settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
 
 
 def _index(connection: psycopg.Connection, dim: int) -> None:

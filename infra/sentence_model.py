@@ -49,13 +49,23 @@ def dim(settings: Settings) -> int:
         Code ``sentence_model_unusable``.
     """
     path = find(settings)
-    if path is None:  # as in the API's image; the worker's has the wheel
-        return WHEEL_DIM
+    return WHEEL_DIM if path is None else hidden_size(path)  # the API's image lacks the wheel that the worker's has
+
+
+def hidden_size(model_dir: Path) -> int:
+    """Return the size that a model's own configuration tells.
+
+    Raises
+    ------
+    SetupError
+        Code ``sentence_model_unusable`` where it is no model in sentence-transformers' format.
+    """
     try:
-        return int(json.loads((path / "config.json").read_text())["hidden_size"])
-    except (OSError, ValueError, KeyError) as error:
+        (model_dir / "modules.json").stat()
+        return int(json.loads((model_dir / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SetupError(
-            f"{path} is no sentence-transformers model (its config.json has no hidden_size). Name a directory that "
-            "is, in EVERLOOP_SENTENCE_MODEL, or leave that unset.",
+            f"{model_dir} is no sentence-transformers model (modules.json, or hidden_size in config.json, is "
+            "missing). Name a directory that is, in EVERLOOP_SENTENCE_MODEL, or leave that unset.",
             code="sentence_model_unusable",
         ) from error

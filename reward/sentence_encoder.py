@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import SetupError
+from infra.sentence_model import hidden_size
 from infra.weights import base_model_digest
 from reward.encoder import RECIPE, Answer, Encoder, Message, check_digest, projection
 
@@ -35,16 +35,9 @@ class SentenceEncoder(Encoder):
     """
 
     def __init__(self, model_dir: Path, num_threads: int | None = None) -> None:
-        config = model_dir / "config.json"
-        if not config.is_file() or not (model_dir / "modules.json").is_file():
-            raise SetupError(
-                f"{model_dir} is no sentence-transformers model (config.json and modules.json are missing). "
-                "Name a directory that is, in EVERLOOP_SENTENCE_MODEL, or leave that unset.",
-                code="sentence_model_unusable",
-            )
+        dim = hidden_size(model_dir)
         self.model_dir = model_dir
         self._digest = base_model_digest(model_dir)
-        dim = int(json.loads(config.read_text())["hidden_size"])
         super().__init__(f"{self._digest[:16]}.sentence.{RECIPE}", dim, num_threads)
         self._projection = projection(dim)
         self._model: Any = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,14 +35,14 @@ MISSING = sa.text("""
 WORDS = sa.text(terms.READ)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sentence:
     """A text as an encoder reads it: a vector of length 1."""
 
     encoder: str
     vector: Sequence[float]
 
-    @property
+    @cached_property
     def literal(self) -> str:
         """The vector as PostgreSQL writes it."""
         return f"[{','.join(map(repr, self.vector))}]"

@@ -12,6 +12,7 @@ import httpx
 import psycopg
 
 from infra import pgvector
+from infra.db import plain_dsn
 from infra.doctor.findings import Finding, Verdict
 from infra.settings import Settings
 from infra.stack.parts import LOOPBACK
@@ -66,7 +67,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
     url = settings.database_url
     if url is None:
         return
-    dsn = url.replace("postgresql+psycopg://", "postgresql://")
+    dsn = plain_dsn(url)
     try:
         with psycopg.connect(dsn, connect_timeout=2) as connection:
             sent_s = time.time()

@@ -24,7 +24,7 @@ from sqlalchemy import make_url
 from infra import pgvector
 from infra.access import accounts, keys, sessions
 from infra.access.roles import Role
-from infra.db import connect, transaction
+from infra.db import connect, plain_dsn, transaction
 from infra.errors import SetupError
 from infra.settings import Settings
 from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileged
@@ -248,7 +248,7 @@ def migrate(settings: Settings, patience_s: float = 0.0) -> None:
     """
     from alembic import command
 
-    dsn = settings.need("database_url").replace("postgresql+psycopg://", "postgresql://")
+    dsn = plain_dsn(settings.need("database_url"))
     deadline = time.monotonic() + patience_s
     while True:
         try:

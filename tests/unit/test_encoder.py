@@ -234,6 +234,15 @@ def test_directories_that_hold_no_model_are_refused(tmp_path):
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize("config", ["{", "{}", "[]", '{"hidden_size": "many"}'])
+def test_a_sentence_model_whose_size_cannot_be_told_is_refused(tmp_path, config):
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SetupError) as caught:
+        SentenceEncoder(tmp_path)
+    assert caught.value.code == "sentence_model_unusable"
+
+
 def test_what_the_user_said_last_is_found():
     talk = [*ASK, {"role": "assistant", "content": "Light."}, {"role": "user", "content": "How?"}]
     assert last_user_text(talk) == "How?"

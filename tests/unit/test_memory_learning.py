@@ -98,3 +98,9 @@ def test_what_is_taken_back_leaves_the_decay_and_what_it_did_to_later_steps(late
     undone = learning.taken_back(play_later(after), learning.moved(start, after), len(later))
     never = play_later(State(0, {}, 0.0, 0))
     assert undone.shift == pytest.approx({**dict.fromkeys(undone.shift, 0.0), **never.shift}, abs=1e-9)
+
+
+def test_a_feature_that_is_not_at_hand_weighs_nothing_whatever_was_learned() -> None:
+    learned = State(1, dict.fromkeys(NAMES, 1.0), 0.0, 1)
+    assert learned.weights(Weights()).sentence == 0.0 and learned.weights(BY_SENTENCES).sentence > 10.0
+    assert learned.weights(BY_SENTENCES).meaning == 0.0 and learned.weights(Weights()).meaning > 7.0
