@@ -136,6 +136,15 @@ def test_no_vector_outlives_its_words(database, encoding, talk, how):
         assert told not in {words.turn for words in missing}, "it is looked for again and again"
 
 
+def test_a_deleted_turn_hides_none_that_is_to_be_read(database, encoding, talk):
+    conversation, _, last = talk
+    with database.begin() as session:
+        store.delete_turn(session, last, USER)
+    with database() as session:
+        (newest,) = sentences.missing(session, conversation.conversation, "another encoder", 1)
+    assert newest.question == f"Tell me of station {NUM_TURNS - 2}."
+
+
 def test_a_corrected_answer_is_found_by_what_it_should_have_said(database, encoding, talk):
     conversation, told, last = talk
     consume(database, said_of(database, told, "correction", text="The ferry to Marstrand leaves at noon."))
