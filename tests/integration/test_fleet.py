@@ -78,16 +78,24 @@ class Fleet:
             return await act(engine)
 
     def reset(self):
-        """Put back what a test may have left: both up and honest, the base model champion."""
+        """Put back what a test may have left: both up and honest, the base model champion, nothing to be loaded."""
         self.tamper.mode = "honest"
         if self.engines[1].process.poll() is not None:
             wait_until(lambda: not up(self, self.second), 20, "it was not seen to be down")
             self.engines[1].start()
             self.engines[1].wait()
-            wait_until(lambda: up(self, self.second), 20)
+        wait_until(lambda: up(self, self.second), 20)
         self.proved("base")
         if self.champion() != "base":
             self.operator.promote("base", "begin anew")
+        with self.sessions.begin() as session:
+            session.execute(sa.delete(WantedRelease))
+        wait_until(self.is_settled, 60, "a replica still lacks what is wanted")
+
+    def is_settled(self):
+        """Tell whether nothing is left to be loaded: one that misbehaves does so with what its test asks for."""
+        with self.sessions() as session:
+            return all(serving.is_ready(session, name) for name in serving.wanted(session))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from deploy.canary import Watch
 from deploy.replica import ReplicaKeeper
 from deploy.runs import TrainingRun
 from deploy.store import CARD, open_store
-from deploy.tables import Adapter, AuditEntry, Canary, Release
+from deploy.tables import Adapter, AuditEntry, Canary, Release, WantedRelease
 from feedback.tables import Episode
 from flows.accounting import backlog
 from flows.preferences import shortened
@@ -267,13 +267,14 @@ def test_an_adapter_of_another_rank_or_base_is_refused_and_the_champion_goes_on_
 
 
 def test_a_challenger_of_another_base_is_not_loaded_and_the_champion_goes_on_serving(stack, release):
-    """As it is when base_model was changed behind a candidate."""
+    """As it is when base_model was changed behind a candidate: whoever watches canaries ends it within a second."""
     name = "of-another-base"
     with stack.sessions.begin() as session:
         session.add(Adapter(digest="0" * 64, base_digest="0" * 64, manifest={}))
         session.flush()
         session.add(Release(name=name, adapter_digest="0" * 64))
         session.flush()
+        serving.want(session, name)  # the canary may end before a replica is looked at
         canary_id = head.open_canary(session, challenger=name, **CANARY).id
     try:
         log = stack.settings.log_dir / "reconciler.log"
@@ -281,14 +282,22 @@ def test_a_challenger_of_another_base_is_not_loaded_and_the_champion_goes_on_ser
         assert "[adapter_of_another_base]" in log.read_text() and name not in served(stack)
         user = next(u for u in map(str, range(100)) if head.unit_interval(canary_id, u) >= 0.5)
         assert stack.ask(user=user).model == release
+        wait_until(lambda: decision_of(stack, canary_id), timeout_s=30, what="its canary went on")
+        assert decision_of(stack, canary_id) == "unservable"
         done = subprocess.run([*EVERLOOP, "promote", name, "--reason", "x"], capture_output=True, text=True)
         assert done.returncode == 1 and "[adapter_of_another_base]" in done.stderr
     finally:
         with stack.sessions.begin() as session:
-            if head.read(session).canary_id == canary_id:  # whoever watches canaries may have been quicker
+            session.execute(sa.delete(WantedRelease).where(WantedRelease.release == name))
+            if head.read(session).canary_id == canary_id:
                 head.close_canary(session, canary_id, decision="rollback", evidence={}, actor="test", reason="")
     assert stack.ask().model == release
     assert stack.ask(model="champion").model == release
+
+
+def decision_of(stack, canary_id):
+    with stack.sessions() as session:
+        return session.get_one(Canary, canary_id).decision
 
 
 def test_of_two_moves_at_once_one_wins_and_the_other_is_told(stack, release):
