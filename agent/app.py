@@ -52,7 +52,7 @@ from deploy.pages.live import Pulse
 from deploy.serving import RouteTable
 from feedback.intake import Intake
 from feedback.signals import KINDS
-from infra import db
+from infra import connections, db
 from infra.access.gate import Gate, needs
 from infra.access.roles import Role
 from infra.errors import (
@@ -105,7 +105,7 @@ def metrics(request: Request) -> Response:
 def _reward_client(settings: Settings) -> httpx.AsyncClient:
     """Return a client of the reward worker; features of 64 answers take their time on a CPU."""
     url = settings.reward_url or "http://reward.invalid"  # without a worker, requests end in reward_unavailable
-    return httpx.AsyncClient(base_url=url, timeout=120.0, trust_env=False)
+    return httpx.AsyncClient(base_url=url, timeout=120.0, limits=connections.limits(), trust_env=False)
 
 
 def _compressed(directory: Path) -> GZipMiddleware:

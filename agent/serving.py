@@ -15,6 +15,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from infra.connections import SERVER_IDLE_S
+
 LAST_ARRIVALS_S = 0.2  # who was connected in the last moment still gets to ask
 ANSWERS_END_S = 5.0
 GRACE_S = 7.0  # then what is left is broken off
@@ -31,6 +33,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             log_config=None,
             access_log=False,
             proxy_headers=False,  # whom to believe, `trusted_proxies` says
+            timeout_keep_alive=SERVER_IDLE_S,
             timeout_graceful_shutdown=math.ceil(GRACE_S),
         )
         super().__init__(config)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import orjson
 
+from infra import connections
 from infra import engine_wire as wire
 from infra.engine_wire import EngineError
 
@@ -50,7 +51,7 @@ class EngineClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=connections.limits(),
             trust_env=False,
             verify=_trusted(),
             headers={"Authorization": f"Bearer {key}"} if key else None,

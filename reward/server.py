@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from infra.connections import SERVER_IDLE_S
 from infra.errors import EverloopError
 from reward.embedding import Embedder
 from reward.embedding_wire import EmbedRequest
@@ -43,8 +44,14 @@ def build(scorer: Scorer, embedder: Embedder) -> FastAPI:
 
 def serve(scorer: Scorer, embedder: Embedder, host: str, port: int) -> None:
     """Serve in a thread of its own, which ends with the process."""
-    server = uvicorn.Server(
-        uvicorn.Config(build(scorer, embedder), host=host, port=port, log_config=None, access_log=False)
+    config = uvicorn.Config(
+        build(scorer, embedder),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=SERVER_IDLE_S,
     )
+    server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # the worker stops by itself
     threading.Thread(target=server.run, daemon=True).start()

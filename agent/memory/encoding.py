@@ -20,7 +20,7 @@ import httpx
 
 from agent.memory import sentences
 from agent.memory.sentences import Sentence, Words
-from infra import pgvector
+from infra import connections, pgvector
 from infra.db import Sessions, transaction
 from infra.errors import UnavailableError
 from infra.settings import Settings
@@ -52,7 +52,7 @@ class Encoding:
     def __init__(self, sessions: Sessions, url: str, patience_s: float = PATIENCE_S) -> None:
         self.sessions = sessions
         self.patience_s = patience_s
-        self._client = httpx.Client(base_url=url, trust_env=False)
+        self._client = httpx.Client(base_url=url, limits=connections.limits(), trust_env=False)
         self._pool = ThreadPoolExecutor(MOST_ASKED, thread_name_prefix="encoding")
         self._resting_until_s = 0.0
         self._num_late = 0

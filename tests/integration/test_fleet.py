@@ -84,8 +84,8 @@ class Fleet:
             wait_until(lambda: not up(self, self.second), 20, "it was not seen to be down")
             self.engines[1].start()
             self.engines[1].wait()
-        wait_until(lambda: up(self, self.second), 20)
         self.proved("base")
+        wait_until(lambda: up(self, self.second), 20)
         if self.champion() != "base":
             self.operator.promote("base", "begin anew")
         with self.sessions.begin() as session:
