@@ -10,6 +10,7 @@ from typing import Any
 import anyio.to_thread
 
 from agent.book import Book
+from agent.memory.encoding import Asking
 from agent.memory.prompts import Wanted
 from agent.schema import ChatRequest
 from agent.tools.use import ToolUse
@@ -49,10 +50,24 @@ class Prompter:
     fleet: Fleet
     settings: Settings
 
+    def ask(self, body: ChatRequest) -> Asking | None:
+        """Have the question of a request read, to be found again by what it says; None where nobody needs that."""
+        if self.book.remembering is None or body.has_its_past or body.parent is None:
+            return None
+        said = [message.model_dump(exclude_none=True) for message in body.messages]
+        return self.book.remembering.ask(said, body.conversation, body.parent)
+
     async def prompt(
-        self, body: ChatRequest, tools: ToolUse, release: str, max_answer_tokens: int, *, explores: bool
+        self,
+        body: ChatRequest,
+        tools: ToolUse,
+        release: str,
+        max_answer_tokens: int,
+        *,
+        explores: bool,
+        asking: Asking | None = None,
     ) -> Prompted:
-        """Return what a release is to see of a request.
+        """Return what a release is to see of a request, whose question may be being read already (:meth:`ask`).
 
         Raises
         ------
@@ -61,7 +76,7 @@ class Prompter:
         """
         said = [message.model_dump(exclude_none=True) for message in body.messages]
         messages, context, count = said if tools.is_native else plain(said), None, None
-        wanted = _wanted(body, tools, messages, max_answer_tokens, explores=explores)
+        wanted = _wanted(body, tools, messages, max_answer_tokens, explores=explores, asking=asking)
         remembering = self.book.remembering
         if remembering is not None and not remembering.needs_nothing(wanted):
             made = await anyio.to_thread.run_sync(remembering.prompt, wanted)
@@ -86,7 +101,13 @@ class Prompter:
 
 
 def _wanted(
-    body: ChatRequest, tools: ToolUse, messages: list[dict[str, Any]], max_answer_tokens: int, *, explores: bool
+    body: ChatRequest,
+    tools: ToolUse,
+    messages: list[dict[str, Any]],
+    max_answer_tokens: int,
+    *,
+    explores: bool,
+    asking: Asking | None,
 ) -> Wanted:
     return Wanted(
         body.user,
@@ -99,4 +120,5 @@ def _wanted(
         tools=tools.told if tools.is_native else None,
         introduction=tools.introduction,
         reserved_tokens=tools.reserved_tokens,
+        asking=asking,
     )

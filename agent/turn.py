@@ -14,6 +14,7 @@ import anyio
 from agent import metrics
 from agent.best_of import BestOf, Candidate
 from agent.book import Asked, Begun, Book, unknown_model
+from agent.memory.encoding import Asking
 from agent.prompting import Prompted, Prompter
 from agent.schema import ChatRequest, check_budget
 from agent.tools.protocol import Call, Reader
@@ -109,6 +110,8 @@ class Turn:
         self._stream: Any = None
         self._told: list[dict[str, Any]] = []
         self.prompted: Prompted | None = None
+        self._prompter = Prompter(book, fleet, settings)
+        self._asking: Asking | None = None
         self.has_begun = False
         self._is_closed = True  # there is nothing to be closed yet
         self._started_s = time.perf_counter()
@@ -125,6 +128,8 @@ class Turn:
         check_budget(sampling["max_tokens"], self.settings.max_model_tokens)
         trial = await self._version_of_run() if self.body.model.startswith(RUN_PREFIX) else None
         place = Place(self.body.conversation, self.body.parent) if self.body.conversation else None
+        if self.waited is None:  # beside the database
+            self._asking = self._prompter.ask(self.body)
         self.begun = begun = await self.book.begin(Asked(self.body.user, self.body.model, trial, place))
         assignment = begun.assignment
         if assignment.arm == "pinned" and trial is None and not await self.fleet.proved(assignment.release):
@@ -212,9 +217,11 @@ class Turn:
     async def prompt(self, begun: Begun, tools: ToolUse | None = None) -> Prompted:
         """Return what the model is to see; other choices of the same request take it over."""
         max_tokens = self.body.sampling(self.settings.max_answer_tokens)["max_tokens"]
-        prompter = Prompter(self.book, self.fleet, self.settings)
         tools, release = tools or self._tools(begun), begun.assignment.release
-        return await prompter.prompt(self.body, tools, release, max_tokens, explores=self._may_learn(begun))
+        explores = self._may_learn(begun)
+        return await self._prompter.prompt(
+            self.body, tools, release, max_tokens, explores=explores, asking=self._asking
+        )
 
     def _may_learn(self, begun: Begun) -> bool:
         is_trial = begun.assignment.release.startswith(RUN_PREFIX)

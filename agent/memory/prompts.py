@@ -54,6 +54,8 @@ class Wanted:
         What is added to the system message afterwards, to tell of tools; room is left for it.
     reserved_tokens
         Room for what tools return, as far as a third of all goes.
+    asking
+        The question, where it is being read already (:meth:`Remembering.ask`).
     """
 
     user: str
@@ -66,6 +68,7 @@ class Wanted:
     tools: Sequence[dict[str, Any]] | None = None
     introduction: str = ""
     reserved_tokens: int = 0
+    asking: Asking | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +122,9 @@ class Remembering:
         """
         counter = self.counter()
         started_s = time.perf_counter()
+        asking = wanted.asking or self.ask(wanted.messages, wanted.conversation, wanted.parent)
         system, earlier, last = divided(wanted.messages)
         question = str(last[0].get("content") or "")
-        asking = self._ask(wanted, question)
         with transaction(self.sessions) as session:
             known: list[tuple[str, str]] = []
             # Whoever sends all that is to be seen gets an answer to that, and to nothing else.
@@ -143,9 +146,11 @@ class Remembering:
         metrics.note_context(made.record, time.perf_counter() - started_s, is_whole=made.context is None)
         return made
 
-    def _ask(self, wanted: Wanted, question: str) -> Asking:
-        follows = wanted.conversation is not None and wanted.parent is not None
-        return self.encoding.ask(question) if self.encoding is not None and follows else NOT_ASKED
+    def ask(self, messages: Sequence[Message], conversation: str | None, parent: str | None) -> Asking:
+        """Have the question of a request read, where it follows something; other things are done meanwhile."""
+        if self.encoding is None or conversation is None or parent is None:
+            return NOT_ASKED
+        return self.encoding.ask(str(divided(messages)[2][0].get("content") or ""))
 
     def written(self, recording: Recording) -> None:
         """Have a turn that was just written found again by what it says."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -14,11 +15,16 @@ import pytest
 import sqlalchemy as sa
 import uvicorn
 
+from agent.book import Begun
 from agent.memory import sentences, store
 from agent.memory.encoding import MOST_LATE, Encoding, reading
 from agent.memory.prompts import ENCODER_AWAY, Remembering
+from agent.schema import ChatRequest
 from agent.tables import TurnVector
+from agent.turn import Turn
+from deploy.head import Assignment
 from feedback import conversations, erasure
+from feedback.conversations import Place
 from infra import pgvector
 from infra.errors import SetupError
 from infra.settings import Settings
@@ -98,6 +104,24 @@ def test_what_was_said_in_other_words_is_in_the_context(database, base_model_dir
     best = max(made.record["chunks"], key=lambda chunk: chunk["importance"])
     assert best["features"]["sentence"] > 0.2
     assert len(made.context.builder.chunks) <= 2 * store.MOST_TURNS
+
+
+def test_a_question_is_read_while_its_turn_is_begun(database, encoding, talk, monkeypatch):
+    conversation, _, last = talk
+    order, ask = [], encoding.ask
+    monkeypatch.setattr(encoding, "ask", lambda question: order.append(question) or ask(question))
+
+    async def begin(asked):
+        order.append(asked.place)
+        return Begun(Assignment("base", None, "champion", 1.0, None), None, may_learn=False)
+
+    book = SimpleNamespace(begin=begin, remembering=Remembering(database, encoding.settings, encoding))
+    given = {"conversation": conversation.conversation, "parent": last, "user": USER, "max_tokens": 64}
+    body = ChatRequest(model="everloop", messages=[{"role": "user", "content": QUESTION}], **given)
+    turn = Turn(book, None, encoding.settings, body)
+    prompted = asyncio.run(turn.prompt(asyncio.run(turn.assign())))
+    assert order == [QUESTION, Place(conversation.conversation, last)]
+    assert "bakery" in str(prompted.messages)
 
 
 def test_turns_are_read_once_they_are_written(database, encoding):
