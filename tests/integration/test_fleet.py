@@ -324,7 +324,7 @@ def test_what_is_quarantined_while_it_serves_is_left_at_once_and_cannot_come_bac
     assert fleet.ask().model == one
     with fleet.sessions.begin() as session:
         assert erasure.mark(session, ["run_7"], "quarantine")["champion"] == "base"
-    wait_until(lambda: fleet.ask().model == "base", 5, "it serves on")
+    wait_until(lambda: fleet.ask().model == "base", 10, "it serves on")
     with answered(fleet, "base"):
         error = refused(lambda: fleet.operator.promote(one, "again"), EverloopError)
         assert error.code == "adapter_quarantined"
