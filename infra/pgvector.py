@@ -18,13 +18,15 @@ from infra.settings import Settings
 
 log = logging.getLogger("everloop.infra")
 EXTENSION, INDEX = "vector", "ix_turn_vectors_embedding"
+LOADED = "SELECT CAST('[1]' AS vector)"  # what the catalog says, the server's files need not hold
 LEAST_VERSION = (0, 8)  # has iterative scans: without them a filter leaves little of what an index found
 
 
 def prepare(settings: Settings) -> None:
-    """Make extension and index for the encoder of the settings; drop the index where there is none. Safe to repeat.
+    """Make extension and index for the encoder of the settings; where there is none, drop index and vectors.
 
-    Vectors of another number of dimensions are deleted: they are made anew as their conversations go on.
+    Safe to repeat. Vectors that are deleted, as those of another number of dimensions are, are made anew as their
+    conversations go on.
 
     Raises
     ------
@@ -34,10 +36,11 @@ def prepare(settings: Settings) -> None:
     """
     with psycopg.connect(plain_dsn(settings.need("database_url")), connect_timeout=5) as connection:
         if settings.memory_encoder == "off":
-            connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(INDEX)))
+            _clear(connection)
             return
         try:
             connection.execute(sql.SQL("CREATE EXTENSION IF NOT EXISTS {}").format(sql.Identifier(EXTENSION)))
+            connection.execute(LOADED)
         except (
             psycopg.errors.UndefinedFile,
             psycopg.errors.FeatureNotSupported,
@@ -59,18 +62,31 @@ def prepare(settings: Settings) -> None:
         _index(connection, sentence_model.dim(settings))
 
 
-def is_lacking(settings: Settings) -> bool:
-    """Tell whether the database of the settings has no index; one that does not answer is not said to lack it."""
+def _clear(connection: psycopg.Connection) -> None:
+    """Drop index and vectors, where there is an index: nothing of what people said is kept that nobody uses."""
+    found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
+    if not (found and found[0]):
+        return
     try:
-        with psycopg.connect(plain_dsn(settings.need("database_url")), connect_timeout=5) as connection:
-            return not is_ready(connection)
-    except psycopg.OperationalError:
-        return False
+        connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(INDEX)))
+    except psycopg.errors.UndefinedFile as error:
+        raise SetupError(
+            "The database has an index of turns' vectors, and PostgreSQL lacks the library of its extension "
+            f"({str(error).strip()}). No turn can be deleted like that: put pgvector back there, then set "
+            "EVERLOOP_MEMORY_ENCODER to off.",
+            code="pgvector_missing",
+        ) from error
+    connection.execute("TRUNCATE turn_vectors")
 
 
 def is_ready(connection: psycopg.Connection) -> bool:
     """Tell whether a database has the index, and an extension that can search it as we do."""
     found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
+    try:
+        with connection.transaction():
+            connection.execute(LOADED)
+    except (psycopg.errors.UndefinedFile, psycopg.errors.UndefinedObject):
+        return False
     return bool(found and found[0]) and _version(connection) >= LEAST_VERSION
 
 

@@ -37,18 +37,17 @@ async def score(client: httpx.AsyncClient, body: ScoreRequest, timeout_s: float 
     return ScoreBatch.model_validate(response.json())
 
 
-def embed(client: httpx.Client, texts: Sequence[str], timeout_s: float) -> Embedded:
-    """Return the vectors of texts.
+def embed(client: httpx.Client, texts: Sequence[str], timeout_s: float, *, is_awaited: bool = False) -> Embedded:
+    """Return the vectors of texts, before those that nobody waits for where somebody does.
 
     Raises
     ------
     EverloopError
         Code ``reward_unavailable`` where it does not answer in time, or what it refused with.
     """
+    body = EmbedRequest(texts=list(texts), is_awaited=is_awaited).model_dump()
     try:
-        response = client.post(
-            "/v1/embeddings", json=EmbedRequest(texts=list(texts)).model_dump(), timeout=timeout_s
-        )
+        response = client.post("/v1/embeddings", json=body, timeout=timeout_s)
     except httpx.TransportError as error:
         raise _unavailable() from error
     if response.status_code != 200:

@@ -11,11 +11,12 @@ MAX_TEXT_CHARS = 4_000  # about four of the model's windows
 
 
 class EmbedRequest(BaseModel):
-    """Texts to embed."""
+    """Texts to embed; what somebody waits for goes first."""
 
     model_config = ConfigDict(extra="forbid")
 
     texts: list[CleanText] = Field(min_length=1, max_length=MAX_TEXTS)
+    is_awaited: bool = False
 
 
 class Embedded(BaseModel):

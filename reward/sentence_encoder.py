@@ -68,16 +68,26 @@ class SentenceEncoder(Encoder):
 
     def embedded(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return embeddings of unit length, shape ``(n, content)``."""
-        pieces = [(row, *piece) for row, text in enumerate(texts) for piece in self._windows(text)]
-        vectors = self._model.encode(
-            [piece for _, piece, _ in pieces], batch_size=BATCH_WINDOWS, show_progress_bar=False
-        )
-        total = np.zeros((len(texts), self.layout.content), dtype=np.float32)
-        for (row, _, num_tokens), vector in zip(pieces, vectors, strict=True):
-            total[row] += num_tokens * vector
-        return total / np.linalg.norm(total, axis=1, keepdims=True)  # type: ignore[no-any-return]
+        windows = [self.windows(text) for text in texts]
+        vectors = iter(self.vectors([window for each in windows for window, _ in each]))
+        rows = [self.joined(each, [next(vectors) for _ in each]) for each in windows]
+        return np.array(rows, np.float32).reshape(len(texts), self.layout.content)
 
-    def _windows(self, text: str) -> list[tuple[str, int]]:
+    def vectors(self, windows: Sequence[str]) -> NDArray[np.float32]:
+        """Return what the model makes of texts that fit its window, shape ``(n, content)``."""
+        found = self._model.encode(list(windows), batch_size=BATCH_WINDOWS, show_progress_bar=False)
+        return np.asarray(found, np.float32)
+
+    def joined(
+        self, windows: Sequence[tuple[str, int]], vectors: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """Return a text's embedding of those of its windows, shape ``(content,)``."""
+        total = np.zeros(self.layout.content, np.float32)
+        for (_, num_tokens), vector in zip(windows, vectors, strict=True):
+            total += num_tokens * vector
+        return np.asarray(total / np.linalg.norm(total), np.float32)
+
+    def windows(self, text: str) -> list[tuple[str, int]]:
         """Cut a text where the model's window ends; return the pieces and their numbers of tokens."""
         tokenizer = self._model.tokenizer
         size = self._model.max_seq_length - tokenizer.num_special_tokens_to_add()

@@ -32,7 +32,8 @@ def build(scorer: Scorer, embedder: Embedder) -> FastAPI:
 
     @app.post("/v1/embeddings")
     def embed(body: EmbedRequest) -> Response:
-        return JSONResponse(embedder.embed(body.texts).model_dump())  # somebody waits: it is not checked again
+        made = embedder.embed(body.texts, is_awaited=body.is_awaited)
+        return JSONResponse(made.model_dump())  # somebody waits: it is not checked again
 
     @app.exception_handler(EverloopError)
     async def refused(request: Request, error: Exception) -> Response:

@@ -10,22 +10,22 @@ import logging
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from typing import Self
 
-import anyio.to_thread
 import httpx
 
 from agent.memory import sentences
-from agent.memory.sentences import Sentence, Words
-from infra import connections, pgvector
+from agent.memory.sentences import Sentence, Vectors, Words
+from infra import connections
 from infra.db import Sessions, transaction
-from infra.errors import UnavailableError
+from infra.errors import EverloopError
 from infra.settings import Settings
 from reward import client
-from reward.embedding_wire import MAX_TEXT_CHARS
+from reward.embedding_wire import MAX_TEXT_CHARS, Embedded
 
 log = logging.getLogger("everloop.agent")
 PATIENCE_S = 0.2  # for a question
@@ -91,21 +91,22 @@ class Encoding:
         """Take into account whether a question was read in time; several that were not, and nobody is asked."""
         self._num_late = self._num_late + 1 if is_late else 0
         if self._num_late >= MOST_LATE:
-            self._rest("it takes too long")
+            self.rest("the encoder takes too long")
+
+    def rest(self, why: object) -> None:
+        """Ask nobody for a while."""
+        self._num_late = 0
+        self._resting_until_s = time.monotonic() + REST_S
+        log.warning("words alone find what was said, for %.0f s: %s", REST_S, why)
 
     def _sentence(self, question: str) -> Sentence | None:
         try:
-            found = client.embed(self._client, [question[:MAX_TEXT_CHARS]], QUESTION_S)
+            found = client.embed(self._client, [question[:MAX_TEXT_CHARS]], QUESTION_S, is_awaited=True)
             self._encoder = found.encoder
             return Sentence(found.encoder, found.vectors[0])
         except Exception as error:  # whatever it is: an answer does not depend on this
-            self._rest(error)
+            self.rest(error)
             return None
-
-    def _rest(self, why: object) -> None:
-        self._num_late = 0
-        self._resting_until_s = time.monotonic() + REST_S
-        log.warning("the encoder does not answer, words alone find what was said: %s", why)
 
     def _read(self) -> None:
         while (conversation := self._written.get()) is not None:
@@ -116,8 +117,8 @@ class Encoding:
             try:
                 if self.read(conversation, MOST_ROUNDS):
                     self.written(conversation)
-            except UnavailableError as error:
-                self._rest(error)  # they are read when the conversation goes on
+            except EverloopError as error:
+                log.warning("turns are read when their conversation goes on: %s", error)
             except Exception:  # whatever it is: other conversations are read
                 if not self._is_over.is_set():
                     log.exception("turns of a conversation are not read yet")
@@ -127,47 +128,57 @@ class Encoding:
 
         Raises
         ------
-        UnavailableError
-            Code ``reward_unavailable``.
+        EverloopError
+            What the reward worker, or the database, says.
         """
-        if self._encoder is None:
-            self._encoder = client.embed(self._client, ["Hello."], TURN_S).encoder
+        encoder = self._encoder or self._embed(["Hello."]).encoder
         for _ in range(most_rounds):
             with transaction(self.sessions) as session:
-                found = sentences.missing(session, conversation, self._encoder, TURNS_AT_ONCE)
-            if not found:
-                return False
-            vectors = [vector for words in found for vector in self._vectors(words)]
+                found = sentences.missing(session, conversation, encoder, TURNS_AT_ONCE)
+            read: dict[str, list[tuple[Words, Vectors]]] = defaultdict(list)
+            for words in found:
+                name, vectors = self._vectors(words, encoder)
+                read[name].append((words, vectors))
             with transaction(self.sessions) as session:
-                sentences.keep(session, self._encoder, found, vectors)
+                for name, turns in read.items():
+                    sentences.keep(session, name, turns)
+            # By another encoder than was thought: turns are read anew when their conversation goes on.
+            if len(found) < TURNS_AT_ONCE or set(read) != {encoder}:
+                return False
         return True
 
-    def _vectors(self, words: Words) -> list[list[float] | None]:
-        """Return the vectors of a question and its answer: one turn at a time, so that questions come between."""
+    def _vectors(self, words: Words, encoder: str) -> tuple[str, Vectors]:
+        """Read a question and its answer; return which encoder did. One turn at a time: questions come between."""
         texts = [words.question, words.answer]
         asked = [text[:MAX_TEXT_CHARS] for text in texts if text.strip()]
         if not asked:
-            return [None, None]
-        made = client.embed(self._client, asked, TURN_S)
-        self._encoder = made.encoder
+            return encoder, (None, None)
+        made = self._embed(asked)
         found = iter(made.vectors)
-        return [next(found) if text.strip() else None for text in texts]
+        question, answer = [next(found) if text.strip() else None for text in texts]
+        return made.encoder, (question, answer)
+
+    def _embed(self, texts: list[str]) -> Embedded:
+        try:
+            made = client.embed(self._client, texts, TURN_S)
+        except EverloopError as error:
+            self.rest(error)
+            raise
+        self._encoder = made.encoder
+        return made
 
 
 @contextlib.asynccontextmanager
 async def reading(sessions: Sessions, settings: Settings) -> AsyncIterator[Encoding | None]:
     """Have turns and questions read for the length of the block, where the settings name an encoder.
 
-    Without its index in the database, or without a reward worker, words alone find what was said;
+    Without pgvector in the database, or without a reward worker, words alone find what was said;
     ``everloop doctor`` tells.
     """
     if settings.memory_encoder == "off":
         yield None
     elif settings.reward_url is None:
         log.error("memory_encoder is on, and there is no reward worker (reward_url) to read what is said")
-        yield None
-    elif await anyio.to_thread.run_sync(pgvector.is_lacking, settings):
-        log.error("the database has no index of vectors: run `everloop migrate`, and start this process anew")
         yield None
     else:
         with Encoding(sessions, settings.reward_url).running() as encoding:
@@ -189,6 +200,12 @@ class Asking:
         self._future = future
         self._until_s = until_s
         self.is_in_vain = is_in_vain
+
+    def fail(self, why: object) -> None:
+        """Note that the database finds nothing by it."""
+        self.is_in_vain = True
+        if self._encoding is not None:
+            self._encoding.rest(why)
 
     def result(self) -> Sentence | None:
         """Wait for it as long as it may take; None where it takes longer."""

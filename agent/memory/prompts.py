@@ -132,9 +132,7 @@ class Remembering:
                 known = facts.known(session, wanted.user, by_default=self.settings.memory)
             past = store.Past([], 0)
             if wanted.conversation is not None:
-                past = store.past(
-                    session, wanted.conversation, wanted.parent, question, self._vectors, asking.result
-                )
+                past = store.past(session, wanted.conversation, wanted.parent, question, self._vectors, asking)
             has_sentences = any(chunk.nearness is not None for chunk in past.chunks)
             usual = defaults(has_vectors=self._vectors is not None, has_sentences=has_sentences)
             drawn = draw(session, usual, explores=wanted.explores)

@@ -27,12 +27,15 @@ MISSING = sa.text("""
     SELECT place.episode_id FROM turn_places AS place
     JOIN episodes ON episodes.id = place.episode_id AND episodes.conversation_id = place.conversation_id
     WHERE place.conversation_id = :conversation AND NOT EXISTS (
-        SELECT FROM turn_vectors AS own WHERE own.episode_id = place.episode_id AND own.encoder = :encoder)
+        SELECT FROM turn_vectors AS own WHERE own.episode_id = place.episode_id AND own.encoder = :encoder
+            AND own.conversation_id = :conversation)
     ORDER BY place.episode_id DESC LIMIT :most
 """)
 
 
 WORDS = sa.text(terms.READ)
+Vectors = tuple[Sequence[float] | None, Sequence[float] | None]
+"""Of a question and its answer; None of what has no words."""
 
 
 @dataclass(frozen=True)
@@ -91,32 +94,26 @@ def missing(session: Session, conversation: str, encoder: str, most: int) -> lis
     return _words(session, session.scalars(MISSING, values).all())
 
 
-def keep(session: Session, encoder: str, read: Sequence[Words], vectors: Sequence[Sequence[float] | None]) -> int:
-    """Write the vectors of turns that still say what was read; return of how many.
-
-    Parameters
-    ----------
-    vectors
-        Of the question and the answer of each, one after the other; None for no words.
-    """
+def keep(session: Session, encoder: str, read: Sequence[tuple[Words, Vectors]]) -> int:
+    """Write the vectors of turns that still say what was read; return of how many."""
     # Conversations before turns, as whoever deletes one does. Whoever corrects or deletes a turn waits for this,
     # and finds these rows; where they came first, the words are read anew after that.
-    there = sa.select(Conversation.id).where(among(Conversation.id, {each.conversation for each in read}))
+    there = sa.select(Conversation.id).where(among(Conversation.id, {words.conversation for words, _ in read}))
     kept = set(session.scalars(there.order_by(Conversation.id).with_for_update(key_share=True, read=True)))
-    turns = sorted(each.turn for each in read if each.conversation in kept)
+    turns = sorted(words.turn for words, _ in read if words.conversation in kept)
     locked = sa.select(Episode.id).where(among(Episode.id, turns)).order_by(Episode.id)
     session.scalars(locked.with_for_update(key_share=True)).all()
     now = {each.turn: each for each in _words(session, turns)}
     rows: list[dict[str, Any]] = [
         {
-            "episode_id": each.turn,
-            "conversation_id": each.conversation,
+            "episode_id": words.turn,
+            "conversation_id": words.conversation,
             "is_answer": is_answer,
             "encoder": encoder,
-            "embedding": vectors[2 * at + is_answer],
+            "embedding": vectors[is_answer],
         }
-        for at, each in enumerate(read)
-        if now.get(each.turn) == each
+        for words, vectors in read
+        if now.get(words.turn) == words
         for is_answer in (False, True)
     ]
     if rows:

@@ -9,15 +9,15 @@ corrected is there as they corrected it.
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from agent.memory import sentences, terms
+from agent.memory.encoding import NOT_ASKED, Asking
 from agent.memory.importance import Chunk
 from agent.memory.sentences import Sentence
 from agent.memory.vectors import WordVectors
@@ -27,7 +27,6 @@ from feedback.episodes import Recording
 from feedback.tables import Conversation
 from infra.db import among
 
-log = logging.getLogger("everloop.agent")
 MOST_TURNS = 50  # that are looked at for one context, pinned ones besides
 RECENT_TURNS = 24  # of these the newest, whatever is asked
 OPENING_TURNS = 2  # and the first
@@ -174,7 +173,7 @@ def past(
     parent: str | None,
     question: str,
     vectors: WordVectors | None,
-    encoded: Callable[[], Sentence | None] = lambda: None,
+    asking: Asking = NOT_ASKED,
 ) -> Past:
     """Return what was said up to a turn and may matter for a question: the newest, what is found, what is pinned.
 
@@ -182,13 +181,13 @@ def past(
     ----------
     parent
         The turn that the question follows; None for a first one.
-    encoded
-        Waits for the question's vector, where there is an encoder.
+    asking
+        The question's vector, where there is an encoder.
     """
     if parent is None:
         return Past([], 0)
     found = list(terms.find(session, conversation, question, vectors, MOST_TURNS))
-    asked, nearest = _nearest(session, conversation, encoded())
+    asked, nearest = _nearest(session, conversation, asking)
     found = _by_turns(nearest, found)
     values = {"conversation": conversation, "parent": parent, "found": found[: 2 * MOST_TURNS]}
     places = {row.episode_id: row for row in session.execute(WAY, values)}
@@ -213,18 +212,23 @@ def past(
                 nearness = near.get((row.id, bool(is_answer)))
                 chunks.append(Chunk(role, text, position=position, nearness=nearness, **marks))
     chunks = [chunk for chunk in chunks if chunk.text.strip()]
+    if 2 * sum(chunk.nearness is not None for chunk in chunks) <= len(chunks):  # words tell of more of them
+        chunks = [replace(chunk, nearness=None) for chunk in chunks]
     return Past(chunks, max(2 * (last_depth + 1) - num_missed, len(chunks)))
 
 
-def _nearest(session: Session, conversation: str, asked: Sentence | None) -> tuple[Sentence | None, Sequence[str]]:
-    """Return what is asked, and the turns that are nearest to it; None where the database cannot tell."""
-    if asked is None:
+def _nearest(session: Session, conversation: str, asking: Asking) -> tuple[Sentence | None, Sequence[str]]:
+    """Return what is asked, and the turns that are nearest to it; None where nobody has read it, or found any."""
+    if (asked := asking.result()) is None:
         return None, []
     try:
         with session.begin_nested():
             return asked, sentences.find(session, conversation, asked, MOST_TURNS)
-    except (sa.exc.ProgrammingError, sa.exc.DataError) as error:  # the extension has gone, or is another
-        log.error("the database finds nothing by vectors, see `everloop doctor`: %s", error.orig)
+    except sa.exc.DBAPIError as error:
+        if error.connection_invalidated:
+            raise
+        # The extension has gone, its library has, or it is another.
+        asking.fail(f"the database finds nothing by vectors, see `everloop doctor`: {error.orig}")
         return None, []
 
 

@@ -307,8 +307,8 @@ onpopstate = () => void open(addressed(), false);
 document.onvisibilitychange = () => document.visibilityState === 'visible' && void talks.read();
 const typed = draft.value; // Whoever was faster than this script is typing.
 void open(addressed(), false);
-if (typed) {
-  draft.value = typed;
+if (typed && typed !== draft.value) {
+  draft.value = [draft.value, typed].filter(Boolean).join('\n');
   saveDraft();
 }
 document.body.classList.remove('starting');

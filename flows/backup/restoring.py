@@ -7,7 +7,9 @@ killed leaves a home without one, and the next begins anew.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ from feedback.tables import User
 from flows.backup import manifest as manifests
 from flows.backup.manifest import ADAPTERS, BACKBONES, DATABASE, DATASETS, RUNS, SETTINGS, Manifest
 from flows.backup.taking import counts, run_tool
+from infra import pgvector
 from infra.db import connect
 from infra.errors import ConflictError, IntegrityError, InvalidRequestError, SetupError
 from infra.settings import Settings, load
@@ -39,6 +42,9 @@ OLDEST_SERVER = 17_00_00
 ALLOWED = {"everloop.toml", "training.toml", "models", STAGING}
 LAST = ("postgres.password", "postgres")
 PG_RESTORE = ("pg_restore", "--no-owner", "--no-privileges", "--single-transaction", "--exit-on-error")
+MADE_ANEW = re.compile(
+    rf"EXTENSION - {pgvector.EXTENSION}|- EXTENSION {pgvector.EXTENSION} |INDEX public {pgvector.INDEX} "
+)
 Say = Callable[[str], None]
 
 
@@ -102,8 +108,7 @@ def _build(
             _check_server(session)
             _check_no_tables(session)
         say("database: restoring")
-        database = sa.make_url(settings.need("database_url")).database
-        run_tool(settings, [*PG_RESTORE, f"--dbname={database}", str(source / DATABASE)])
+        put_database(settings, source / DATABASE)
         migrate(settings)
         say("checking the audit log and the reward model")
         with sessions.begin() as session:
@@ -119,6 +124,20 @@ def _build(
         "forgotten_again": [erasure_id for erasure_id in again if erasure_id],
         "settings_to_set_again": found.left_out,
     }
+
+
+def put_database(settings: Settings, file: Path) -> None:
+    """Have ``pg_restore`` write a dump into the database, but for what ``migrate`` makes where it is wanted.
+
+    An extension can only be made where the server has it, and by some users only.
+    """
+    contents = run_tool(settings, ["pg_restore", "--list", str(file)]).splitlines()
+    wanted = [line for line in contents if not MADE_ANEW.search(line)]
+    with tempfile.NamedTemporaryFile("w") as listed:
+        listed.write("\n".join(wanted))
+        listed.flush()
+        database = sa.make_url(settings.need("database_url")).database
+        run_tool(settings, [*PG_RESTORE, f"--dbname={database}", f"--use-list={listed.name}", str(file)])
 
 
 def _check_empty(home: Path) -> None:

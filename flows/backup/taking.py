@@ -123,8 +123,8 @@ def dump(settings: Settings, file: Path, snapshot: str) -> None:
     file.chmod(0o600)
 
 
-def run_tool(settings: Settings, command: list[str]) -> None:
-    """Run one of PostgreSQL's programs on the database; its password stays out of the list of processes.
+def run_tool(settings: Settings, command: list[str]) -> str:
+    """Return what a program of PostgreSQL's says of the database; its password stays out of the list of processes.
 
     Raises
     ------
@@ -139,6 +139,7 @@ def run_tool(settings: Settings, command: list[str]) -> None:
     done = subprocess.run([program, *command[1:]], env={**os.environ, **given}, capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(f"{command[0]} failed: {done.stderr.strip()[-500:]}", code="backup_failed")
+    return done.stdout
 
 
 def _manifest(session: Session, settings: Settings) -> Manifest:

@@ -109,8 +109,8 @@ def _indexed(settings: Settings, has_index: bool) -> Finding:
         return Finding("pgvector", "warn", f"{on}: there is no reward worker", "Set EVERLOOP_REWARD_URL.")
     if has_index:
         return Finding("pgvector", "ok", "turns are found by what they say")
-    advice = "Run `everloop migrate`, and start the API anew; `everloop up` does both for its own."
-    return Finding("pgvector", "warn", f"{on}: the database has no index of vectors", advice)
+    advice = "See that pgvector is installed there, and run `everloop migrate`; `everloop up` does so for its own."
+    return Finding("pgvector", "warn", f"{on}: the database has no index of vectors that works", advice)
 
 
 def newest_migration() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,16 +22,18 @@ from agent.memory import sentences, store
 from agent.memory.encoding import MOST_LATE, Encoding, reading
 from agent.memory.prompts import ENCODER_AWAY, Remembering
 from agent.schema import ChatRequest
-from agent.tables import TurnVector
+from agent.tables import TurnPlace, TurnVector
 from agent.turn import Turn
 from deploy.head import Assignment
 from feedback import conversations, erasure
 from feedback.conversations import Place
+from flows.backup.restoring import put_database
+from flows.backup.taking import _snapshot, dump
 from infra import pgvector
-from infra.errors import SetupError
+from infra.errors import EverloopError, SetupError, UnavailableError
 from infra.settings import Settings
-from reward import server
-from reward.embedding import Embedder
+from reward import client, server
+from reward.embedding import Embedder, Turnstile
 from tests.conftest import wait_until
 from tests.integration.test_memory import USER, asked, remembering, talking
 from tests.integration.test_memory_feedback import consume, said_of
@@ -150,8 +154,8 @@ def test_no_vector_outlives_its_words(database, encoding, talk, how):
             erasure.forget(session, USER, "retrain-required")
     # Whoever was reading them then writes no more than what still stands.
     with database.begin() as session:
-        late = [each for turn in read for each in (vectors[turn.turn],) * 2]
-        assert sentences.keep(session, "sentence", read, late) == (NUM_TURNS - 1 if how == "turn deleted" else 0)
+        late = [(turn, (vectors[turn.turn],) * 2) for turn in read]
+        assert sentences.keep(session, "sentence", late) == (NUM_TURNS - 1 if how == "turn deleted" else 0)
     left = {row.episode_id for row in rows(database)}
     assert told not in left and len(left) == (NUM_TURNS - 1 if how == "turn deleted" else 0)
     if how == "turn deleted":
@@ -191,7 +195,7 @@ def test_without_an_encoder_words_do_what_they_can_in_time(database, base_model_
 
 def test_an_encoder_that_takes_too_long_is_not_waited_for(database, base_model_dir, encoding, talk, monkeypatch):
     conversation, _, last = talk
-    monkeypatch.setattr("reward.client.embed", lambda client, texts, timeout_s: time.sleep(3.0))
+    monkeypatch.setattr("reward.client.embed", lambda *given, **options: time.sleep(3.0))
     slow = Encoding(database, "http://127.0.0.1:9", patience_s=0.05)
     started_s = time.monotonic()
     assert slow.ask("Hello?").result() is None
@@ -223,24 +227,50 @@ def test_a_database_without_the_extension_is_refused_by_name(database, base_mode
         assert not pgvector.is_ready(connection)
 
 
-def test_an_api_on_a_database_without_the_index_goes_by_words(database, base_model_dir):
+def test_an_api_without_a_reward_worker_goes_by_words(database, base_model_dir):
     async def opened(**fields):
         async with reading(database, settings_of(database, base_model_dir, **fields)) as encoding:
             return encoding
 
-    assert asyncio.run(opened(reward_url="http://127.0.0.1:9")) is None
-    pgvector.prepare(settings_of(database, base_model_dir))
     assert asyncio.run(opened(reward_url="http://127.0.0.1:9")) is not None
     assert asyncio.run(opened()) is None, "there is no reward worker"
     assert asyncio.run(opened(reward_url="http://127.0.0.1:9", memory_encoder="off")) is None
 
 
-def test_a_database_that_loses_the_extension_leaves_words(database, encoding, talk):
+def test_an_extension_that_goes_leaves_words_until_it_is_there_again(database, encoding, talk, monkeypatch):
     conversation, _, last = talk
+    monkeypatch.setattr("agent.memory.encoding.REST_S", 0.0)
+    maker = Remembering(database, encoding.settings, encoding)
     with database.begin() as session:
         session.execute(sa.text("DROP EXTENSION vector CASCADE"))
+    made = maker.prompt(asked("Station 7 again?", conversation, last))
+    assert "station 7." in str(made.messages) and made.record["notes"] == [ENCODER_AWAY]
+    pgvector.prepare(encoding.settings)
+    assert "bakery" in str(maker.prompt(asked(QUESTION, conversation, last)).messages)
+
+
+def test_a_library_that_is_gone_from_the_server_is_told_by_name(database, encoding, talk):
+    """As where another image of PostgreSQL was put before the same data: the catalog still has the extension."""
+    conversation, told, last = talk
+    library = sa.text("UPDATE pg_proc SET probin = :new WHERE probin = :old")
+    there, gone = "$libdir/vector", "$libdir/no_vector"
+    with database.begin() as session:
+        assert session.execute(library, {"new": gone, "old": there}).rowcount > 10
+    database.kw["bind"].dispose()  # who has loaded it has it
     made = Remembering(database, encoding.settings, encoding).prompt(asked("Station 7 again?", conversation, last))
-    assert "station 7." in str(made.messages)
+    assert "station 7." in str(made.messages) and made.record["notes"] == [ENCODER_AWAY]
+    with psycopg.connect(encoding.settings.database_url.replace("+psycopg", "")) as connection:
+        assert not pgvector.is_ready(connection)
+    for settings in (encoding.settings, encoding.settings.model_copy(update={"memory_encoder": "off"})):
+        with pytest.raises(SetupError, match="pgvector") as refused:
+            pgvector.prepare(settings)
+        assert refused.value.code == "pgvector_missing"
+    with database.begin() as session:
+        session.execute(library, {"new": there, "old": gone})
+    database.kw["bind"].dispose()
+    with database.begin() as session:
+        store.delete_turn(session, told, USER)
+    assert told not in {row.episode_id for row in rows(database)}
 
 
 def test_a_pgvector_that_is_too_old_is_refused(database, base_model_dir, encoding, monkeypatch):
@@ -248,13 +278,14 @@ def test_a_pgvector_that_is_too_old_is_refused(database, base_model_dir, encodin
     with pytest.raises(SetupError, match=r"needs 99\.0 or later") as refused:
         pgvector.prepare(encoding.settings)
     assert refused.value.code == "pgvector_missing"
-    assert pgvector.is_lacking(encoding.settings)
+    with psycopg.connect(encoding.settings.database_url.replace("+psycopg", "")) as connection:
+        assert not pgvector.is_ready(connection)
 
 
 def test_after_several_late_answers_nobody_is_asked_for_a_while(database, monkeypatch):
     asked = []
 
-    def late(client, texts, timeout_s):
+    def late(client, texts, timeout_s, is_awaited):
         asked.append(texts)
         time.sleep(0.3)
 
@@ -279,6 +310,120 @@ def test_an_answer_of_another_shape_ends_no_reader(database, encoding, talk, mon
     wait_until(lambda: len(rows(database)) == 2 * NUM_TURNS)
 
 
+def test_a_worker_that_answers_with_an_error_is_left_alone(database, encoding, talk, monkeypatch, caplog):
+    conversation, _, _ = talk
+    with database.begin() as session:
+        session.execute(sa.delete(TurnVector))
+    tried = []
+
+    def fails(client, texts, timeout_s, is_awaited=False):
+        tried.append(texts)
+        raise EverloopError("The wheel is not installed.", code="sentence_model_missing")
+
+    monkeypatch.setattr("reward.client.embed", fails)
+    for _ in range(3):
+        encoding.written(conversation.conversation)
+    wait_until(lambda: "turns are read when their conversation goes on" in caplog.text)
+    assert encoding.ask(QUESTION).is_in_vain and len(tried) == 1 and "Traceback" not in caplog.text
+
+
+def test_a_database_that_is_away_keeps_no_question_from_being_read(database, encoding, monkeypatch, caplog):
+    def away(sessions):
+        raise UnavailableError("The database does not answer.", code="database_unavailable")
+
+    monkeypatch.setattr("agent.memory.encoding.transaction", away)
+    encoding.written("c")
+    wait_until(lambda: "turns are read when their conversation goes on" in caplog.text)
+    assert encoding.ask(QUESTION).result() is not None
+
+
+def test_vectors_are_kept_under_the_name_of_the_encoder_that_made_them(database, encoding, talk, monkeypatch):
+    """As while a worker with another model takes the place of the one before."""
+    conversation, _, _ = talk
+    with database.begin() as session:
+        session.execute(sa.delete(TurnVector))
+    names, embed = itertools.cycle(["one", "two"]), client.embed
+
+    def embed_by_turns(*args, **options):
+        return embed(*args, **options).model_copy(update={"encoder": next(names)})
+
+    monkeypatch.setattr("reward.client.embed", embed_by_turns)
+    encoding.read(conversation.conversation, most_rounds=1)
+    with database() as session:
+        kept = session.execute(sa.select(TurnVector.episode_id, TurnVector.encoder).distinct()).all()
+    made_by = [row.encoder for row in sorted(kept, reverse=True)[:4]]
+    assert made_by in (["one", "two"] * 2, ["two", "one"] * 2)
+
+
+def test_where_few_turns_were_read_words_serve(database, encoding, talk):
+    conversation, _, last = talk
+    with database.begin() as session:
+        newest = sa.select(TurnPlace.episode_id).order_by(TurnPlace.episode_id.desc()).limit(4)
+        session.execute(sa.delete(TurnVector).where(TurnVector.episode_id.not_in(newest)))
+    made = Remembering(database, encoding.settings, encoding).prompt(asked("Station 7 again?", conversation, last))
+    assert "station 7." in str(made.messages)
+    assert not any("sentence" in chunk["features"] for chunk in made.record["chunks"])
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_backup_goes_back_to_where_nobody_may_make_the_extension(database, encoding, talk, tmp_path, is_there):
+    """To a database of somebody who is no superuser, with the extension that its owner has made, or without it."""
+    with _snapshot(database) as (_, snapshot):
+        dump(encoding.settings, tmp_path / "dump", snapshot)
+    role, name = f"plain_{uuid.uuid4().hex[:8]}", f"restored_{uuid.uuid4().hex[:8]}"
+    url = database.kw["bind"].url
+    server = sa.create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE ROLE {role} LOGIN PASSWORD 'x'"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} OWNER {role}"))
+    if is_there:
+        owner = sa.create_engine(url.set(database=name), isolation_level="AUTOCOMMIT")
+        with owner.connect() as connection:
+            connection.execute(sa.text("CREATE EXTENSION vector"))
+        owner.dispose()
+    target = url.set(username=role, password="x", database=name).render_as_string(hide_password=False)
+    settings = encoding.settings.model_copy(update={"database_url": target})
+    try:
+        put_database(settings, tmp_path / "dump")
+        with psycopg.connect(target.replace("+psycopg", "")) as connection:
+            assert connection.execute("SELECT count(*) FROM turn_vectors").fetchone() == (2 * NUM_TURNS,)
+            assert not pgvector.is_ready(connection)
+        if is_there:
+            pgvector.prepare(settings)
+            with psycopg.connect(target.replace("+psycopg", "")) as connection:
+                assert pgvector.is_ready(connection)
+    finally:
+        with server.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+            connection.execute(sa.text(f"DROP ROLE {role}"))
+        server.dispose()
+
+
+def test_who_is_awaited_goes_before_those_who_are_not():
+    turnstile, passed, threads = Turnstile(), [], []
+
+    def go(name, is_awaited):
+        with turnstile.passing(is_awaited=is_awaited):
+            passed.append(name)
+
+    with turnstile.passing(is_awaited=False):
+        for number, name in enumerate(("a turn", "another turn", "a question")):
+            threads.append(threading.Thread(target=go, args=(name, name == "a question")))
+            threads[-1].start()
+            wait_until(lambda n=number: len(turnstile._changed._waiters) == n + 1)
+    for thread in threads:
+        thread.join()
+    assert passed[0] == "a question" and len(passed) == 3
+
+
+def test_a_long_text_is_read_window_by_window_as_it_is_at_once():
+    embedder = Embedder(Settings(home=Path("unused")), num_threads=1)
+    text = " ".join(f"Number {number} keeps bees in town {number % 7}." for number in range(90))
+    assert len(embedder.load().windows(text)) > 2
+    made = embedder.embed([text, "Short."])
+    assert np.allclose(made.vectors, embedder.load().embedded([text, "Short."]), atol=1e-5)
+
+
 def test_somebody_is_forgotten_while_their_turns_are_read(database, encoding):
     """Whoever reads and whoever forgets lock conversations before turns: neither ends the other."""
 
@@ -297,7 +442,7 @@ def test_somebody_is_forgotten_while_their_turns_are_read(database, encoding):
         for _ in range(60):
             try:
                 with database.begin() as session:
-                    sentences.keep(session, "one", read, [[0.1] * 384] * 80)
+                    sentences.keep(session, "one", [(words, ([0.1] * 384,) * 2) for words in read])
             except sa.exc.DBAPIError as error:
                 failed.append(error)
 
@@ -322,7 +467,10 @@ def test_vectors_of_another_size_give_way_and_off_leaves_no_index(
     assert rows(database) == []
     with psycopg.connect(dsn) as connection:
         assert pgvector.is_ready(connection)
+    with database.begin() as session:
+        session.execute(sa.update(TurnVector).values(embedding=None))
     pgvector.prepare(settings.model_copy(update={"memory_encoder": "off"}))
+    assert rows(database) == [], "nobody uses them"
     with psycopg.connect(dsn) as connection:
         assert not pgvector.is_ready(connection)
 
