@@ -22,7 +22,7 @@ from infra.stack.renewal import renew_broker
 
 LATE_AFTER = timedelta(minutes=10)  # a room that has not reported by then did not get the event, or gave it up
 FINISH_TIMEOUT_S = 120.0
-LEDGER_TIMEOUT_S = 30.0
+LEDGER_TIMEOUT_S = 120.0
 
 
 @flow(name="retention", log_prints=True)  # type: ignore[untyped-decorator]

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from agent.app import build_app
 from deploy.tables import Attestation
+from infra.connections import SERVER_IDLE_S
 from infra.settings import Settings
 
 Script = Callable[[dict[str, Any], int], str]
@@ -116,7 +117,11 @@ def _told(payload: dict[str, Any], words: list[str], form: str) -> dict[str, Any
 @contextlib.contextmanager
 def served(app: Any) -> Iterator[str]:
     """Serve an application on a port of its own; yield its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, host="127.0.0.1", port=0, log_level="error", lifespan="on", timeout_keep_alive=SERVER_IDLE_S
+        )
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

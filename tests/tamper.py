@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from infra.connections import SERVER_IDLE_S
 from infra.settings import BASE_MODEL_NAME, Settings
 from infra.stack.parts import embedded_parts
 
@@ -102,7 +103,9 @@ class Tamper:
     def start(self) -> None:
         """Serve, in a thread."""
         app = Starlette(routes=[Route("/{path:path}", self._handle, methods=["GET", "POST"])])
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, port=self.port, log_level="error", timeout_keep_alive=SERVER_IDLE_S)
+        )
         threading.Thread(target=self.server.run, daemon=True).start()
 
     def stop(self) -> None:

@@ -126,7 +126,8 @@ class Relay:
             stop.wait(QUIET_IDLE_S if now_s - published_s >= QUIET_AFTER_S else IDLE_S)
             if now_s - checked_s >= MEMORY_CHECK_S:
                 checked_s = now_s
-                self.check_memory(connection)
+                if self.check_memory(connection):
+                    return  # a broker that has forgotten all has forgotten who the producer is
 
     def publish_batch(self, connection: sa.Connection) -> int:
         """Publish the oldest waiting rows; return how many."""
@@ -173,8 +174,14 @@ class Relay:
         if forgotten:
             raise BrokerLostMemoryError(forgotten)
 
-    def check_memory(self, connection: sa.Connection) -> None:
-        """Compare the topics' ids with those that were published to; republish where the broker forgot."""
+    def check_memory(self, connection: sa.Connection) -> bool:
+        """Compare the topics' ids with those that were published to; republish where the broker forgot.
+
+        Returns
+        -------
+        bool
+            Whether it has forgotten any.
+        """
         self._topic_ids = kafka.ensure_topics(
             self.bootstrap, self.num_partitions, self.retention_days, self.num_replicas, self.options
         )
@@ -187,6 +194,7 @@ class Relay:
                     lost.append((known.topic, known.partition))
             if lost:
                 self._start_over(session, lost)
+        return bool(lost)
 
     def _start_over(self, session: Session, places: Sequence[Place]) -> None:
         """Begin a new epoch of `places`, and publish again what consumers lack of their topics."""

@@ -66,11 +66,11 @@ TWO_CPUS = {
 
 
 def teach(stack, count=40):
-    """Record answers and corrections of four teachers (a tenth of all users only judge); the newest train."""
+    """Record answers and corrections of ten teachers (a tenth of all users only judge); the newest train."""
     name = uuid.uuid4().hex[:8]
     with stack.sessions.begin() as session:
         for n in range(count):
-            user = f"teacher-{name}-{n % 4}"
+            user = f"teacher-{name}-{n % 10}"
             key, learn = episodes.begin(session, user, True)
             asked = [{"role": "user", "content": f"What is {n} plus {uuid.uuid4().hex[:6]}?"}]
             recording = Recording(

@@ -79,7 +79,7 @@ def test_a_night_that_is_cancelled_in_prefect_ends_and_leaves_nothing_registered
     found = runs(stack)[run.id]
     assert (found.status, found.release) == ("cancelled", None) and registered(stack) == before
     assert {path.name for path in (stack.settings.runs_dir / run.id).iterdir() if path.is_dir()} == set()
-    wait_until(lambda: not processes_of(flow_run), timeout_s=20, what="a process was left behind")  # the hook's too
+    wait_until(lambda: not processes_of(flow_run), timeout_s=90, what="a process was left behind")  # the hook's too
     with stack.sessions() as session:
         told = session.scalars(sa.select(AuditEntry).where(AuditEntry.subject == run.id)).all()
     assert [entry.action for entry in told] == ["run_cancelled"]

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from contextlib import suppress
 
 import openai
 import pytest
@@ -63,7 +64,7 @@ def test_hanging_up_in_mid_stream_leaves_an_interrupted_episode_and_stops_the_en
     stream.close()
     row = wait_until(lambda: episode(stack, episode_id), what="the interrupted episode was not written")
     assert row.status == "interrupted" and 0 < len(row.token_ids) < 1000
-    wait_until(lambda: running_requests(stack) == 0, timeout_s=10, what="the engine goes on generating")
+    wait_until(lambda: running_requests(stack) == 0, what="the engine goes on generating")
 
 
 def test_hanging_up_without_a_stream_stops_the_engine_too(stack):
@@ -76,22 +77,20 @@ def test_hanging_up_without_a_stream_stops_the_engine_too(stack):
             return session.query(Episode).filter_by(user_id="impatient", status="interrupted").first()
 
     wait_until(interrupted, what="the interrupted episode was not written")
-    wait_until(lambda: running_requests(stack) == 0, timeout_s=10, what="the engine goes on generating")
+    wait_until(lambda: running_requests(stack) == 0, what="the engine goes on generating")
 
 
 def test_hanging_up_before_the_first_token_stops_the_engine_too(stack):
-    with pytest.raises(openai.APITimeoutError):
-        for _ in range(5):
-            prompt = " ".join(uuid.uuid4().hex[:5] for _ in range(250))  # not in the cache: seconds to read
-            stack.ask(prompt, stream=True, user="more impatient", timeout=0.3)
-
     def interrupted():
+        prompt = " ".join(uuid.uuid4().hex[:5] for _ in range(250))  # not in the cache: seconds to read
+        with suppress(openai.APITimeoutError):
+            stack.ask(prompt, stream=True, user="more impatient", timeout=0.3)
         with stack.sessions() as session:
             return session.query(Episode).filter_by(user_id="more impatient", status="interrupted").first()
 
     row = wait_until(interrupted, what="the interrupted episode was not written")
     assert not row.token_ids and not row.answer
-    wait_until(lambda: running_requests(stack) == 0, timeout_s=10, what="the engine goes on generating")
+    wait_until(lambda: running_requests(stack) == 0, what="the engine goes on generating")
 
 
 def running_requests(stack):

@@ -142,7 +142,7 @@ def test_the_parts_of_the_file_chat_and_learn_and_are_well(services, resolved, t
                 return False
 
         logs = "\n".join(path.name for path in tmp_path.glob("*.log"))
-        wait_until(ready, timeout_s=150, what=f"not ready; logs in {tmp_path}: {logs}")
+        wait_until(ready, timeout_s=300, what=f"not ready; logs in {tmp_path}: {logs}")
         client.headers["Authorization"] = f"Bearer {key_of('ada', services, resolved)}"
         question = {"model": "everloop", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
         answer = client.post("/v1/chat/completions", json=question).json()

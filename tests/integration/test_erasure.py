@@ -105,12 +105,12 @@ def was_learned(stack, feedback_id):
         return session.scalar(sa.select(RewardUpdate.seq).where(RewardUpdate.feedback_id == feedback_id))
 
 
-def complete(stack, erasure_id):
+def complete(stack, erasure_id, timeout_s=90):
     def reported():
         found = stack.http.get(f"/v1/erasures/{erasure_id}").json()
         return found if found["complete"] else None
 
-    return wait_until(reported, timeout_s=30, what="not every room reported")
+    return wait_until(reported, timeout_s, what="not every room reported")
 
 
 def test_a_forgotten_person_leaves_no_word_anywhere(stack, person):
@@ -301,7 +301,8 @@ def test_what_was_learned_under_another_encoder_is_taken_out_there_too(stack, pe
             )
     stack.supervisor.stop("reward")  # it must see the numbers that this test has used
     stack.supervisor.start("reward")
-    complete(stack, stack.http.delete("/v1/me", headers={"X-Everloop-User": user}).json()["erasure_id"])
+    erasure_id = stack.http.delete("/v1/me", headers={"X-Everloop-User": user}).json()["erasure_id"]
+    complete(stack, erasure_id, timeout_s=180)  # the worker loads its models first
     head.unlearn_one(theirs)
     with stack.sessions() as session:
         recovered = store.load_posterior(session, other, dim)

@@ -18,6 +18,7 @@ from deploy.reconciler import Reconciler
 from deploy.tables import Attestation, AuditEntry, Release, Replica, WantedRelease
 from feedback.tables import Episode
 from flows.bench.adapters import linear_shapes, write_adapter
+from infra.connections import SERVER_IDLE_S
 from infra.db import connect
 from infra.engine import EngineClient
 from infra.errors import ConflictError, EverloopError, UnavailableError
@@ -44,7 +45,9 @@ class Fleet:
         self.reconciler = Reconciler(self.sessions, self.settings)
         threading.Thread(target=self.reconciler.run, args=(self.stop,), daemon=True).start()
         port = free_port()
-        self.server = uvicorn.Server(uvicorn.Config(build_app(self.settings), port=port, log_level="error"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(build_app(self.settings), port=port, log_level="error", timeout_keep_alive=SERVER_IDLE_S)
+        )
         threading.Thread(target=self.server.run, daemon=True).start()
         wait_until(lambda: self.server.started, timeout_s=60)
         self.url = f"http://127.0.0.1:{port}"
@@ -131,7 +134,6 @@ def fleet(base_model_dir, tmp_path_factory, database_url):
         patch.setattr("deploy.replica.PROVE_AGAIN_S", 2.0)
         patch.setattr("deploy.replica.LOAD_TIMEOUT_S", 8.0)
         patch.setattr("deploy.replica.LONGEST_PAUSE_S", 2.0)
-        patch.setattr("deploy.serving.READY_TIMEOUT_S", 15.0)
         try:
             for engine in engines:
                 engine.wait()
@@ -153,6 +155,11 @@ def fleet(base_model_dir, tmp_path_factory, database_url):
 def at_base(fleet):
     fleet.reset()
     return fleet
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("deploy.serving.READY_TIMEOUT_S", 15.0)
 
 
 def refused(act, error=UnavailableError):
@@ -233,7 +240,7 @@ def again(fleet, name):
     return fleet.routes(name).get(fleet.second, name).startswith(f"{name}~")
 
 
-def test_one_that_lies_about_a_load_is_not_believed_and_the_champion_stays(at_base):
+def test_one_that_lies_about_a_load_is_not_believed_and_the_champion_stays(at_base, impatient):
     fleet, two = at_base, at_base.new_release(3)
     fleet.tamper.mode = "lies"
     error = refused(lambda: fleet.operator.promote(two, "try it"))
@@ -245,14 +252,13 @@ def test_one_that_lies_about_a_load_is_not_believed_and_the_champion_stays(at_ba
     assert fleet.operator.promote(two, "now")[1] == two
 
 
-def test_one_that_hangs_in_a_load_keeps_no_other_waiting_and_the_champion_stays(at_base):
+def test_one_that_hangs_in_a_load_keeps_no_other_waiting_and_the_champion_stays(at_base, impatient):
     fleet, one = at_base, at_base.new_release(4)
     fleet.tamper.mode = "hangs"
-    began_s = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         promotion = pool.submit(fleet.operator.promote, one, "try it")
         fleet.proved(one, fleet.first)
-        assert time.monotonic() - began_s < 10
+        assert not promotion.done(), "it waits for the one that hangs"
         assert refused(promotion.result).code == "release_not_ready"
     assert fleet.champion() == "base" and fleet.ask().model == "base"
 

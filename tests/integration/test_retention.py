@@ -2,12 +2,11 @@
 
 import subprocess
 import uuid
-from contextlib import ExitStack
 
 import pytest
 import sqlalchemy as sa
 
-from infra.db import advisory_lock
+from infra.db import LongLock
 from infra.log import outbox, retention
 from infra.tables import ConsumedEvent, ConsumerRow, OutboxRow
 from tests.conftest import EVERLOOP, wait_until
@@ -19,8 +18,8 @@ TOPIC = "everloop.test-retention"
 @pytest.fixture
 def no_housekeeping(stack):
     """Keep the ledger, which prunes once a minute, from pruning in mid-test."""
-    with ExitStack() as held:
-        wait_until(lambda: held.enter_context(advisory_lock(stack.sessions, "housekeeping")), timeout_s=30)
+    with LongLock(stack.sessions, "housekeeping") as lock:
+        wait_until(lock.take)
         yield
 
 

@@ -73,15 +73,18 @@ def test_a_call_is_made_and_the_answer_goes_on_from_its_result(have):
 
 
 def test_calls_of_one_step_are_made_together(have):
-    async def slow(_, arguments):
-        await asyncio.sleep(0.3)
+    begun, all_begun = [], asyncio.Event()
+
+    async def together(_, arguments):
+        begun.append(arguments["n"])
+        if len(begun) == 8:
+            all_begun.set()
+        await all_begun.wait()
         return arguments["n"]
 
     parameters = {"type": "object", "properties": {"n": {"type": "integer"}}}
     calls = "".join(call("mine", n=n) for n in range(8))
-    began_s = time.monotonic()
-    *_, steps = have(calls, "Done.", own=[tool(slow, parameters=parameters)], server_tools=["mine"])
-    assert time.monotonic() - began_s < 8 * 0.3
+    *_, steps = have(calls, "Done.", own=[tool(together, parameters=parameters)], server_tools=["mine"])
     assert [made["result"] for made in steps[0]["calls"]] == [str(n) for n in range(8)]
 
 
@@ -313,9 +316,10 @@ def test_tools_that_cannot_be_meant_are_refused(database, tmp_path, body, code):
 
 
 def test_whoever_hangs_up_stops_the_tool(database, tmp_path):
-    stopped = asyncio.Event()
+    begun, stopped = asyncio.Event(), asyncio.Event()
 
     async def slow(_, arguments):
+        begun.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -329,7 +333,7 @@ def test_whoever_hangs_up_stops_the_tool(database, tmp_path):
             work = asyncio.create_task(
                 turn(book, toolbox, configured, Scripted(call("mine")), server_tools=["mine"])
             )
-            await asyncio.sleep(0.5)
+            await begun.wait()
             work.cancel()
             ended.extend(await asyncio.gather(work, return_exceptions=True))
             assert stopped.is_set()

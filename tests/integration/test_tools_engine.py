@@ -25,7 +25,7 @@ FORCED = {"max_tokens": 640, "temperature": 0.0}
 def test_a_forced_call_of_the_clients_fits_its_schema(stack):
     for seed in range(5):
         choice = stack.ask(
-            "The weather in Rome?", tools=[WEATHER], tool_choice=NAMED, seed=seed, max_tokens=64
+            "The weather in Rome?", tools=[WEATHER], tool_choice=NAMED, seed=seed, max_tokens=256
         ).choices[0]
         assert choice.finish_reason == "tool_calls"
         (call,) = choice.message.tool_calls

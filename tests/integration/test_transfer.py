@@ -312,7 +312,7 @@ def test_kills_in_the_middle_lose_nothing_and_double_nothing(database, tmp_path)
     num_lines = 6000
     path = write(tmp_path / "large.jsonl", *many_lines(num_lines))
     num_killed = 0
-    for at_line in (1, 2200, 4200):
+    for at_line in (1, 2200, 3200):
         words, options = command("import", path, database=database, stdout=None, stderr=None)
         process = subprocess.Popen(words, **options)
 

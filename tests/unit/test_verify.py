@@ -148,7 +148,7 @@ def test_what_an_instruction_asks_for_is_in_its_key(skill):
 
 def test_a_plug_in_that_hangs_raises_or_talks_nonsense_is_counted_and_the_others_go_on(plug_in):
     assert verify.names() == [*NAMES, "unruly"]
-    with closing(Verification(["unruly"], 0.5)) as found:
+    with closing(Verification(["unruly"], 2.0)) as found:
         tasks = [task for task in found.judging_tasks(1, 1) if task.skill != "unruly/single"]
         assert [task.skill.removeprefix("unruly/") for task in tasks] == [
             "fine", "hangs", "raises", "nonsense", "too_much"
@@ -162,7 +162,7 @@ def test_a_plug_in_that_hangs_raises_or_talks_nonsense_is_counted_and_the_others
 def test_a_process_that_takes_the_place_of_a_killed_one_has_time_to_open_its_verifiers(plug_in, tmp_path):
     slow = (tmp_path / "unruly.py").read_text().replace("import math, time", "import math, time; time.sleep(1.5)")
     (tmp_path / "unruly.py").write_text(slow)
-    with closing(Verification(["unruly"], 0.5)) as found:
+    with closing(Verification(["unruly"], 2.0)) as found:
         tasks = [Task(f"unruly/{skill}", [], {"right": "yes"}) for skill in ("fine", "hangs", "fine")]
         assert found.judge(tasks, [["yes"]] * 3) == [[1.0], [None], [1.0]]
 
@@ -170,7 +170,7 @@ def test_a_process_that_takes_the_place_of_a_killed_one_has_time_to_open_its_ver
 def test_a_verifier_that_hangs_when_it_is_opened_ends_the_run_with_that_reason(plug_in, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "OPENING_TIMEOUT_S", 2.0)
     (tmp_path / "unruly.py").write_text("import time; time.sleep(3600)")
-    with closing(Verification(["unruly"], 0.5)) as found, pytest.raises(EverloopError, match="unruly") as hung:
+    with closing(Verification(["unruly"], 2.0)) as found, pytest.raises(EverloopError, match="unruly") as hung:
         found.judging_tasks(1, 1)
     assert hung.value.code == "verifier_hangs"
 
