@@ -239,6 +239,7 @@ def test_what_is_typed_before_the_script_is_there_is_a_draft(page):
 def test_a_draft_survives_a_reload_and_a_failed_request(page, problems):
     prompt = page.locator("textarea#prompt")
     prompt.fill("What I was about to ask")
+    expect(page.locator("#send")).to_be_enabled()  # the script is there, and has kept it
     page.reload()
     expect(prompt).to_have_value("What I was about to ask")
     expect(page.locator("#send")).to_be_enabled()
