@@ -65,6 +65,9 @@ class Verifier(ABC):
 
     skills: Sequence[str]
 
+    def warm_up(self) -> None:  # noqa: B027
+        """Import and read what takes long: a process does so before the time of its first task runs."""
+
     @abstractmethod
     def task(self, skill: str, seed: int) -> tuple[str, dict[str, Any]]:
         """Return (what is asked, what is needed to judge an answer); the same for the same seed."""
@@ -219,7 +222,7 @@ def _seed(skill: str, seed: int, number: int) -> int:
 def _warm_up(verifier_names: Sequence[str]) -> None:
     for name in verifier_names:
         try:
-            open_verifier(name)
+            open_verifier(name).warm_up()
         except Exception:  # said and counted where it is used
             log.exception("the verifier %s cannot be opened", name)
 

@@ -1,6 +1,8 @@
 """Verifiers: tasks and verdicts are reproducible, and one that misbehaves costs its task and nothing else."""
 
 import json
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -91,6 +93,21 @@ def test_a_verifier_with_a_single_task_has_it_judge_or_train(plug_in):
         ]
         assert sorted(both) == [[], ["unruly/single"]]
         assert found.pop_faults() == {"verifier_failed": 2, "no_task_of_this_part": 1}
+
+
+def test_all_that_takes_long_is_there_before_the_first_tasks_time_runs():
+    script = """
+import sys
+from trainer import verify
+verify._warm_up(verify.names())
+before = set(sys.modules)
+for name in verify.names():
+    for skill in verify.open_verifier(name).skills:
+        verify._judge((verify._make((f"{name}/{skill}", 1)), "an answer, and 3 more words."))
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr[-500:]
 
 
 @pytest.mark.parametrize("skill", LEVELS)

@@ -98,6 +98,14 @@ class Instructions(Verifier):
 
     skills = tuple(INSTRUCTIONS)
 
+    def warm_up(self) -> None:
+        """Import both benchmarks, and have their detector read its languages, which takes seconds."""
+        for benchmark, _, _ in INSTRUCTIONS.values():
+            _registry(benchmark)
+        import langdetect
+
+        langdetect.detect("The sea is salty.")
+
     def task(self, skill: str, seed: int) -> tuple[str, dict[str, Any]]:
         """Return a question with an instruction, and what the instruction asks for."""
         benchmark, name, fixed = INSTRUCTIONS[skill]

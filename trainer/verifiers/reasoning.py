@@ -48,6 +48,10 @@ class Reasoning(Verifier):
 
     skills = tuple(LEVELS)
 
+    def warm_up(self) -> None:
+        """Import all of reasoning-gym, which takes seconds."""
+        _reasoning_gym()
+
     def task(self, skill: str, seed: int) -> tuple[str, dict[str, Any]]:
         """Return a puzzle and its entry."""
         entry = _reasoning_gym().create_dataset(skill, size=1, seed=seed, **LEVELS[skill])[0]
