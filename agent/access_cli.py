@@ -46,6 +46,7 @@ def list_accounts(json_path: JsonPath = None) -> None:
         found = [
             {
                 "name": account.name,
+                "user": account.user_id,
                 "role": account.role,
                 "since": account.created_at.isoformat(timespec="seconds"),
                 "enters by": account.issuer or ("password" if account.password_hash else "link"),
@@ -73,12 +74,15 @@ def add(name: Name, reason: Reason, role: Annotated[Role, typer.Option("--role")
 
 @app.command()
 def link(
-    name: Annotated[str, typer.Argument(help="An account's name.")] = "owner",
+    name: Annotated[str, typer.Argument(help="An account's name.")] = accounts.OWNER,
     reset: Annotated[bool, typer.Option("--reset", help="Take their password away; all sessions end.")] = False,
 ) -> None:
     """Print a link by which somebody signs in once."""
     with _acting() as session:
-        account = accounts.get(session, name)
+        # Where no `up` has made the owner, whoever has this terminal is let in like that for the first time.
+        account = (
+            accounts.ensure(session, name, Role.ADMIN) if name == accounts.OWNER else accounts.get(session, name)
+        )
         if reset:
             accounts.forget_password(session, account)
         _note(session, "account.link", account.id, "asked for at the terminal", reset=reset)

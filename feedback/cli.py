@@ -20,7 +20,9 @@ from infra.settings import load
 feedback = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 users_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-UserId = Annotated[str, typer.Argument(metavar="ID", help="The user's name, as in the chat requests.")]
+UserId = Annotated[
+    str, typer.Argument(metavar="ID", help="The user's name, as in the chat requests; u_… of an account.")
+]
 ERASURE_TIMEOUT_S = 60.0
 
 
@@ -111,8 +113,14 @@ def consent(
     from feedback import users
 
     with transaction(_sessions()) as session:
+        is_known = users.is_known(session, user_id)
         users.set_consent(session, user_id, learn)
     report.say(f"{user_id}: {'may be learned from' if learn else 'is not learned from'}")
+    if not is_known:
+        report.say(
+            "[bold]warning[/bold] nobody of that name has said anything yet: it holds from their first message on. "
+            "`everloop access list` has the IDs of accounts"
+        )
 
 
 @users_app.command("forget")

@@ -155,6 +155,11 @@ def may_learn(session: Session, user_id: str, default: bool) -> bool:
     return default if said is None else said
 
 
+def is_known(session: Session, user_id: str) -> bool:
+    """Tell whether a user has ever said anything."""
+    return session.scalar(sa.select(User.user_id).where(User.user_id == user_id)) is not None
+
+
 def set_consent(session: Session, user_id: str, learn: bool) -> None:
     """Note what a user said about being learned from; it holds from their next message on."""
     meet(session, user_id)

@@ -88,7 +88,7 @@ def replay(
         time.sleep(0.1)
     if done:
         raise ConflictError(
-            "The reward worker gave it up, and nothing has changed; `everloop log dead-letters` says why.",
+            "The reward worker gave it up, and nothing has changed; `everloop log dead list` says why.",
             code="replay_failed",
         )
     seconds = time.monotonic() - started_s

@@ -19,6 +19,7 @@ from infra.ids import new_id
 
 MIN_PASSWORD_CHARS, MAX_PASSWORD_CHARS = 12, 1024
 MAX_NAME_CHARS = 128
+OWNER = "owner"  # whoever has the machine
 USER_PREFIX = "u_"  # of the ids of whoever has an account: only accounts give them out
 _hasher = PasswordHasher()  # argon2id with the library's parameters, which follow RFC 9106
 # Verified for names that nobody has: an answer must not come sooner because there is no such account.

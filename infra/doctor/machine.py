@@ -121,7 +121,10 @@ def check_home(settings: Settings) -> Iterator[Finding]:
     told = f"{free / GIB:.1f} GiB free at {settings.home}"
     if free < MIN_FREE_BYTES:
         yield Finding(
-            "disk", "fail", told, "Free some: at least 2 GiB; `everloop releases prune` deletes old adapters."
+            "disk",
+            "fail",
+            told,
+            "Free some: at least 2 GiB. adapters_kept_days and releases_kept say which adapters stay.",
         )
     elif free < COMFORTABLE_BYTES:
         yield Finding("disk", "warn", told, "Nights, adapters and the log grow; free some soon.")

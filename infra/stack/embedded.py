@@ -31,7 +31,6 @@ from infra.stack.parts import LOOPBACK, embedded_parts, postgres_bin, unprivileg
 from infra.stack.ports import free_port, with_metrics_ports, write_targets
 from infra.stack.supervisor import Supervisor, stack_processes, write_config
 
-OWNER = "owner"  # whoever has the machine
 SERVICE_ACCOUNT = "operator"
 MIN_FREE_BYTES = 2 * 1024**3
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
@@ -300,7 +299,7 @@ def tell_way_in(settings: Settings, say: Say) -> None:
 def way_in(settings: Settings) -> str:
     """Return an address by which a browser is signed in once, as the owner of this stack."""
     with transaction(connect(settings.need("database_url"), pool_size=1)) as session:
-        owner = accounts.ensure(session, OWNER, Role.ADMIN)
+        owner = accounts.ensure(session, accounts.OWNER, Role.ADMIN)
         return sessions.link(session, owner, settings.need("public_url"))
 
 

@@ -230,4 +230,19 @@ def test_accounts_are_made_and_kept_out_at_a_terminal(database, everloop):
     _, shown, _ = everloop("access", "list", "--json", "-")
     (account,) = json.loads(shown)["accounts"]
     assert (account["name"], account["role"], account["disabled"], account["keys"]) == ("ann", "operator", True, 0)
+    assert account["user"].startswith("u_")
     assert everloop("access", "link", "nobody")[2].strip().endswith("[account_not_found]")
+    status, link, told = everloop(
+        "access", "link"
+    )  # as where migrations have made the tables, and no `up` the owner
+    assert status == 0 and "/login#" in link, told
+    _, shown, _ = everloop("access", "list", "--json", "-")
+    assert {(row["name"], row["role"]) for row in json.loads(shown)["accounts"]} == {
+        ("ann", "operator"), ("owner", "admin")
+    }  # fmt: skip
+
+
+def test_consent_of_somebody_who_has_said_nothing_is_noted_with_a_warning(database, everloop):
+    status, _, told = everloop("users", "consent", "owner", "--no-learn")
+    assert status == 0 and "nobody of that name" in told and "access list" in told
+    assert "nobody of that name" not in everloop("users", "consent", "owner", "--learn")[2]

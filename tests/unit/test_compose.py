@@ -18,7 +18,7 @@ FILES = ("compose.yaml", "compose.gpu.yaml")
 ONCE = {"migrate", "model"}
 # Read beside the settings; the last one comes with the log formats.
 OF_ONE_MACHINE = {"door"}  # which keeps the port while its one API starts anew
-NOT_SETTINGS = {"EVERLOOP_SECRETS_DIR"}
+NOT_SETTINGS = {"EVERLOOP_SECRETS_DIR", "EVERLOOP_PROMETHEUS_URL", "EVERLOOP_DASHBOARDS"}
 
 
 def read(name):
