@@ -108,7 +108,7 @@ def end_orphans() -> list[str]:
 
 
 def main() -> None:
-    """Run as a process: register, then become Prefect's worker; with ``register`` as argument, end there."""
+    """Run as a process: register, then become Prefect's worker, which is given our own arguments, too."""
     settings = load()
     sessions = connect(settings.need("database_url"), pool_size=1)
     tell_of_itself("flows", settings, RunCollector(sessions))
@@ -125,10 +125,9 @@ def main() -> None:
             if attempt == 59:
                 raise
             time.sleep(1.0)
-    if sys.argv[1:] == ["register"]:  # the worker is another container's
-        return
     # In this process, which goes on to serve its metrics.
-    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+    worker = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL]
+    sys.argv = [*worker, *sys.argv[1:]]
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 

@@ -226,8 +226,8 @@ def test_the_parts_of_up_are_there_and_started_alike(manifests, tmp_path):
     running = {name_of(m): m["spec"]["template"]["spec"]["containers"][0] for m in of(manifests, "Deployment")}
     for part in (part for part in parts.embedded_parts(settings, set()) if part.name not in OF_ONE_MACHINE):
         assert part.name in running
-        if part.name != "flows":  # registered before, and with a health check
-            assert running[part.name]["command"][1:] == list(part.command[1:])
+        checked = ["--with-healthcheck"] if part.name == "flows" else []
+        assert running[part.name]["command"][1:] == [*part.command[1:], *checked]
     kinds = {name_of(m) for m in of(manifests, "StatefulSet", "Deployment")}
     assert {"postgres", "kafka", "prefect", "engine", "engine-more"} <= kinds
     gpu = "nvidia.com/gpu" in running["engine"]["resources"]["limits"]
