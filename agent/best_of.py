@@ -9,6 +9,7 @@ Reward Model Overoptimization", 2023, show why N is small and the reward pessimi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ class BestOf:
     async def _improve(self, turn: Turn, best_of: int, step: dict[str, Any]) -> str:
         (first,) = await self._score(turn, [turn.recording.answer])
         step["rewards"] = [round(first.reward, 4)]
-        if first.abstain or first.sd > self.settings.best_of_max_sd:
-            return "unsure"
         if first.p_good >= self.settings.best_of_below:
             return "good_enough"
+        if not self._is_sure(first):
+            return "unsure"
         max_tokens = turn.recording.sampling["max_tokens"]
         num_more = min(best_of - 1, self.settings.best_of_max_tokens // max_tokens)
         if num_more < 1:
@@ -89,6 +90,11 @@ class BestOf:
             return "first_kept"
         turn.take_over(others[chosen - 1])
         return "better"
+
+    def _is_sure(self, weak: ScoredItem) -> bool:
+        """Tell whether the belief in an answer is that low, and not only its mean."""
+        highest = weak.mean + self.settings.best_of_margin_sd * weak.sd
+        return not weak.abstain and 1.0 / (1.0 + math.exp(-highest)) < self.settings.best_of_below
 
     async def _more(self, turn: Turn, num: int) -> list[Candidate]:
         """Have the release that answered answer again, all at once; what is empty is left out."""

@@ -191,8 +191,8 @@ class Settings(BaseSettings):
     best_of_below: float = Field(
         0.5, ge=0, le=1, description="The first answer is weak where its probability of being good is below this."
     )
-    best_of_max_sd: float = Field(
-        1.0, gt=0, description="The reward model is sure of an answer with at most this standard deviation (logit)."
+    best_of_margin_sd: float = Field(
+        1.0, ge=0, description="By how many standard deviations the belief in it must be below that, to be sure."
     )
     best_of_max_ms: float = Field(
         4000.0, gt=0, description="Longest time that choosing may add to an answer; then the first is given."

@@ -104,6 +104,13 @@ def test_who_is_not_sure_changes_nothing(ask, engine, reward):
     assert (row.answer, row.steps[0]["outcome"], len(engine.asked)) == (WEAK, "unsure", 1)
 
 
+def test_what_is_surely_weak_need_not_be_known_to_a_hair(ask, reward):
+    """After 130 votes of real people's kind: a logit of -4.4, give or take 1.2."""
+    reward.means[WEAK], reward.sd = -4.4, 1.2
+    assert ask(best_of=4)[1].answer == GOOD
+    assert ask(best_of=4, best_of_margin_sd=4.0)[1].steps[0]["outcome"] == "unsure"
+
+
 def test_of_equals_the_first_is_given(ask, reward):
     reward.means = dict.fromkeys([WEAK, GOOD, "Blue, I think.", "No idea."], -1.0)
     _, row = ask(best_of=4)
