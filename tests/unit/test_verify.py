@@ -14,7 +14,7 @@ from trainer.recipe import resolve
 from trainer.rollout import Sample
 from trainer.verifiers.instructions import INSTRUCTIONS
 from trainer.verifiers.instructions import VERIFIER as INSTRUCTIONS_VERIFIER
-from trainer.verifiers.reasoning import LEVELS, found_in
+from trainer.verifiers.reasoning import LEVELS, _Absent, found_in
 from trainer.verifiers.reasoning import VERIFIER as REASONING_VERIFIER
 from trainer.verify import Task, Verification
 
@@ -108,6 +108,12 @@ print(*sorted(set(sys.modules) - before))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr[-500:]
+
+
+def test_what_stands_for_an_absent_package_has_no_file():
+    """Hypothesis, for one, asks all modules for theirs."""
+    stand_in = _Absent("not_installed")
+    assert stand_in.Anything is object and not hasattr(stand_in, "__file__")
 
 
 @pytest.mark.parametrize("skill", LEVELS)

@@ -77,6 +77,8 @@ class _Absent(ModuleType):
     """Stands where a package is not, so that what imports it without using it can be imported."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # whoever looks through all modules asks for their files
+            raise AttributeError(name)
         return object
 
 
