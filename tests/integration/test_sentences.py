@@ -455,6 +455,12 @@ def test_somebody_is_forgotten_while_their_turns_are_read(database, encoding):
     assert failed == [] and rows(database) == []
 
 
+def test_no_vector_is_kept_that_nobody_uses(database, encoding, talk):
+    assert len(rows(database)) == 2 * NUM_TURNS
+    pgvector.prepare(encoding.settings.model_copy(update={"memory_encoder": "off"}))
+    assert rows(database) == []
+
+
 def test_vectors_of_another_size_give_way_and_off_leaves_no_index(
     database, base_model_dir, encoding, talk, monkeypatch
 ):
@@ -467,10 +473,7 @@ def test_vectors_of_another_size_give_way_and_off_leaves_no_index(
     assert rows(database) == []
     with psycopg.connect(dsn) as connection:
         assert pgvector.is_ready(connection)
-    with database.begin() as session:
-        session.execute(sa.update(TurnVector).values(embedding=None))
     pgvector.prepare(settings.model_copy(update={"memory_encoder": "off"}))
-    assert rows(database) == [], "nobody uses them"
     with psycopg.connect(dsn) as connection:
         assert not pgvector.is_ready(connection)
 
