@@ -6,6 +6,7 @@ import pytest
 
 from feedback.projection import HANDLERS
 from infra import kafka
+from infra.log import relay
 from infra.log.consumer import Consumer
 from infra.log.relay import Relay
 from infra.settings import Settings
@@ -84,3 +85,17 @@ def test_topics_are_made_with_as_many_copies_as_are_set(settings, monkeypatch):
     monkeypatch.setattr(kafka, "KafkaAdminClient", Admin)
     kafka.ensure_topics("kafka:9092", 12, 30.0, settings.kafka_replicas, settings.kafka_options)
     assert made and {(topic.num_partitions, topic.replication_factor) for topic in made} == {(12, 3)}
+
+
+def test_a_relay_that_finds_the_broker_without_memory_makes_its_producer_anew(monkeypatch):
+    """A broker that has forgotten all does not know the producer either: its next batch would hang."""
+    looks = iter([False, True])
+    monkeypatch.setattr(relay, "MEMORY_CHECK_S", 0.0)
+    monkeypatch.setattr(Relay, "connect", lambda self, connection: None)
+    monkeypatch.setattr(Relay, "publish_batch", lambda self, connection: 0)
+    monkeypatch.setattr(Relay, "check_memory", lambda self, connection: next(looks))
+    found = Relay(None, Settings(home="/nowhere", kafka_bootstrap="nowhere:9092"))
+    pump = threading.Thread(target=found._pump, args=(None, threading.Event()), daemon=True)
+    pump.start()
+    pump.join(10)
+    assert not pump.is_alive() and next(looks, "none left") == "none left"
