@@ -9,7 +9,6 @@ Reward Model Overoptimization", 2023, show why N is small and the reward pessimi
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from infra.errors import EverloopError
 from infra.fleet import Fleet
 from infra.settings import Settings
 from reward import client
+from reward.online import sigmoid
 from reward.scored import MAX_SCORED_MESSAGES, ScoredItem, ScoreItem, ScoreRequest
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class BestOf:
     def _is_sure(self, weak: ScoredItem) -> bool:
         """Tell whether the belief in an answer is that low, and not only its mean."""
         highest = weak.mean + self.settings.best_of_margin_sd * weak.sd
-        return not weak.abstain and 1.0 / (1.0 + math.exp(-highest)) < self.settings.best_of_below
+        return not weak.abstain and sigmoid(highest) < self.settings.best_of_below
 
     async def _more(self, turn: Turn, num: int) -> list[Candidate]:
         """Have the release that answered answer again, all at once; what is empty is left out."""

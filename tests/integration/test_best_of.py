@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from deploy import choosing
 from deploy.tables import Release
 from feedback.tables import Episode
+from reward.online import sigmoid
 from tests.scripted_engine import ScriptedEngine, api_on, served
 
 ASK = {"model": "everloop", "messages": [{"role": "user", "content": "Why?"}], "user": "ada", "max_tokens": 16}
@@ -33,7 +34,7 @@ class ScriptedReward:
             if self.means.get(item["answer"]) == "very":
                 return {"mean": "very"}
             mean = self.means.get(item["answer"], 0.0)
-            told = {"mean": mean, "sd": self.sd, "p_good": 1 / (1 + 2.718**-mean), "abstain": False}
+            told = {"mean": mean, "sd": self.sd, "p_good": sigmoid(mean), "abstain": False}
             return {**told, "reward": mean - 0.5 * self.sd, "contributions": {}}
 
         data = [one(item) for item in body["items"]]
@@ -109,6 +110,8 @@ def test_what_is_surely_weak_need_not_be_known_to_a_hair(ask, reward):
     reward.means[WEAK], reward.sd = -4.4, 1.2
     assert ask(best_of=4)[1].answer == GOOD
     assert ask(best_of=4, best_of_margin_sd=4.0)[1].steps[0]["outcome"] == "unsure"
+    reward.means[WEAK] = -2000.0
+    assert ask(best_of=4)[1].answer == GOOD
 
 
 def test_of_equals_the_first_is_given(ask, reward):
