@@ -64,8 +64,7 @@ def prepare(settings: Settings) -> None:
 
 def _clear(connection: psycopg.Connection) -> None:
     """Drop index and vectors, where there is an index: nothing of what people said is kept that nobody uses."""
-    found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
-    if not (found and found[0]):
+    if not _has_index(connection):
         return
     try:
         connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(INDEX)))
@@ -81,13 +80,17 @@ def _clear(connection: psycopg.Connection) -> None:
 
 def is_ready(connection: psycopg.Connection) -> bool:
     """Tell whether a database has the index, and an extension that can search it as we do."""
-    found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
     try:
         with connection.transaction():
             connection.execute(LOADED)
     except (psycopg.errors.UndefinedFile, psycopg.errors.UndefinedObject):
         return False
-    return bool(found and found[0]) and _version(connection) >= LEAST_VERSION
+    return _has_index(connection) and _version(connection) >= LEAST_VERSION
+
+
+def _has_index(connection: psycopg.Connection) -> bool:
+    found = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [INDEX]).fetchone()
+    return bool(found and found[0])
 
 
 def _version(connection: psycopg.Connection) -> tuple[int, ...]:
